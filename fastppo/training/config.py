@@ -1,0 +1,407 @@
+"""The configuration of a run: one typed tree, the only source of options.
+
+A YAML file fills it and ``--section.key value`` overrides it. pydantic checks every value; whatever is wrong comes back
+as one line that names the key and, for a misspelt key or choice, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the person who wrote it."""
+
+
+@dataclass(config=_STRICT)
+class LoraConfig:
+    """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
+
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: UnitFloat = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(config=_STRICT)
+class ModelConfig:
+    """The policy, and the value and reference models that go with it."""
+
+    name_or_path: str = ""
+    """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the parameters. Training below float32 loses small updates."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Precision of matrix products while parameters stay in `dtype`."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+    allow_download: bool = False
+    """Let the Hugging Face Hub be asked for what is not on this machine."""
+    lora: LoraConfig | None = None
+    value_model: Literal["shared", "separate"] = "shared"
+    """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
+    value_name_or_path: str | None = None
+    """What a separate value model starts from; the policy's weights if not given."""
+    reference: Literal["frozen", "none"] = "frozen"
+    """What the KL penalty compares with: the policy as it was at the start, or nothing."""
+
+
+@dataclass(config=_STRICT)
+class DataConfig:
+    """Where prompts come from."""
+
+    train: str = ""
+    """A .jsonl, .csv or .txt file, a folder saved by `datasets`, or a Hub dataset id."""
+    eval: str | None = None
+    """Held-out prompts, the same choices. Without it the last `eval_size` training prompts are held out."""
+    train_split: str = "train"
+    eval_split: str = "test"
+    eval_size: NonNegativeInt = 32
+    prompt_column: str = "prompt"
+    """Column with a string, or with a list of chat messages (then a chat template is applied)."""
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
+    max_prompt_length: PositiveInt = 512
+    """In tokens, after the chat template."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """What happens to a longer prompt. `truncate` keeps its end."""
+
+
+@dataclass(config=_STRICT)
+class RewardConfig:
+    """One named, weighted reward: a Python function or a sequence-classification model."""
+
+    name: str
+    function: str | None = None
+    """`vader_sentiment`, `module:function` or `file.py:function`, called as f(prompts, completions, **columns)."""
+    model: str | None = None
+    """A sequence-classification model; its one logit, or that of class `label`, is the reward."""
+    label: NonNegativeInt | None = None
+    weight: float = 1.0
+    normalize: bool = False
+    """Divide by a running standard deviation and subtract a running mean."""
+    batch_size: PositiveInt = 32
+
+
+@dataclass(config=_STRICT)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    num_prompts: PositiveInt = 8
+    """Prompts in a step."""
+    num_generations: PositiveInt = 4
+    """Completions of each prompt."""
+    max_new_tokens: PositiveInt = 32
+    min_new_tokens: NonNegativeInt = 0
+    temperature: PositiveFloat = 1.0
+    """Also divides the logits that log-probabilities, entropy and KL are computed from."""
+    generation_batch_size: PositiveInt = 64
+    """Most sequences decoded at a time."""
+
+
+@dataclass(config=_STRICT)
+class PPOConfig:
+    """Proximal policy optimization (Schulman et al., 2017)."""
+
+    num_ppo_epochs: PositiveInt = 2
+    num_mini_batches: PositiveInt = 1
+    """Optimizer steps in an epoch."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward and backward passes in an optimizer step."""
+    clip_low: NonNegativeFloat = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "token-mean"
+    entropy_coef: float = 0.0
+    vf_coef: NonNegativeFloat = 0.1
+    cliprange_value: PositiveFloat | None = 0.2
+    gamma: UnitFloat = 1.0
+    lam: UnitFloat = 0.95
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    kl_coef: NonNegativeFloat = 0.05
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the KL penalty shapes the per-token rewards or is a term of the loss."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: PositiveFloat = 6.0
+    """The adaptive controller's target, in nats a completion (Ziegler et al., 2019)."""
+    kl_horizon: PositiveInt = 10000
+    """The adaptive controller's time constant, in completions."""
+    target_kl: PositiveFloat | None = None
+    """Stop a step's epochs once approx_kl to the rollout policy (nats a token) passes this."""
+    missing_eos_penalty: NonNegativeFloat | None = None
+    """Subtracted from the score of a completion that was cut at max_new_tokens."""
+    reward_clip: PositiveFloat | None = None
+    """Clip the total score to [-reward_clip, reward_clip]."""
+
+
+@dataclass(config=_STRICT)
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    learning_rate: PositiveFloat = 1e-5
+    value_learning_rate: PositiveFloat | None = None
+    """For the value head or value model; `learning_rate` if not given."""
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: UnitFloat = 0.9
+    adam_beta2: UnitFloat = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat | None = 1.0
+    lr_scheduler_type: str = "constant"
+    """One of transformers' schedules that need no further arguments: constant, linear, cosine, ..."""
+    warmup_steps: NonNegativeInt = 0
+
+
+@dataclass(config=_STRICT)
+class EvalConfig:
+    """Held-out prompts, sampled with a generator of their own so that evaluation never changes a run."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    num_prompts: PositiveInt = 32
+    num_samples: PositiveInt = 8
+    """Completions shown before and after."""
+
+
+@dataclass(config=_STRICT)
+class CheckpointConfig:
+    """Atomic, checksummed checkpoints (safetensors and JSON; no pickle)."""
+
+    every: NonNegativeInt = 10
+    """Steps between checkpoints; 0 writes none."""
+    keep_last: PositiveInt = 2
+
+
+@dataclass(config=_STRICT)
+class Config:
+    """A whole run."""
+
+    output_dir: str = "runs/default"
+    total_steps: PositiveInt = 100
+    seed: NonNegativeInt = 0
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
+    """Who computes log-probabilities and the loss; `fastppo doctor` lists what is usable."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or Inf in a loss or gradient does: stop the run, or skip that optimizer step."""
+    tensorboard: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: list[RewardConfig] = field(default_factory=list)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and apply ``--section.key value`` overrides.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: command-line words, ``["--ppo.kl_coef", "0.1"]`` or ``["--ppo.kl_coef=0.1"]``. Values are YAML;
+            items of a list are named by their index (``--rewards.0.weight 2``).
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or a value is not valid.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    for key, value in _parse_overrides(list(overrides)):
+        _set(tree, key, value)
+    return build_config(tree)
+
+
+def build_config(tree: dict[str, Any]) -> Config:
+    """Check a plain tree of dicts and lists and build the Config from it (ConfigError if anything is wrong)."""
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+    _check_consistency(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The tree that `build_config` makes the same Config from."""
+    return dataclasses.asdict(config)
+
+
+def documented_keys() -> list[tuple[str, str, Any]]:
+    """Every key as (dotted name, type, default), for the help page."""
+    return list(_walk(Config, ""))
+
+
+def _walk(cls: type, prefix: str) -> typing.Iterator[tuple[str, str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        name, hint = f"{prefix}{item.name}", hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk(hint, f"{name}.")
+        elif hint == list[RewardConfig]:
+            yield from _walk(RewardConfig, f"{name}.N.")
+        elif hint == (LoraConfig | None):
+            yield from _walk(LoraConfig, f"{name}.")
+        else:
+            default = item.default if item.default is not dataclasses.MISSING else "required"
+            yield name, _type_name(hint), default
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    optional = "|null" if type(None) in typing.get_args(hint) else ""
+    if args and typing.get_origin(hint) is not list:
+        return "|".join(_type_name(arg) for arg in args) + optional
+    return getattr(hint, "__name__", str(hint))
+
+
+def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"{word!r}: expected --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"--{key}: needs a value")
+            text = words.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        # YAML 1.1 reads 1e-5 as text for want of a dot; a person means the number.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def _set(tree: Any, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for depth, name in enumerate(parents):
+        if isinstance(tree, list):
+            index = _index(tree, name, dotted)
+            tree = tree[index]
+        else:
+            if tree.get(name) is None:
+                tree[name] = {}
+            tree = tree[name]
+        if not isinstance(tree, dict | list):
+            raise ConfigError(f"--{dotted}: {'.'.join(parents[: depth + 1])} is a single value and has no keys below it")
+    if isinstance(tree, list):
+        tree[_index(tree, last, dotted)] = value
+    else:
+        tree[last] = value
+
+
+def _index(items: list, name: str, dotted: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ConfigError(f"--{dotted}: {name!r} is not an index of a list of {len(items)}")
+    return int(name)
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing wrong, as `key: problem`; a misspelt key or choice comes with its nearest neighbour."""
+    first = error.errors()[0]
+    # pydantic puts the member of a union that it tried into the path; a person knows only the keys.
+    path = [str(part) for part in first["loc"] if not _is_union_member(part)]
+    key = ".".join(path)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_beside(path)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    given = first.get("input")
+    if first["type"] == "literal_error":
+        choices = [word.strip(" '\"") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}: {given!r} is not one of its values; {hint}(one of: {', '.join(choices)})"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key}: required, but not given"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, got {given!r}"
+
+
+def _is_union_member(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "LoraConfig"))
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    """The valid keys at the level of the last part of `path`."""
+    cls: Any = Config
+    for part in path[:-1]:
+        if part.isdigit():
+            continue
+        hint = typing.get_type_hints(cls)[part]
+        candidates = [hint, *typing.get_args(hint)]
+        cls = next(candidate for candidate in candidates if dataclasses.is_dataclass(candidate))
+    return [item.name for item in dataclasses.fields(cls)]
+
+
+def _check_consistency(config: Config) -> None:
+    """What no single field can know."""
+    if not config.model.name_or_path:
+        raise ConfigError("model.name_or_path: required, but not given")
+    if not config.data.train:
+        raise ConfigError("data.train: required, but not given")
+    if not config.rewards:
+        raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
+    names = [reward.name for reward in config.rewards]
+    for index, reward in enumerate(config.rewards):
+        if (reward.function is None) == (reward.model is None):
+            raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")
+        if names.count(reward.name) > 1:
+            raise ConfigError(f"rewards.{index}.name: {reward.name!r} is used twice; metrics are kept by name")
+    if config.rollout.min_new_tokens > config.rollout.max_new_tokens:
+        raise ConfigError("rollout.min_new_tokens: greater than rollout.max_new_tokens")
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    parts = config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps
+    if sequences < parts:
+        raise ConfigError(
+            f"ppo.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made of "
+            f"{sequences} sequences (rollout.num_prompts x rollout.num_generations)"
+        )
+    if config.model.reference == "none" and config.ppo.kl_coef > 0:
+        raise ConfigError("ppo.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
+    if config.ppo.kl_estimator == "exact" and config.ppo.kl_in == "loss" and config.ppo.kl_coef == 0:
+        raise ConfigError("ppo.kl_estimator: exact in the loss needs ppo.kl_coef above 0")
