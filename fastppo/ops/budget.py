@@ -1,0 +1,44 @@
+"""How much scratch memory an operator may use: a fixed number of bytes, whatever N and V are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+DEFAULT_SCRATCH_BYTES = 32 * 2**20
+
+_override: int | None = None
+
+
+def scratch_bytes() -> int:
+    """The budget in force: `scratch_budget`, else FASTPPO_SCRATCH_MB, else 32 MiB."""
+    if _override is not None:
+        return _override
+    text = os.environ.get("FASTPPO_SCRATCH_MB")
+    if not text:
+        return DEFAULT_SCRATCH_BYTES
+    try:
+        return check_scratch(int(float(text) * 2**20))
+    except ValueError:
+        raise ValueError(f"FASTPPO_SCRATCH_MB: expected a number above 0, got {text!r}") from None
+
+
+@contextlib.contextmanager
+def scratch_budget(num_bytes: int) -> Iterator[None]:
+    """Give the operators called inside another scratch budget, in bytes.
+
+    Example: ``with fastppo.scratch_budget(256 * 2**20): ...``
+    """
+    global _override
+    before, _override = _override, check_scratch(num_bytes)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def check_scratch(num_bytes: int) -> int:
+    if num_bytes <= 0:
+        raise ValueError(f"scratch budget: expected bytes above 0, got {num_bytes}")
+    return num_bytes

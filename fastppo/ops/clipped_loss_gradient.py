@@ -1,0 +1,71 @@
+"""The derivative of `reference.clipped_loss` with respect to each row's statistics, by hand.
+
+The terminal loss needs it in its forward, between the pass that gives the statistics and the pass that turns logits
+into ∂loss/∂z: a few scalars a row stand for the whole loss there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, probability_ratio
+
+
+class RowGradients(NamedTuple):
+    """∂loss/∂(row statistic), each float32 of the shape of `targets`, or None where the loss has no such term."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+def clipped_loss_gradient(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    loss_agg: str,
+) -> RowGradients:
+    """All per-token tensors [..., T]; see `reference.clipped_loss` for the loss this differentiates."""
+    weights = aggregation_weights(mask, loss_agg, logprobs.dtype)
+    ratio = probability_ratio(logprobs, old_logprobs, mask, ratio_level)
+    _, clipped, dual_clipped = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
+    d_ratio = (-weights * advantages).masked_fill(clipped | dual_clipped | ~mask, 0.0)
+
+    limit = torch.exp(torch.tensor(MAX_LOG_RATIO, dtype=ratio.dtype, device=ratio.device))
+    d_log_ratio = d_ratio * ratio.masked_fill((ratio >= limit) | (ratio <= 1 / limit), 0.0)
+    if ratio_level != "token":
+        # One ratio stands for the whole sequence: each of its tokens gets what all of them ask for.
+        d_log_ratio = d_log_ratio.sum(-1, keepdim=True).expand_as(ratio) * mask
+        if ratio_level == "sequence-geometric":
+            d_log_ratio = d_log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
+
+    d_logprobs, d_kl = d_log_ratio, None
+    if kl_coef != 0.0:
+        if kl_estimator == "exact":
+            d_kl = kl_coef * weights
+        else:
+            d_logprobs = d_logprobs + kl_coef * weights * _sampled_kl_derivative(logprobs - ref_logprobs, kl_estimator)
+    d_entropy = -entropy_coef * weights if entropy_coef != 0.0 else None
+    return RowGradients(d_logprobs.masked_fill(~mask, 0.0), d_entropy, d_kl)
+
+
+def _sampled_kl_derivative(log_ratio: Tensor, estimator: str) -> Tensor:
+    """∂/∂logp of k1, k2, k3 with log_ratio = logp − ref."""
+    if estimator == "k1":
+        return torch.ones_like(log_ratio)
+    if estimator == "k2":
+        return log_ratio
+    return -torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO))

@@ -1,0 +1,79 @@
+"""Which backend computes an operator: chosen by device, overridable by argument and by FASTPPO_BACKEND.
+
+`reference` is plain PyTorch with full logits: the oracle and the naive baseline. `chunked` is PyTorch in tiles of a fixed
+budget, on any device. `cpu` is the C++ extension (csrc/). `triton` is kernels/fastppo_kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from fastppo.ops import extension
+
+# For each operator, its backends from fastest to slowest: the first usable one is taken.
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "linear_logprob": ("chunked", "reference"),
+    "linear_kl": ("chunked", "reference"),
+    "linear_ppo_loss": ("chunked", "reference"),
+    "selective_logprob": ("chunked", "reference"),
+    "gae": ("cpu", "reference"),
+}
+NAMES = ("reference", "chunked", "cpu", "triton")
+
+_warned: set[str] = set()
+
+
+class FastPPOWarning(UserWarning):
+    """Something works, but more slowly or otherwise than it could; the message says how to mend it."""
+
+
+def warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FastPPOWarning, stacklevel=3)
+
+
+def unusable(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot serve tensors on `device`, in a line; None if it can."""
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"the tensors are on {device.type}"
+        return extension.why_missing()
+    if backend == "triton" and device.type == "cpu":
+        return "the tensors are on cpu"
+    return None
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The backend that computes `op` on tensors of this device and dtype.
+
+    An explicit `backend` is taken or refused. FASTPPO_BACKEND is a preference: operators that have no such backend
+    use the fastest they have.
+
+    Raises:
+        ValueError: an unknown backend, or one that does not serve this operator, device or dtype.
+    """
+    available = BACKENDS[op]
+    if backend is not None:
+        if backend not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
+        if backend not in available:
+            raise ValueError(f"backend: {op} has no {backend!r} backend, only {', '.join(available)}")
+        if reason := unusable(backend, device):
+            raise ValueError(f"backend: {backend!r} cannot be used for {op}: {reason}")
+        return backend
+    wanted = os.environ.get("FASTPPO_BACKEND") or "auto"
+    if wanted not in (*NAMES, "auto"):
+        raise ValueError(f"FASTPPO_BACKEND: expected one of {', '.join(NAMES)}, auto; got {wanted!r}")
+    if wanted in available and unusable(wanted, device) is None:
+        return wanted
+    for name in available:
+        reason = unusable(name, device)
+        if reason is None:
+            return name
+        if name == "cpu" and device.type == "cpu":
+            warn_once(f"fastppo's C++ extension is not used, {op} runs more slowly: {reason}")
+    raise AssertionError(f"{op} has no backend for {device}")  # `reference` serves every device

@@ -1,0 +1,59 @@
+"""The door shared by the operators that start from hidden states and an lm_head weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops.budget import scratch_bytes
+from fastppo.ops.checks import check_head, check_targets
+from fastppo.ops.chunked import compute_dtype_for
+from fastppo.ops.transform import LogitTransform, check_transform
+
+IGNORED = -100  # what a row that is left out carries as its target inside the library
+
+
+class Head(NamedTuple):
+    """A model's last hidden states as rows and its lm_head, checked."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+class Options(NamedTuple):
+    """How the products are computed; the trailing arguments of the chunked custom operators."""
+
+    transform: LogitTransform
+    compute_dtype: torch.dtype
+    budget: int
+
+    def flat(self) -> tuple:
+        return (*self.transform, self.compute_dtype, self.budget)
+
+
+def open_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", device: torch.device | None = None
+) -> Head:
+    """Check one model's head and flatten its hidden states to rows; a sharded (DTensor) weight is gathered."""
+    weight, bias = _whole(weight), _whole(bias)
+    check_head(hidden, weight, bias, prefix=prefix, device=device)
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+
+
+def open_targets(targets: Tensor, hidden: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Checked targets as rows [N] int64, with IGNORED where they carry no token."""
+    check_targets(targets, tuple(hidden.shape[:-1]), vocab, hidden.device, ignore_index)
+    rows = targets.reshape(-1).long()
+    return rows if ignore_index == IGNORED else rows.masked_fill(rows == ignore_index, IGNORED)
+
+
+def open_options(hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Options:
+    return Options(check_transform(temperature, logit_scale, softcap), compute_dtype_for(hidden), scratch_bytes())
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

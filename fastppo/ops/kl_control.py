@@ -1,0 +1,45 @@
+"""How the coefficient of the KL penalty moves during a run."""
+
+from __future__ import annotations
+
+import math
+
+
+class FixedKLController:
+    """A coefficient that stays what it is."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current_kl: float, num_sequences: int) -> None:
+        """Nothing moves."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
+
+
+class AdaptiveKLController(FixedKLController):
+    """Proportional control towards a target KL (Ziegler et al., 2019, arXiv:1909.08593, §2.2).
+
+    After a batch of n sequences with mean KL k: coef ← coef · (1 + clip(k / target − 1, −0.2, 0.2) · n / horizon).
+
+    Args:
+        kl_coef: where the coefficient starts.
+        target: KL to the reference, in the unit of what `update` is given (nats a sequence).
+        horizon: time constant, in sequences.
+    """
+
+    def __init__(self, kl_coef: float, target: float, horizon: int) -> None:
+        super().__init__(kl_coef)
+        if not (target > 0 and horizon > 0):
+            raise ValueError(f"target, horizon: expected numbers above 0, got {target}, {horizon}")
+        self.target, self.horizon = target, horizon
+
+    def update(self, current_kl: float, num_sequences: int) -> None:
+        if not math.isfinite(current_kl):
+            raise ValueError(f"current_kl: expected a finite number, got {current_kl}")
+        error = min(max(current_kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * num_sequences / self.horizon

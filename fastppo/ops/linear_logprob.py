@@ -1,0 +1,89 @@
+"""Per-token log-probability and entropy from hidden states, with any upstream gradient.
+
+    forward   hidden [N, D], weight [V, D]  ->  logprobs, entropy, logsumexp [N]        2NDV, nothing saved of size V
+    backward  upstream scalars a row        ->  ∂hidden, ∂weight, ∂bias                 6NDV, logits recomputed
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo import reference
+from fastppo.ops import chunked
+from fastppo.ops.dispatch import select
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.outputs import LogprobOutput
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> LogprobOutput:
+    """log p(target) under softmax(transform(hidden @ weight.T + bias)), without materializing the logits.
+
+    Args:
+        hidden: [..., D] float32, bfloat16 or float16; the state that predicts the target, so already shifted by one.
+        weight: [V, D], the lm_head; bias: [V].
+        targets: [...] int64 or int32 token ids, or `ignore_index`.
+        temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
+        return_entropy: also the entropy of the whole distribution, in nats.
+        backend: None chooses by device; see `fastppo doctor`.
+
+    Returns:
+        LogprobOutput of float32 tensors [...]. All three are differentiable with respect to hidden, weight and bias.
+        Ignored rows give zeros and cost nothing.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.
+    """
+    head = open_head(hidden, weight, bias)
+    rows = open_targets(targets, hidden, weight.shape[0], ignore_index)
+    options = open_options(hidden, temperature, logit_scale, softcap)
+    if select("linear_logprob", hidden.device, hidden.dtype, backend) == "reference":
+        z = reference.logits(*head, options.transform)
+        out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
+        logprobs, entropy, logsumexp = out
+    else:
+        logprobs, entropy, logsumexp = _LinearLogprob.apply(*head, rows, options)
+    shape = targets.shape
+    return LogprobOutput(logprobs.view(shape), entropy.view(shape) if return_entropy else None, logsumexp.view(shape))
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
+        head = Head(hidden, weight, bias)
+        saved = chunked.statistics(*head, targets, None, None, None, "", *options.flat())
+        ctx.save_for_backward(*head, targets, *saved)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        logprobs, entropy, row_max, log_sum = saved
+        return logprobs.clone(), entropy.clone(), row_max + log_sum
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
+        gradients = backward_rows(
+            ctx, Head(hidden, weight, bias), targets, None, "", saved, (d_logprobs, d_entropy, d_logsumexp, None)
+        )
+        return (*gradients, None, None)
+
+
+def backward_rows(ctx, head: Head, targets: Tensor, ref: Head | None, kl_kind: str, saved: list[Tensor], upstream) -> tuple:
+    """(∂hidden, ∂weight, ∂bias) for the upstream scalars (d_logprobs, d_entropy, d_logsumexp, d_kl), None where not needed."""
+    needs = [*ctx.needs_input_grad[:3]]
+    needs[2] = needs[2] and head.bias is not None
+    gradients = chunked.vjp(
+        *head, targets, *(ref or (None, None, None)), kl_kind, saved, *upstream, *ctx.options.flat(), *needs
+    )
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))

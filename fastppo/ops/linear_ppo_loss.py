@@ -1,0 +1,182 @@
+"""The PPO loss from hidden states, down to the scalar, with its gradients computed in the forward.
+
+    pass 1   hidden, weight          ->  log-prob, entropy (and exact KL) of every real token            2NDV
+    scalars  old, advantages, ...    ->  the loss, and ∂loss/∂(log-prob, entropy, KL): a few numbers a row
+    pass 2   tiles recomputed        ->  ∂z in place  ->  ∂weight tile, ∂hidden                          6NDV
+
+Rows whose scalars are all zero (clipped tokens with no entropy or KL term, zero advantages) are left out of pass 2.
+Scratch memory is `scratch_bytes()`, whatever N and V are; the gradients themselves are the only [V, D] tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo import reference
+from fastppo.ops import chunked
+from fastppo.ops.dispatch import select
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.linear_kl import open_reference
+from fastppo.ops.loss_options import LossOptions, Rollout
+from fastppo.ops.outputs import PPOLossOutput
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    entropy_coef: float = 0.0,
+    loss_agg: str = "token-mean",
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> PPOLossOutput:
+    """PPO's clipped loss with entropy bonus and KL penalty, without materializing the logits.
+
+        loss = Σ_n w_n (−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl_coef · KL − entropy_coef · H)
+
+    Schulman et al., 2017 (arXiv:1707.06347); dual clip from Ye et al., 2020 (arXiv:1912.09729); sequence ratios from
+    Zheng et al., 2025 (arXiv:2507.18071).
+
+    Args:
+        hidden: [..., T, D] float32, bfloat16 or float16; the state that predicts the target, so already shifted by one.
+        weight: [V, D], the lm_head; bias: [V].
+        targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked.
+        old_logprobs: [..., T]: log-probabilities under the policy that sampled the tokens (not the reference).
+        advantages: [..., T], a constant of the loss.
+        mask: [..., T] bool, True for a sampled token; padding costs nothing and may hold anything.
+        clip_low, clip_high, dual_clip: the ratio's clip range, and the bound on −r A / |A| where A < 0.
+        ratio_level: token, sequence (product over the sequence) or sequence-geometric (its geometric mean).
+        ref_logprobs: [..., T]: log-probabilities under the reference, for kl_estimator k1, k2, k3.
+        ref_hidden, ref_weight, ref_bias: [..., T, D'], [V, D'], [V]: the reference model, for kl_estimator exact.
+        kl_coef: weight of the KL to the reference. A KL is reported in the metrics whenever a reference is given.
+        entropy_coef: weight of the entropy bonus.
+        loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
+        temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
+        backend: None chooses by device; see `fastppo doctor`.
+
+    Returns:
+        PPOLossOutput(loss, logprobs, entropy, metrics). `loss.backward()` gives hidden.grad, weight.grad, bias.grad;
+        the other fields are detached. With no real token the loss is 0 and the gradients are zeros.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices that don't go together, a target outside the vocabulary, a NaN
+            advantage, an option out of range.
+    """
+    loss_options = LossOptions(
+        clip_low, clip_high, dual_clip, ratio_level, kl_coef, kl_estimator, entropy_coef, loss_agg
+    )
+    has_ref_model = ref_hidden is not None and ref_weight is not None
+    if (ref_hidden is None) != (ref_weight is None):
+        raise ValueError("ref_hidden, ref_weight: give both or neither")
+    head = open_head(hidden, weight, bias)
+    targets_rows = open_targets(targets, hidden, weight.shape[0], IGNORED)
+    loss_options.check(
+        has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim()
+    )
+    rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, targets)
+    rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
+    rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
+    ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
+    options = open_options(hidden, temperature, logit_scale, softcap)
+
+    if select("linear_ppo_loss", hidden.device, hidden.dtype, backend) == "reference":
+        return _reference_loss(head, rows, ref, rollout, options, loss_options)
+    loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(*head, rows, ref, rollout, options, loss_options)
+    return PPOLossOutput(loss, logprobs, entropy, dict(zip(_metric_names(rollout, ref), metric_values, strict=True)))
+
+
+def _reference_loss(
+    head: Head, rows: Tensor, ref: Head | None, rollout: Rollout, options: Options, loss_options: LossOptions
+) -> PPOLossOutput:
+    """The naive path: full logits, ordinary autograd."""
+    shape, valid = rollout.mask.shape, rollout.mask.reshape(-1, 1)
+    z = reference.logits(*head, options.transform)
+    out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=True)
+    logprobs, entropy = out.logprobs.view(shape), out.entropy.view(shape)
+    kl = None
+    if ref is not None:
+        ref_z = reference.logits(*ref, options.transform).masked_fill(~valid, 0.0)
+        kl = reference.exact_kl(z.masked_fill(~valid, 0.0), ref_z).view(shape)
+    loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
+    return PPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
+
+
+def _metric_names(rollout: Rollout, ref: Head | None) -> list[str]:
+    names = [
+        "policy_loss",
+        "approx_kl",
+        "clip_fraction",
+        "dual_clip_fraction",
+        "ratio_mean",
+        "ratio_min",
+        "ratio_max",
+        "entropy",
+    ]
+    return [*names, "kl"] if ref is not None or rollout.ref_logprobs is not None else names
+
+
+class _LinearPPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ref: Head | None,
+        rollout: Rollout,
+        options: Options,
+        loss_options: LossOptions,
+    ):
+        head, shape = Head(hidden, weight, bias), rollout.mask.shape
+        kl_kind = "reverse" if ref is not None else ""
+        ref_head = ref if ref is not None else (None, None, None)
+        saved = chunked.statistics(*head, targets, *ref_head, kl_kind, *options.flat())
+        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
+        kl = saved[4].view(shape) if ref is not None else None
+        loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
+
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None)
+        if any(needs):
+            upstream = rollout.loss_gradient(logprobs, loss_options)
+            d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
+            gradients = chunked.vjp(
+                *head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat(), *needs
+            )
+            ctx.save_for_backward(*gradients)
+        ctx.needs = needs
+        outputs = (logprobs.clone(), entropy.clone(), torch.stack([metrics[name] for name in _metric_names(rollout, ref)]))
+        ctx.mark_non_differentiable(*outputs)
+        return (loss.to(torch.promote_types(hidden.dtype, torch.float32)), *outputs)
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None)
+
+
+def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """gradient · d_loss in the gradient's own memory: a second [V, D] tensor may not fit where the first one did."""
+    if torch.compiler.is_compiling():
+        return gradient * d_loss.to(gradient.dtype)
+    if d_loss.device.type == "cpu" and d_loss.item() == 1.0:
+        return gradient
+    return gradient.mul_(d_loss.to(gradient.dtype))

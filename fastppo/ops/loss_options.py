@@ -1,0 +1,97 @@
+"""The options of the PPO loss, shared by `linear_ppo_loss` and `ppo_loss` and checked once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastppo import reference
+from fastppo.ops.checks import check_mask, check_per_token
+from fastppo.ops.clipped_loss_gradient import RowGradients, clipped_loss_gradient
+
+RATIO_LEVELS = ("token", "sequence", "sequence-geometric")
+LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
+
+
+class LossOptions(NamedTuple):
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    ratio_level: str
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    loss_agg: str
+
+    def check(self, *, has_ref_logprobs: bool, has_ref_model: bool, dims: int) -> None:
+        """ValueError naming the option that is out of range or does not go with what else was given."""
+        for name, value, choices in (
+            ("ratio_level", self.ratio_level, RATIO_LEVELS),
+            ("loss_agg", self.loss_agg, LOSS_AGGS),
+            ("kl_estimator", self.kl_estimator, KL_ESTIMATORS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in ("clip_low", "clip_high"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip: expected a number above 1, got {self.dual_clip}")
+        for name in ("kl_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        if self.kl_coef != 0.0 and self.kl_estimator == "exact" and not has_ref_model:
+            raise ValueError(
+                "kl_estimator: 'exact' needs the reference model's own distribution, and only one was not given "
+                "(ref_hidden and ref_weight, or ref_logits)"
+            )
+        if self.kl_coef != 0.0 and self.kl_estimator != "exact" and not has_ref_logprobs:
+            raise ValueError(f"ref_logprobs: needed for kl_coef={self.kl_coef} with kl_estimator={self.kl_estimator!r}")
+        if dims < 2 and (self.ratio_level != "token" or self.loss_agg != "token-mean"):
+            raise ValueError(
+                f"targets: expected [batch, time] for ratio_level={self.ratio_level!r} and loss_agg={self.loss_agg!r}, "
+                f"got {dims} dimension(s), which do not say where a sequence ends"
+            )
+
+
+class Rollout(NamedTuple):
+    """What the loss knows of the sampled tokens, [..., T]: checked, detached, 0 on padding."""
+
+    mask: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+
+    @classmethod
+    def open(
+        cls, mask: Tensor | None, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None, like: Tensor
+    ) -> Rollout:
+        mask = check_mask(mask, like)
+        return cls(
+            mask,
+            check_per_token("old_logprobs", old_logprobs, mask),
+            check_per_token("advantages", advantages, mask),
+            None if ref_logprobs is None else check_per_token("ref_logprobs", ref_logprobs, mask),
+        )
+
+    def loss(
+        self, logprobs: Tensor, entropy: Tensor | None, exact_kl: Tensor | None, options: LossOptions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped loss of these tokens; a KL to the reference is reported even where its coefficient is 0."""
+        kl = exact_kl
+        if kl is None and self.ref_logprobs is not None:
+            estimator = "k3" if options.kl_estimator == "exact" else options.kl_estimator
+            kl = reference.sampled_kl(logprobs, self.ref_logprobs, estimator)
+        rest = options._asdict()
+        rest.pop("kl_estimator")
+        return reference.clipped_loss(
+            logprobs, self.old_logprobs, self.advantages, self.mask, entropy=entropy, kl=kl, **rest
+        )
+
+    def loss_gradient(self, logprobs: Tensor, options: LossOptions) -> RowGradients:
+        return clipped_loss_gradient(
+            logprobs, self.old_logprobs, self.advantages, self.mask, ref_logprobs=self.ref_logprobs, **options._asdict()
+        )

@@ -1,0 +1,100 @@
+"""The PPO loss for those who have log-probabilities or logits already."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastppo import reference
+from fastppo.ops.checks import check_floating, check_shape
+from fastppo.ops.head import IGNORED
+from fastppo.ops.loss_options import LossOptions, Rollout
+from fastppo.ops.outputs import PPOLossOutput
+from fastppo.ops.selective_logprob import selective_logprob
+from fastppo.ops.transform import LogitTransform
+
+
+def ppo_loss(
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    logits: Tensor | None = None,
+    targets: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    ref_logprobs: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    entropy_coef: float = 0.0,
+    loss_agg: str = "token-mean",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> PPOLossOutput:
+    """The loss of `linear_ppo_loss`, from log-probabilities or from logits.
+
+    Args:
+        old_logprobs, advantages: [..., T], see `linear_ppo_loss`.
+        logprobs: [..., T] of the sampled tokens, differentiable, with `entropy` [..., T] if it enters the loss.
+        logits: [..., T, V] instead, with `targets` [..., T]; row t predicts targets[t].
+        ref_logits: [..., T, V], for kl_estimator exact; only together with `logits`.
+        inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`). Not with `ref_logits`.
+        mask, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator, entropy_coef, loss_agg:
+            see `linear_ppo_loss`; temperature, logit_scale, softcap apply to logits only.
+
+    Returns:
+        PPOLossOutput; `loss.backward()` reaches `logprobs` and `entropy`, or `logits`.
+
+    Raises:
+        ValueError, TypeError: as `linear_ppo_loss`; or neither or both of logprobs and logits given.
+    """
+    options = LossOptions(clip_low, clip_high, dual_clip, ratio_level, kl_coef, kl_estimator, entropy_coef, loss_agg)
+    if (logprobs is None) == (logits is None):
+        raise ValueError("logprobs, logits: give exactly one of them")
+    if ref_logits is not None and (logits is None or inplace_backward):
+        raise ValueError("ref_logits: only together with logits, and without inplace_backward")
+    exact_kl = None
+    if logits is not None:
+        if targets is None:
+            raise ValueError("targets: needed with logits, to pick the sampled tokens' log-probabilities")
+        options.check(
+            has_ref_logprobs=ref_logprobs is not None, has_ref_model=ref_logits is not None, dims=targets.dim()
+        )
+        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, targets)
+        rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
+        logprobs, entropy, _ = selective_logprob(
+            logits,
+            targets.masked_fill(~rollout.mask, IGNORED),
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            return_entropy=True,
+            inplace_backward=inplace_backward,
+            backend=backend,
+        )
+        if ref_logits is not None:
+            check_floating("ref_logits", ref_logits, logits.device)
+            check_shape("ref_logits", ref_logits, tuple(logits.shape), "like logits")
+            transform, padding = LogitTransform(temperature, logit_scale, softcap), ~rollout.mask.unsqueeze(-1)
+            z, ref_z = (transform.apply(reference.upcast(x).masked_fill(padding, 0.0)) for x in (logits, ref_logits))
+            exact_kl = reference.exact_kl(z, ref_z.detach())
+    else:
+        check_floating("logprobs", logprobs)
+        options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=False, dims=logprobs.dim())
+        if entropy_coef != 0.0 and entropy is None:
+            raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
+        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, logprobs)
+        logprobs = reference.upcast(logprobs).masked_fill(~rollout.mask, 0.0)
+        if entropy is not None:
+            check_floating("entropy", entropy, logprobs.device)
+            check_shape("entropy", entropy, tuple(logprobs.shape), "like logprobs")
+            entropy = reference.upcast(entropy).masked_fill(~rollout.mask, 0.0)
+    loss, metrics = rollout.loss(logprobs, entropy, exact_kl, options)
+    return PPOLossOutput(loss, logprobs.detach(), None if entropy is None else entropy.detach(), metrics)
