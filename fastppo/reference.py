@@ -18,9 +18,12 @@ from fastppo.ops.transform import LogitTransform
 MAX_LOG_RATIO = 60.0
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """hidden [..., D], weight [V, D], bias [V] -> transformed logits [..., V], in float32 (float64 for float64)."""
-    return transform.apply(upcast(F.linear(hidden, weight, bias)))
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, mask: Tensor) -> Tensor:
+    """hidden [..., D], weight [V, D], bias [V] -> transformed logits [..., V], in float32 (float64 for float64).
+
+    Where mask [...] is False hidden may hold anything, NaN included, and neither gives nor gets a gradient.
+    """
+    return transform.apply(upcast(F.linear(hidden.masked_fill(~mask.unsqueeze(-1), 0.0), weight, bias)))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -31,7 +34,6 @@ def upcast(x: Tensor) -> Tensor:
 def logprob(z: Tensor, targets: Tensor, *, ignore_index: int = -100, return_entropy: bool = False) -> LogprobOutput:
     """Log-probability of the taken tokens, and entropy, from transformed logits z [..., V] and targets [...]."""
     valid = targets != ignore_index
-    z = z.masked_fill(~valid.unsqueeze(-1), 0.0)  # padding may hold anything, NaN included
     logsumexp = torch.logsumexp(z, dim=-1)
     log_p = torch.log_softmax(z, dim=-1)
     taken = log_p.gather(-1, targets.masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)

@@ -295,7 +295,9 @@ def _jsd(policy: _Logits, reference: _Logits, p: _Online, q: _Online, width: int
 class _RowScalars:
     """What a block's rows bring to ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term)."""
 
-    def __init__(self, saved: list[Tensor], kl_kind: str, index: Tensor, d_logprobs, d_entropy, d_logsumexp, d_kl) -> None:
+    def __init__(
+        self, saved: list[Tensor], kl_kind: str, index: Tensor, d_logprobs, d_entropy, d_logsumexp, d_kl
+    ) -> None:
         entropy, self.row_max, self.log_sum = saved[1:4]
         self.kl_kind = kl_kind
         if kl_kind:
@@ -309,7 +311,9 @@ class _RowScalars:
         self.d_kl = None if d_kl is None else d_kl[index]
 
 
-def _logit_gradient(policy: _Logits, reference: _Logits | None, targets: Tensor, rows: _RowScalars, lo: int, hi: int) -> Tensor:
+def _logit_gradient(
+    policy: _Logits, reference: _Logits | None, targets: Tensor, rows: _RowScalars, lo: int, hi: int
+) -> Tensor:
     """∂loss/∂x [R, hi − lo] of the raw logits of one tile, in float32."""
     z = policy.tile(lo, hi)
     capped = z.clone() if policy.transform.softcap is not None else z
@@ -382,13 +386,3 @@ def _tiling(rows: int, vocab: int, dim: int, budget: int) -> tuple[int, int]:
         width = 64
         block = max(1, min(block, (budget // (4 * width) - 2 * dim) // 5))
     return block, min(vocab, width) if width < 64 or vocab <= width else width // 64 * 64
-
-
-def compute_dtype_for(hidden: Tensor) -> torch.dtype:
-    """Precision of the products: autocast's where it is on, else that of the arguments; float16 runs in float32 on a CPU."""
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    if dtype == torch.float16 and hidden.device.type == "cpu":
-        dtype = torch.float32
-    return dtype

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastppo.ops import chunked
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_head, check_targets
-from fastppo.ops.chunked import compute_dtype_for
+from fastppo.ops.dispatch import select
 from fastppo.ops.transform import LogitTransform, check_transform
 
 IGNORED = -100  # what a row that is left out carries as its target inside the library
@@ -24,14 +26,24 @@ class Head(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the products are computed; the trailing arguments of the chunked custom operators."""
+    """Who computes the passes over the vocabulary, and how."""
 
+    backend: str
     transform: LogitTransform
     compute_dtype: torch.dtype
     budget: int
 
     def flat(self) -> tuple:
+        """The trailing arguments of an engine's operators."""
         return (*self.transform, self.compute_dtype, self.budget)
+
+    @property
+    def engine(self) -> ModuleType:
+        """The module whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
+        return ENGINES[self.backend]
+
+
+ENGINES: dict[str, ModuleType] = {"chunked": chunked}
 
 
 def open_head(
@@ -50,10 +62,23 @@ def open_targets(targets: Tensor, hidden: Tensor, vocab: int, ignore_index: int)
     return rows if ignore_index == IGNORED else rows.masked_fill(rows == ignore_index, IGNORED)
 
 
-def open_options(hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Options:
-    return Options(check_transform(temperature, logit_scale, softcap), compute_dtype_for(hidden), scratch_bytes())
+def open_options(
+    op: str, backend: str | None, hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None
+) -> Options:
+    name = select(op, hidden.device, hidden.dtype, backend)
+    return Options(name, check_transform(temperature, logit_scale, softcap), compute_dtype_for(hidden), scratch_bytes())
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
     """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def compute_dtype_for(hidden: Tensor) -> torch.dtype:
+    """Precision of the products: autocast's where it is on, else that of the arguments; float16 runs in float32 on a CPU."""
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if dtype == torch.float16 and hidden.device.type == "cpu":
+        dtype = torch.float32
+    return dtype

@@ -1,7 +1,7 @@
 """Exact divergence between two models over the whole vocabulary, from their hidden states.
 
-    forward   two products a tile, online sums of both softmaxes and of one's logits under the other     2NDV + 2ND'V
-    backward  both recomputed; gradients reach the first model only                                      6NDV + 2ND'V
+forward   two products a tile, online sums of both softmaxes and of one's logits under the other     2NDV + 2ND'V
+backward  both recomputed; gradients reach the first model only                                      6NDV + 2ND'V
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import chunked
 from fastppo.ops.checks import check_mask
-from fastppo.ops.dispatch import select
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options
 from fastppo.ops.linear_logprob import backward_rows
 
@@ -53,12 +51,10 @@ def linear_kl(
     ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     shape = hidden.shape[:-1]
     mask = check_mask(mask, hidden.detach()[..., 0]).reshape(-1)
-    options = open_options(hidden, temperature, logit_scale, softcap)
-    if select("linear_kl", hidden.device, hidden.dtype, backend) == "reference":
-        z, ref_z = reference.logits(*head, options.transform), reference.logits(*ref, options.transform)
-        divergence = reference.exact_kl(
-            z.masked_fill(~mask.unsqueeze(1), 0.0), ref_z.masked_fill(~mask.unsqueeze(1), 0.0), kind
-        )
+    options = open_options("linear_kl", backend, hidden, temperature, logit_scale, softcap)
+    if options.backend == "reference":
+        z, ref_z = (reference.logits(*model, options.transform, mask) for model in (head, ref))
+        divergence = reference.exact_kl(z, ref_z, kind)
         return divergence.masked_fill(~mask, 0.0).view(shape)
     targets = torch.where(mask, 0, IGNORED)
     return _LinearKL.apply(*head, targets, *ref, kind, options).view(shape)
@@ -84,7 +80,7 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kind: str, options: Options):
         head, ref = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
-        saved = chunked.statistics(*head, targets, *ref, kind, *options.flat())
+        saved = options.engine.statistics(*head, targets, *ref, kind, *options.flat())
         ctx.save_for_backward(*head, targets, *ref, *saved)
         ctx.kind, ctx.options = kind, options
         return saved[4].clone()

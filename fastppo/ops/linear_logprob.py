@@ -1,7 +1,7 @@
 """Per-token log-probability and entropy from hidden states, with any upstream gradient.
 
-    forward   hidden [N, D], weight [V, D]  ->  logprobs, entropy, logsumexp [N]        2NDV, nothing saved of size V
-    backward  upstream scalars a row        ->  ∂hidden, ∂weight, ∂bias                 6NDV, logits recomputed
+forward   hidden [N, D], weight [V, D]  ->  logprobs, entropy, logsumexp [N]        2NDV, nothing saved of size V
+backward  upstream scalars a row        ->  ∂hidden, ∂weight, ∂bias                 6NDV, logits recomputed
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import chunked
-from fastppo.ops.dispatch import select
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
 from fastppo.ops.outputs import LogprobOutput
 
@@ -48,9 +46,9 @@ def linear_logprob(
     """
     head = open_head(hidden, weight, bias)
     rows = open_targets(targets, hidden, weight.shape[0], ignore_index)
-    options = open_options(hidden, temperature, logit_scale, softcap)
-    if select("linear_logprob", hidden.device, hidden.dtype, backend) == "reference":
-        z = reference.logits(*head, options.transform)
+    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap)
+    if options.backend == "reference":
+        z = reference.logits(*head, options.transform, rows != IGNORED)
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
@@ -63,7 +61,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
         head = Head(hidden, weight, bias)
-        saved = chunked.statistics(*head, targets, None, None, None, "", *options.flat())
+        saved = options.engine.statistics(*head, targets, None, None, None, "", *options.flat())
         ctx.save_for_backward(*head, targets, *saved)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -79,11 +77,13 @@ class _LinearLogprob(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def backward_rows(ctx, head: Head, targets: Tensor, ref: Head | None, kl_kind: str, saved: list[Tensor], upstream) -> tuple:
+def backward_rows(
+    ctx, head: Head, targets: Tensor, ref: Head | None, kl_kind: str, saved: list[Tensor], upstream
+) -> tuple:
     """(∂hidden, ∂weight, ∂bias) for the upstream scalars (d_logprobs, d_entropy, d_logsumexp, d_kl), None where not needed."""
     needs = [*ctx.needs_input_grad[:3]]
     needs[2] = needs[2] and head.bias is not None
-    gradients = chunked.vjp(
+    gradients = ctx.options.engine.vjp(
         *head, targets, *(ref or (None, None, None)), kl_kind, saved, *upstream, *ctx.options.flat(), *needs
     )
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))

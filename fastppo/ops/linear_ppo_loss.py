@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import chunked
-from fastppo.ops.dispatch import select
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
 from fastppo.ops.linear_kl import open_reference
 from fastppo.ops.loss_options import LossOptions, Rollout
@@ -88,16 +86,14 @@ def linear_ppo_loss(
         raise ValueError("ref_hidden, ref_weight: give both or neither")
     head = open_head(hidden, weight, bias)
     targets_rows = open_targets(targets, hidden, weight.shape[0], IGNORED)
-    loss_options.check(
-        has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim()
-    )
+    loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, targets)
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
     ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
-    options = open_options(hidden, temperature, logit_scale, softcap)
+    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap)
 
-    if select("linear_ppo_loss", hidden.device, hidden.dtype, backend) == "reference":
+    if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
     loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(*head, rows, ref, rollout, options, loss_options)
     return PPOLossOutput(loss, logprobs, entropy, dict(zip(_metric_names(rollout, ref), metric_values, strict=True)))
@@ -107,14 +103,14 @@ def _reference_loss(
     head: Head, rows: Tensor, ref: Head | None, rollout: Rollout, options: Options, loss_options: LossOptions
 ) -> PPOLossOutput:
     """The naive path: full logits, ordinary autograd."""
-    shape, valid = rollout.mask.shape, rollout.mask.reshape(-1, 1)
-    z = reference.logits(*head, options.transform)
+    shape, valid = rollout.mask.shape, rows != IGNORED
+    z = reference.logits(*head, options.transform, valid)
     out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=True)
     logprobs, entropy = out.logprobs.view(shape), out.entropy.view(shape)
     kl = None
     if ref is not None:
-        ref_z = reference.logits(*ref, options.transform).masked_fill(~valid, 0.0)
-        kl = reference.exact_kl(z.masked_fill(~valid, 0.0), ref_z).view(shape)
+        ref_z = reference.logits(*ref, options.transform, valid)
+        kl = reference.exact_kl(z, ref_z).view(shape)
     loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
     return PPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
 
@@ -149,7 +145,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         head, shape = Head(hidden, weight, bias), rollout.mask.shape
         kl_kind = "reverse" if ref is not None else ""
         ref_head = ref if ref is not None else (None, None, None)
-        saved = chunked.statistics(*head, targets, *ref_head, kl_kind, *options.flat())
+        saved = options.engine.statistics(*head, targets, *ref_head, kl_kind, *options.flat())
         logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
         kl = saved[4].view(shape) if ref is not None else None
         loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
@@ -158,12 +154,16 @@ class _LinearPPOLoss(torch.autograd.Function):
         if any(needs):
             upstream = rollout.loss_gradient(logprobs, loss_options)
             d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
-            gradients = chunked.vjp(
+            gradients = options.engine.vjp(
                 *head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat(), *needs
             )
             ctx.save_for_backward(*gradients)
         ctx.needs = needs
-        outputs = (logprobs.clone(), entropy.clone(), torch.stack([metrics[name] for name in _metric_names(rollout, ref)]))
+        outputs = (
+            logprobs.clone(),
+            entropy.clone(),
+            torch.stack([metrics[name] for name in _metric_names(rollout, ref)]),
+        )
         ctx.mark_non_differentiable(*outputs)
         return (loss.to(torch.promote_types(hidden.dtype, torch.float32)), *outputs)
 

@@ -41,7 +41,7 @@ class LossOptions(NamedTuple):
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip: expected a number above 1, got {self.dual_clip}")
         for name in ("kl_coef", "entropy_coef"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         if self.kl_coef != 0.0 and self.kl_estimator == "exact" and not has_ref_model:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Per-token log-probability and entropy from logits that are already there, with the backward in place on request.
 
-    forward   one read of logits [N, V], a block of rows at a time in float32        ->  logprobs, entropy, logsumexp [N]
-    backward  one read, one write of ∂logits [N, V] in the logits' own dtype: in their own memory on request
+forward   one read of logits [N, V], a block of rows at a time in float32        ->  logprobs, entropy, logsumexp [N]
+backward  one read, one write of ∂logits [N, V] in the logits' own dtype: in their own memory on request
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def selective_logprob(
     rows = rows.masked_fill(rows == ignore_index, IGNORED)
     flat = logits.reshape(-1, logits.shape[-1])
     if select("selective_logprob", logits.device, logits.dtype, backend) == "reference":
-        z = transform.apply(reference.upcast(flat))
+        z = transform.apply(reference.upcast(flat).masked_fill((rows == IGNORED).unsqueeze(1), 0.0))
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
@@ -111,8 +111,13 @@ def _(logits, targets, *_options):
 
 
 def _write_gradient(
-    out: Tensor, logits: Tensor, targets: Tensor, saved: list[Tensor], upstream: list[Tensor | None],
-    transform: LogitTransform, budget: int,
+    out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    saved: list[Tensor],
+    upstream: list[Tensor | None],
+    transform: LogitTransform,
+    budget: int,
 ) -> None:
     """∂logits into `out`, which may be the logits themselves."""
     zero = torch.zeros_like(saved[0])
@@ -133,8 +138,16 @@ def _write_gradient(
 
 @torch.library.custom_op("fastppo::selective_vjp", mutates_args=())
 def _vjp(
-    logits: Tensor, targets: Tensor, saved: list[Tensor], d_logprobs: Tensor | None, d_entropy: Tensor | None,
-    d_logsumexp: Tensor | None, temperature: float, logit_scale: float, softcap: float | None, budget: int,
+    logits: Tensor,
+    targets: Tensor,
+    saved: list[Tensor],
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logsumexp: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    budget: int,
 ) -> Tensor:
     out = torch.empty_like(logits)
     transform = LogitTransform(temperature, logit_scale, softcap)
@@ -149,8 +162,16 @@ def _(logits, *_args):
 
 @torch.library.custom_op("fastppo::selective_vjp_", mutates_args=("logits",))
 def _vjp_(
-    logits: Tensor, targets: Tensor, saved: list[Tensor], d_logprobs: Tensor | None, d_entropy: Tensor | None,
-    d_logsumexp: Tensor | None, temperature: float, logit_scale: float, softcap: float | None, budget: int,
+    logits: Tensor,
+    targets: Tensor,
+    saved: list[Tensor],
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logsumexp: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    budget: int,
 ) -> None:
     transform = LogitTransform(temperature, logit_scale, softcap)
     _write_gradient(logits, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget)

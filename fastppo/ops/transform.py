@@ -43,8 +43,8 @@ class LogitTransform(NamedTuple):
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
     """Build the transform, or raise ValueError naming the argument that makes no sense."""
     for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-    if not math.isfinite(logit_scale):
+    if not abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     return LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))

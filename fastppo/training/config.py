@@ -132,7 +132,9 @@ class PPOConfig:
     clip_high: NonNegativeFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
-    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "token-mean"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
     entropy_coef: float = 0.0
     vf_coef: NonNegativeFloat = 0.1
     cliprange_value: PositiveFloat | None = 0.2
@@ -305,12 +307,6 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        # YAML 1.1 reads 1e-5 as text for want of a dot; a person means the number.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                pass
         pairs.append((key.replace("-", "_"), value))
     return pairs
 
@@ -326,7 +322,9 @@ def _set(tree: Any, dotted: str, value: Any) -> None:
                 tree[name] = {}
             tree = tree[name]
         if not isinstance(tree, dict | list):
-            raise ConfigError(f"--{dotted}: {'.'.join(parents[: depth + 1])} is a single value and has no keys below it")
+            raise ConfigError(
+                f"--{dotted}: {'.'.join(parents[: depth + 1])} is a single value and has no keys below it"
+            )
     if isinstance(tree, list):
         tree[_index(tree, last, dotted)] = value
     else:
