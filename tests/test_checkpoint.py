@@ -85,13 +85,15 @@ def names(root):
 
 def test_layout_and_round_trip_of_every_kind_of_tensor(tmp_path):
     root = tmp_path / "deep" / "er"
-    weight = torch.randn(13, 7)
+    weight, square = torch.randn(13, 7), torch.randn(6, 6)
     bits = torch.from_numpy(np.random.default_rng().integers(0, 2**32, 101, dtype=np.uint32)).view(torch.float32)
     tensors = {
         "tied.b": weight,
         "tied.a": weight,
         "detached": torch.nn.Parameter(weight).data[:],
         "transposed": weight.t(),
+        "square": square,
+        "square transposed": square.t(),
         "tail": weight[5:],
         "strided": torch.randn(6, 9)[::2, 1::3],
         "expanded": torch.randn(1, 4).expand(3, 4),
@@ -461,6 +463,8 @@ def test_killed_at_every_call(tmp_path, before, step):
         assert new or not finished
         assert_is(found, *((step, 1) if new else (2, 0)))
         seen.add(new)
+        for path in root.glob("step-*"):
+            load_checkpoint(path)  # what is being deleted is out of sight, too
         # The next save works and clears up.
         save(root, 4, keep_last=1)
         assert_is(find_checkpoint(root, warn=never), 4)
