@@ -389,6 +389,8 @@ def _check_consistency(config: Config) -> None:
     if not config.rewards:
         raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
     names = [reward.name for reward in config.rewards]
+    if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
+        raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")
     for index, reward in enumerate(config.rewards):
         if (reward.function is None) == (reward.model is None):
             raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")
