@@ -95,8 +95,6 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     if source.gguf_file:
         arguments |= _dense_gguf(name)
     model = load_pretrained(AutoModelForCausalLM, source, config, **arguments)
-    if source.gguf_file:
-        _forget_quantization(model)
     if config.attn_implementation == "auto" and _flash_attention_fits(model, config, torch.device(device)):
         model.set_attn_implementation("flash_attention_2")
     disable_dropout(model)
@@ -272,21 +270,17 @@ def _require_gguf(name: str) -> None:
 
 
 def _dense_gguf(name: str) -> dict[str, Any]:
-    """Arguments that make transformers unpack a GGUF file's weights, whatever kernels for packed ones it finds."""
+    """Arguments that make transformers unpack a GGUF file's weights for good.
+
+    By default 5.x keeps them packed where it finds kernels for that, and even where it does not, it takes the model for
+    a quantized one, which it refuses to cast, train or save. 4.x knows no packed ones.
+    """
     _require_gguf(name)
     try:
         from transformers import GgufConfig
-    except ImportError:  # before 5.x there was no other way
+    except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are dense now, but transformers still refuses to cast, train or save what came from a GGUF file."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(name, None)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        vars(model.config).pop(name, None)
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:
