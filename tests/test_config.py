@@ -38,7 +38,10 @@ def test_round_trip(tmp_path):
         (["--model.lora.rank", "2"], "model.lora.rank: unknown key"),
         (["--ppo.kl_coef", "much"], "ppo.kl_coef: input should be a valid number"),
         (["--ppo.lam", "1.5"], "ppo.lam: input should be less than or equal to 1, got 1.5"),
-        (["--ppo.ratio_level", "sequnce"], "ppo.ratio_level: 'sequnce' is not one of its values; did you mean 'sequence'?"),
+        (
+            ["--ppo.ratio_level", "sequnce"],
+            "ppo.ratio_level: 'sequnce' is not one of its values; did you mean 'sequence'?",
+        ),
         (["--ppo.kl_coef"], "--ppo.kl_coef: needs a value"),
         (["ppo.kl_coef", "1"], "expected --section.key value"),
         (["--rewards.3.weight", "2"], "is not an index of a list of 1"),
@@ -77,6 +80,6 @@ def test_unreadable_files(tmp_path):
 
 
 def test_every_key_is_listed_once():
-    names = [name for name, _, _ in documented_keys()]
+    names = [key.name for key in documented_keys()]
     assert len(names) == len(set(names))
     assert {"ppo.kl_coef", "rewards.N.function", "model.lora.r", "total_steps"} <= set(names)

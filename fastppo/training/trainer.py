@@ -376,6 +376,8 @@ class Trainer:
                 )
             return None
         checkpoint = find_checkpoint(root)
+        if checkpoint is None and any(root.glob("step-*")):
+            raise CheckpointError(f"{root}: none of the checkpoints is whole; start a new run with another output_dir")
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_dict(self.config))
             self._resumed = True
