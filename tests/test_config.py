@@ -60,7 +60,7 @@ def test_one_clear_line(tmp_path, overrides, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("section", ["model", "data", "rewards"])
+@pytest.mark.parametrize("section", ["model", "data"])
 def test_what_every_run_needs(section):
     tree = copy.deepcopy(BASE)
     del tree[section]

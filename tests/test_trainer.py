@@ -105,7 +105,14 @@ def test_a_run_leaves_everything_behind(world, tmp_path):
 
 def test_the_reward_rises(world, tmp_path):
     Trainer(
-        config(world, tmp_path / "run", total_steps=30, ppo__kl_coef=0.0, optim__learning_rate=3e-3, rollout__num_prompts=16)
+        config(
+            world,
+            tmp_path / "run",
+            total_steps=30,
+            ppo__kl_coef=0.0,
+            optim__learning_rate=3e-3,
+            rollout__num_prompts=16,
+        )
     ).train()
     rows = metrics_of(tmp_path / "run")
     assert rows[-1]["eval/reward"] > rows[0]["eval/reward"] + 0.1
@@ -236,7 +243,9 @@ def _named(name, returns):
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy):
-    trainer = Trainer(config(world, tmp_path / "run", on_nonfinite=policy, ppo__num_mini_batches=1, ppo__num_ppo_epochs=1))
+    trainer = Trainer(
+        config(world, tmp_path / "run", on_nonfinite=policy, ppo__num_mini_batches=1, ppo__num_ppo_epochs=1)
+    )
     before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
     loss = trainer.algorithm.loss
     trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
@@ -286,6 +295,7 @@ def test_two_runs_are_never_mixed(world, tmp_path):
         ({"data__max_prompt_length": 2}, DataError, "2"),
         ({"rollout__max_new_tokens": 127}, DataError, "longer|context"),
         ({"device": "cuda:7"}, ConfigError, "device"),
+        ({"rewards": []}, ConfigError, "rewards: at least one"),
         ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir"),
         ({"optim__lr_scheduler_type": "cosin"}, ConfigError, "lr_scheduler_type"),
     ],

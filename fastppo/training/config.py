@@ -397,8 +397,6 @@ def _check_consistency(config: Config) -> None:
         raise ConfigError("model.name_or_path: required, but not given")
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
-    if not config.rewards:
-        raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
     names = [reward.name for reward in config.rewards]
     if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
         raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")

@@ -93,6 +93,8 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         resume: bool = False,
     ) -> None:
+        if not (rewards or config.rewards):
+            raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.device = choose_device(config.device)
