@@ -87,7 +87,7 @@ private:
         if (kMask && real == 0) return write<kWhole>(at, n, V::set1(T(0)), V::set1(T(0)));
         const Vec rewards = kWhole ? V::load(args_.rewards + at) : V::load_first(args_.rewards + at, n);
         const Vec values = kWhole ? V::load(args_.values + at) : V::load_first(args_.values + at, n);
-        const Bits dones = kDone ? V::bits(args_.dones + at, n) & real : 0;
+        const Bits dones = kDone ? V::bits(args_.dones + at, n) : 0;
         if (kMask && real != inside) {
             const Vec packed = V::pack(values, real);
             scan<false>(V::pack(rewards, real), packed, V::pack_bits(dones, real), V::count(real), carry);
