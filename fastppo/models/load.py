@@ -120,6 +120,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if source.gguf_file:
         _require_gguf(config.name_or_path)
     tokenizer = load_pretrained(AutoTokenizer, source, config)
+    if source.gguf_file:
+        _check_gguf_eos(tokenizer, Path(source.path, source.gguf_file))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{config.name_or_path}: the tokenizer has no eos token, so a completion could never end")
     if tokenizer.pad_token_id is None:
@@ -267,6 +269,20 @@ def _as_source(path: Path, name: str) -> ModelSource:
 def _require_gguf(name: str) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{name}: reading a GGUF file needs gguf (pip install gguf)")
+
+
+def _check_gguf_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Refuse what transformers up to 5.0 at least make of a GGUF file: bos for eos, so that no completion ends."""
+    if tokenizer.eos_token_id != tokenizer.bos_token_id:
+        return
+    import gguf
+
+    field = gguf.GGUFReader(path).get_field("tokenizer.ggml.eos_token_id")
+    if field is not None and field.contents() != tokenizer.eos_token_id:
+        raise ModelError(
+            f"{path}: this transformers takes token {tokenizer.eos_token_id} for its eos, but the file says "
+            f"{field.contents()} (pip install --upgrade transformers; 5.24 reads it right)"
+        )
 
 
 def _dense_gguf(name: str) -> dict[str, Any]:
