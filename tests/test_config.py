@@ -48,9 +48,14 @@ def test_round_trip(tmp_path):
         (["--seed.x", "2"], "seed: input should be a valid integer"),
         (["--model.reference", "none"], "ppo.kl_coef: must be 0 when model.reference is none"),
         (["--ppo.num_mini_batches", "64"], "ppo.num_mini_batches: 64 parts"),
-        (["--rollout.min_new_tokens", "99"], "rollout.min_new_tokens"),
         (["--rewards.0.model", "x"], "rewards.0: give exactly one of"),
         (["--total_steps", "0"], "total_steps"),
+        (["--optim.lr_scheduler_type", "cosin"], "did you mean 'cosine'?"),
+        (["--optim.warmup_steps", "3"], "take constant_with_warmup"),
+        (["--ppo.entropy_coef", ".nan"], "ppo.entropy_coef"),
+        (["--optim.adam_beta1", "1.0"], "optim.adam_beta1"),
+        (["--rewards.0.weight", ".inf"], "rewards.0.weight"),
+        (["--rewards.0.name", "mean"], "is the name of a metric already"),
     ],
 )
 def test_one_clear_line(tmp_path, overrides, message):
@@ -83,3 +88,13 @@ def test_every_key_is_listed_once():
     names = [key.name for key in documented_keys()]
     assert len(names) == len(set(names))
     assert {"ppo.kl_coef", "rewards.N.function", "model.lora.r", "total_steps"} <= set(names)
+
+
+def test_text_from_the_command_line_stays_as_it_is(tmp_path):
+    words = ["--output_dir", "runs/a #1", "--data.system_prompt", "You are: kind # always", "--data.eval", "null"]
+    config = load_config(write(tmp_path, BASE), [*words, "--rewards.0.name", "007", "--model.lora", "{r: 3}"])
+    assert config.output_dir == "runs/a #1"
+    assert config.data.system_prompt == "You are: kind # always"
+    assert config.data.eval is None
+    assert config.rewards[0].name == "007"
+    assert config.model.lora.r == 3

@@ -196,6 +196,44 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=f"{agg} {name}")
 
 
+def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
+    for agg in ("seq-mean-token-sum-norm", "seq-mean-token-mean"):
+        seen = []
+        for parts in (1, 4):
+            trainer = Trainer(
+                config(
+                    world, tmp_path / f"{agg}{parts}", ppo__num_mini_batches=1, ppo__loss_agg=agg,
+                    ppo__gradient_accumulation_steps=parts, rollout__max_new_tokens=40,
+                )
+            )  # fmt: skip
+            rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+            experience = trainer.scorer.score(rollout, torch.linspace(-1, 1, 8))
+            for name in ("mask", "old_logprobs", "old_values", "kl", "ref_logprobs"):
+                setattr(experience, name, getattr(experience, name)[:, :11])  # shorter than what is allowed
+            experience.sequences = experience.sequences[:, : experience.sequences.shape[1] - 29]
+            experience.attention_mask = experience.attention_mask[:, : experience.sequences.shape[1]]
+            experience.mask[0, 3:] = False
+            trainer.algorithm.estimate_advantages(experience)
+            seen.append(trainer._accumulate_gradients(experience))
+        for name in ("policy/entropy", "policy/ratio_mean", "policy/approx_kl", "loss/policy", "loss/value"):
+            assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-4, abs=1e-6), (agg, name)
+        assert seen[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_models_own_sampling_defaults_change_nothing(world, tmp_path):
+    """Chat models ship with top-p, penalties and the like; the policy is sampled as it is scored."""
+    trainer = Trainer(config(world, tmp_path / "run"))
+    prompts = trainer.data.train[:6]
+    torch.manual_seed(0)
+    expected = trainer.scorer.sample(prompts).sequences
+    hostile = trainer.models.policy.generation_config
+    hostile.update(top_p=0.1, top_k=1, repetition_penalty=3.0, min_p=0.9, no_repeat_ngram_size=1, num_beams=3)
+    hostile.update(suppress_tokens=[1, 2, 3], temperature=0.01, typical_p=0.1, min_length=100)
+    torch.manual_seed(0)
+    assert torch.equal(trainer.scorer.sample(prompts).sequences, expected)
+    assert trainer.models.policy.generation_config is hostile  # and it is saved with the model as it came
+
+
 def test_evaluation_never_changes_a_run(world, tmp_path):
     Trainer(config(world, tmp_path / "a")).train()
     Trainer(config(world, tmp_path / "b", eval__every=1)).train()
@@ -258,6 +296,70 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy)
     assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
 
 
+def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run"))
+    name = next(n for n in trainer.policy_parameters if "layers.1.mlp.down_proj" in n)
+    trainer.policy_parameters[name].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"first non-finite gradient in .*layers\.1\.mlp\.down_proj"):
+        trainer.train()
+
+
+def test_nonfinite_probabilities_are_named(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", eval__every=0, data__eval_size=0))
+    with torch.no_grad():
+        next(iter(trainer.policy_parameters.values())).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="step 1: the policy's probabilities are not finite"):
+        trainer.train()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_nothing(world, tmp_path):
+    class Judge:
+        __name__ = "vowels"
+        calls = 0
+
+        def __call__(self, prompts, completions, **_):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise RuntimeError("out")
+            return vowels(prompts, completions)
+
+    Trainer(config(world, tmp_path / "whole", eval__every=2), rewards=[vowels]).train()
+    for fails_at, step, every in ((4, 2, 10), (7, 4, 0)):  # the evaluation of step 2, the last one
+        out, judge = tmp_path / f"run{fails_at}", Judge()
+        judge.fails_at = fails_at
+        with pytest.raises(RewardError):
+            Trainer(config(world, out, eval__every=2, checkpoint__every=every), rewards=[judge]).train()
+        if every:
+            resumed = Trainer(config(world, out, eval__every=2, checkpoint__every=every), rewards=[vowels], resume=True)
+            assert resumed.step == step
+            resumed.train()
+            assert metrics_of(out) == metrics_of(tmp_path / "whole")
+        assert same(weights_of(out), weights_of(tmp_path / "whole"))
+
+
+def test_resuming_a_finished_run_adds_nothing(world, tmp_path):
+    Trainer(config(world, tmp_path / "run")).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    Trainer(config(world, tmp_path / "run"), resume=True).train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_signal_saves_also_without_periodic_checkpoints(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", checkpoint__every=0))
+    step = trainer.train_step
+    trainer.train_step = lambda: (setattr(trainer, "_signal", signal.SIGINT), step())[1]
+    assert trainer.train().interrupted_by == signal.SIGINT
+    assert Trainer(config(world, tmp_path / "run", checkpoint__every=0), resume=True).step == 1
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_used(world, tmp_path):
+    changes = {"optim__lr_scheduler_type": "linear", "optim__warmup_steps": 1, "optim__learning_rate": 1e-3}
+    Trainer(config(world, tmp_path / "run", **changes)).train()
+    rates = [row["lr"] for row in metrics_of(tmp_path / "run") if "lr" in row]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])  # no step at a rate of 0
+
+
 def test_a_full_disk_keeps_the_older_checkpoints(world, tmp_path, monkeypatch):
     from fastppo.training import trainer as module
 
@@ -297,7 +399,7 @@ def test_two_runs_are_never_mixed(world, tmp_path):
         ({"device": "cuda:7"}, ConfigError, "device"),
         ({"rewards": []}, ConfigError, "rewards: at least one"),
         ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir"),
-        ({"optim__lr_scheduler_type": "cosin"}, ConfigError, "lr_scheduler_type"),
+        ({"backend": "triton"}, ConfigError, "backend"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(world, tmp_path, changes, error, message):
