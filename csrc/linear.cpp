@@ -12,6 +12,10 @@
 
 #include "parallel.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastppo {
 
 const RowKernels& row_kernels(Isa isa) {
@@ -33,6 +37,18 @@ constexpr Index kRowBlock = 64;
 constexpr Index kSkew = 32;
 constexpr Index kLine = 64;
 
+// A page of 4 KB at a time, the first touch of a new gradient takes as long as the softmax of all its logits.
+void prefer_huge_pages(void* memory, Index bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::uintptr_t page = 4096;
+    const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(memory) + page - 1) / page * page;
+    const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(memory) + static_cast<std::uintptr_t>(bytes);
+    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // or not: it is a wish
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 // One piece of memory for a call, taken from the last call's where that is free and large enough.
 class Scratch {
 public:
@@ -49,6 +65,7 @@ public:
             memory.data.reset(static_cast<char*>(std::malloc(static_cast<std::size_t>(size + kLine))));
             memory.size = memory.data ? size : 0;
             if (!memory.data) throw std::bad_alloc();
+            prefer_huge_pages(memory.data.get(), size);
         }
         const auto start = reinterpret_cast<std::uintptr_t>(memory.data.get());
         base_ = memory.data.get() + (kLine - start % kLine) % kLine;
@@ -158,9 +175,17 @@ public:
     void logits(const Index* index, Index count, Index out_rows, Index lo, Index hi, const char* transposed, char* rows,
                 char* spare, float* z, float* maxima) const {
         const Index width = padded(hi - lo);
-        gather(model_.hidden, index, 0, count, out_rows, rows, spare);
+        const Matrix& h = model_.hidden;
+        const void* from = rows;
+        Index stride = dim_;
+        if (h.type == p_.compute && h.cols == dim_ && count == out_rows && index[count - 1] - index[0] == count - 1) {
+            from = row(h, index[0]);
+            stride = h.stride;
+        } else {
+            gather(h, index, 0, count, out_rows, rows, spare);
+        }
         for (Index c = 0; c < width; c += kPanel) {
-            multiply(out_rows, dim_, dim_, width, false, rows, transposed + c / kPanel * panel_bytes(), z + c);
+            multiply(out_rows, dim_, stride, width, false, from, transposed + c / kPanel * panel_bytes(), z + c);
         }
         release();
         for (Index i = 0; i < count; ++i) {
@@ -286,7 +311,11 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
         }
     };
 
-    if (kept.whole) std::memset(kept.whole, 1, static_cast<std::size_t>(tiles));
+    if (kept.whole) {
+        std::memset(kept.whole, 1, static_cast<std::size_t>(tiles));
+        prefer_huge_pages(kept.front, kept.front_tiles * kept.front_stride);
+        prefer_huge_pages(kept.back, kept.back_tiles * kept.rows * slot_row);
+    }
     each_row([&](Index tile, Index lo, Index hi, Index i, const float* z, float high, const float* ref_z,
                  float ref_high) {
         RowSums& r = sums[i];
@@ -358,12 +387,14 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
 
 namespace {
 
-RowGradient row_gradient(const float* scalars, Index n, Index i, bool divergence) {
+RowGradient row_gradient(const float* scalars, Index n, Index i, bool divergence, Index target) {
     RowGradient g{};
+    g.target = target;
     g.row_max = scalars[i];
     g.log_sum = scalars[n + i];
     g.a = scalars[2 * n + i];
     g.b = scalars[3 * n + i];
+    g.c = scalars[4 * n + i];
     if (divergence) {
         g.d_kl = scalars[5 * n + i];
         g.kl_center = scalars[6 * n + i];
@@ -371,13 +402,6 @@ RowGradient row_gradient(const float* scalars, Index n, Index i, bool divergence
         g.ref_log_sum = scalars[8 * n + i];
     }
     return g;
-}
-
-// What c [v = target] becomes on its way through the transform.
-float slope_at(float z, const Transform& t) {
-    if (t.cap == 0) return t.scale;
-    const float share = z / t.cap;
-    return t.scale * (1.0f - share * share);
 }
 
 }  // namespace
@@ -407,6 +431,7 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
         for (int w = 0; w < p.threads; ++w) take_worker(s, p, std::max(dim, reference.dim()), both, true, workers[w]);
     });
 
+    if (g.d_weight) prefer_huge_pages(g.d_weight, vocab * weight.cols * size_of(weight.type));
     for (Index tile = 0; tile < tiles; ++tile) {
         const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
         const char* const tile_slot =
@@ -447,29 +472,21 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
                 if (both) {
                     reference.logits(p.rows + first, count, rows, lo, hi, ref_packed, w.rows, w.spare, w.ref_z, unused);
                 }
+                char* const dz = w.dz ? w.dz : reinterpret_cast<char*>(w.z);
                 for (Index i = 0; i < count; ++i) {
-                    float* const z = w.z + i * width;
-                    const Index target = p.targets[p.rows[first + i]];
-                    const bool here = target >= lo && target < hi;
-                    const float slope = here ? slope_at(z[target - lo], p.transform) : 0.0f;
-                    k.gradient(z, both ? w.ref_z + i * width : nullptr, hi - lo, p.divergence,
-                               row_gradient(g.scalars, p.n, first + i, both), p.transform);
-                    if (here) z[target - lo] += g.scalars[4 * p.n + first + i] * slope;
+                    k.gradient(w.z + i * width, both ? w.ref_z + i * width : nullptr, hi - lo, p.divergence,
+                               row_gradient(g.scalars, p.n, first + i, both, p.targets[p.rows[first + i]] - lo),
+                               p.transform, p.compute, dz + i * width * size);
                 }
-                std::memset(w.z + count * width, 0, static_cast<std::size_t>((rows - count) * width) * sizeof(float));
+                std::memset(dz + count * width * size, 0, static_cast<std::size_t>((rows - count) * width * size));
                 if (g.d_hidden) {
-                    const void* dz = w.z;
-                    if (w.dz) {
-                        k.convert(w.z, Type::float32, rows * width, w.dz, p.compute, rows * width);
-                        dz = w.dz;
-                    }
                     for (Index c = 0; c < dim; c += kPanel) {
                         policy.multiply(rows, width, width, dim, true, dz, straight + c * width * size,
                                         g.d_hidden + first * dim + c);
                     }
                     policy.release();
                 }
-                if (columns) k.transpose(w.z, width, rows, width, p.compute, dzt + inside * size, dzt_stride);
+                if (columns) k.transpose(dz, width, rows, width, p.compute, dzt + inside * size, dzt_stride);
             });
 
             if (!columns) continue;
@@ -536,15 +553,12 @@ void selective_gradients(const Matrix& logits, const Index* rows, Index n, const
     for_each(n, threads, [&](int, Index i) {
         alignas(64) float z[kSegment];
         const Index target = targets[rows[i]];
-        const RowGradient g = row_gradient(scalars, n, i, false);
         const Index size = size_of(logits.type);
         for (Index lo = 0; lo < logits.cols; lo += kSegment) {
             const Index count = std::min(kSegment, logits.cols - lo);
             k.transform(row(logits, rows[i]) + lo * size, logits.type, count, nullptr, transform, z);
-            const bool here = target >= lo && target < lo + count;
-            const float slope = here ? slope_at(z[target - lo], transform) : 0.0f;
-            k.gradient(z, nullptr, count, Divergence::none, g, transform);
-            if (here) z[target - lo] += scalars[4 * n + i] * slope;
+            k.gradient(z, nullptr, count, Divergence::none, row_gradient(scalars, n, i, false, target - lo), transform,
+                       Type::float32, z);
             k.convert(z, Type::float32, count, static_cast<char*>(out) + (rows[i] * logits.cols + lo) * size,
                       logits.type, count);
         }

@@ -1,7 +1,7 @@
 // What is done to rows of logits between the matrix products, and to matrices on their way into them.
 //
 //     fold      z [v]            ->  Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m)                          pass 1, per vocabulary tile
-//     gradient  z [v]            ->  ∂loss/∂x [v], in place                            pass 2
+//     gradient  z [v]            ->  ∂loss/∂x [v] as the products read it              pass 2
 //     pack_*    matrix           ->  panels of 64 columns as the products read them    both
 //
 // One table of functions for each instruction set. Rows of logits are float32 buffers padded to whole panels: the
@@ -45,10 +45,11 @@ struct BothSums {
     float cross;  // Σ eᶻ⁻ᵐ (z' − m'): the other model's logits under the weights of `weighting`
 };
 
-// One row of ∂z = p (a + b log p) + d_kl · (the divergence's own term); the target's term is added by the caller.
+// One row of ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term).
 struct RowGradient {
+    std::int64_t target;  // where in this part of the row; outside of it where it is in another
     float row_max, log_sum;
-    float a, b;
+    float a, b, c;
     float d_kl, kl_center, ref_row_max, ref_log_sum;
 };
 
@@ -60,7 +61,9 @@ struct RowKernels {
     // Σ p (log p − log ½(p+q)) into kl[0], Σ q (log q − log ½(p+q)) into kl[1]
     void (*jsd)(const float* z, float m, float log_sum, const float* ref_z, float ref_m, float ref_log_sum,
                 std::int64_t n, float* kl);
-    void (*gradient)(float* z, const float* ref_z, std::int64_t n, Divergence, const RowGradient&, const Transform&);
+    // ∂loss/∂x [padded(n)] in `type`; out may be z.
+    void (*gradient)(float* z, const float* ref_z, std::int64_t n, Divergence, const RowGradient&, const Transform&,
+                     Type type, void* out);
 
     // n values from one type to another, then zeros up to padded_n.
     void (*convert)(const void* from, Type from_type, std::int64_t n, void* to, Type to_type, std::int64_t padded_n);
@@ -73,8 +76,8 @@ struct RowKernels {
     void (*pack_transposed)(const void* rows, std::int64_t stride, std::int64_t k, Type type, void* panel);
     // The same from B's own rows [K, 64], each `stride` values from the next.
     void (*pack)(const void* rows, std::int64_t stride, std::int64_t k, Type type, void* panel);
-    // `rows` (a multiple of 32) rows of z [n] (n a multiple of 64) as columns of out, in another type.
-    void (*transpose)(const float* z, std::int64_t stride, std::int64_t rows, std::int64_t n, Type type, void* out,
+    // `rows` (a multiple of 32) rows of [n] (a multiple of 64) float32 or bfloat16 values as columns of out.
+    void (*transpose)(const void* in, std::int64_t stride, std::int64_t rows, std::int64_t n, Type type, void* out,
                       std::int64_t out_stride);
 
     float (*sum)(const void* x, Type type, std::int64_t n);  // n a multiple of 32

@@ -171,53 +171,68 @@ void jsd(const float* z, float m, float log_sum, const float* ref_z, float ref_m
     kl[1] = S::sum(kl_q);
 }
 
-template <Divergence kKind, bool kCap>
-void gradient(float* z, const float* ref_z, std::int64_t n, const RowGradient& row, const Transform& t) {
+template <Divergence kKind, bool kCap, Type kType>
+void gradient(float* z, const float* ref_z, std::int64_t n, const RowGradient& row, const Transform& t, void* out) {
     const F m = S::set1(row.row_max), log_sum = S::set1(row.log_sum), a = S::set1(row.a), b = S::set1(row.b);
     const F d_kl = S::set1(kKind == Divergence::jsd ? 0.5f * row.d_kl : row.d_kl), center = S::set1(row.kl_center);
     const F ref_m = S::set1(row.ref_row_max), ref_log_sum = S::set1(row.ref_log_sum);
     const F scale = S::set1(t.scale), minus_scale = S::set1(-t.scale), per_cap = S::set1(kCap ? 1.0f / t.cap : 0.0f);
-    for (std::int64_t i = 0; i < padded(n); i += W) {
+    const auto slope = [&](std::int64_t i) {
+        if (!kCap) return scale;
+        const F share = S::mul(S::max(S::set1(-t.cap), S::load(z + i)), per_cap);
+        return S::fma(S::mul(share, share), minus_scale, scale);
+    };
+    const auto dz = [&](std::int64_t i) {
         const F log_p = log_probability(z + i, m, log_sum), p = exp(log_p);
         F coefficient = S::fma(b, log_p, a);
-        F beside = S::set1(0.0f);
-        if (kKind != Divergence::none) {
-            const F log_q = log_probability(ref_z + i, ref_m, ref_log_sum);
-            if (kKind == Divergence::forward) {
-                coefficient = S::add(coefficient, d_kl);
-                beside = S::mul(d_kl, exp(log_q));
-            } else {
-                const F against = kKind == Divergence::reverse ? log_q : log_mean(log_p, log_q);
-                coefficient = S::fma(d_kl, S::sub(S::sub(log_p, against), center), coefficient);
-            }
+        if (kKind == Divergence::none) return S::mul(p, coefficient);
+        const F log_q = log_probability(ref_z + i, ref_m, ref_log_sum);
+        if (kKind == Divergence::forward) {
+            return S::sub(S::mul(p, S::add(coefficient, d_kl)), S::mul(d_kl, exp(log_q)));
         }
-        F dz = S::mul(p, coefficient);
-        if (kKind == Divergence::forward) dz = S::sub(dz, beside);
-        F slope = scale;
-        if (kCap) {
-            const F share = S::mul(S::max(S::set1(-t.cap), S::load(z + i)), per_cap);
-            slope = S::fma(S::mul(share, share), minus_scale, scale);
-        }
-        S::store(z + i, S::mul(dz, slope));
+        const F against = kKind == Divergence::reverse ? log_q : log_mean(log_p, log_q);
+        return S::mul(p, S::fma(d_kl, S::sub(S::sub(log_p, against), center), coefficient));
+    };
+
+    // The vector with the target in it, first: the loop may overwrite z.
+    const bool here = row.target >= 0 && row.target < n;
+    const std::int64_t vector = here ? row.target / W * W : 0;
+    alignas(64) float with_target[W];
+    if (here) {
+        alignas(64) float one[W] = {};
+        one[row.target - vector] = row.c;
+        S::store(with_target, S::mul(S::add(dz(vector), S::load(one)), slope(vector)));
+    }
+    for (std::int64_t i = 0; i < padded(n); i += W) store_as(out, kType, i, S::mul(dz(i), slope(i)));
+    if (here) store_as(out, kType, vector, S::load(with_target));
+}
+
+template <Divergence kKind, Type kType>
+void gradient_kind(float* z, const float* ref_z, std::int64_t n, const RowGradient& row, const Transform& t, void* out) {
+    if (t.cap != 0) {
+        gradient<kKind, true, kType>(z, ref_z, n, row, t, out);
+    } else {
+        gradient<kKind, false, kType>(z, ref_z, n, row, t, out);
     }
 }
 
-template <Divergence kKind>
-void gradient_kind(float* z, const float* ref_z, std::int64_t n, const RowGradient& row, const Transform& t) {
-    if (t.cap != 0) {
-        gradient<kKind, true>(z, ref_z, n, row, t);
-    } else {
-        gradient<kKind, false>(z, ref_z, n, row, t);
+template <Type kType>
+void gradient_type(float* z, const float* ref_z, std::int64_t n, Divergence kind, const RowGradient& row,
+                   const Transform& t, void* out) {
+    switch (kind) {
+        case Divergence::none: return gradient_kind<Divergence::none, kType>(z, ref_z, n, row, t, out);
+        case Divergence::reverse: return gradient_kind<Divergence::reverse, kType>(z, ref_z, n, row, t, out);
+        case Divergence::forward: return gradient_kind<Divergence::forward, kType>(z, ref_z, n, row, t, out);
+        case Divergence::jsd: return gradient_kind<Divergence::jsd, kType>(z, ref_z, n, row, t, out);
     }
 }
 
 void gradient_any(float* z, const float* ref_z, std::int64_t n, Divergence kind, const RowGradient& row,
-                  const Transform& t) {
-    switch (kind) {
-        case Divergence::none: return gradient_kind<Divergence::none>(z, ref_z, n, row, t);
-        case Divergence::reverse: return gradient_kind<Divergence::reverse>(z, ref_z, n, row, t);
-        case Divergence::forward: return gradient_kind<Divergence::forward>(z, ref_z, n, row, t);
-        case Divergence::jsd: return gradient_kind<Divergence::jsd>(z, ref_z, n, row, t);
+                  const Transform& t, Type type, void* out) {
+    if (type == Type::bfloat16) {
+        gradient_type<Type::bfloat16>(z, ref_z, n, kind, row, t, out);
+    } else {
+        gradient_type<Type::float32>(z, ref_z, n, kind, row, t, out);
     }
 }
 
@@ -271,29 +286,28 @@ void pack(const void* rows, std::int64_t stride, std::int64_t k, Type type, void
     auto* to = static_cast<std::uint32_t*>(panel);
     for (std::int64_t i = 0; i < k; i += 2, from += 2 * stride, to += kPanel) {
         for (int c = 0; c < kPanel; c += W) {
-            const S::I low = S::bf16_bits(S::load_bf16(from + c)), high = S::bf16_bits(S::load_bf16(from + stride + c));
-            S::store_bits(to + c, S::pairs(low, high));
+            S::store_bits(to + c, S::pairs(S::load_halves(from + c), S::load_halves(from + stride + c)));
         }
     }
 }
 
-void transpose(const float* z, std::int64_t stride, std::int64_t rows, std::int64_t n, Type type, void* out,
+void transpose(const void* in, std::int64_t stride, std::int64_t rows, std::int64_t n, Type type, void* out,
                std::int64_t out_stride) {
-    S::I r[W];
     if (type == Type::float32) {
         for (std::int64_t i = 0; i < rows; i += W) {
             for (std::int64_t c = 0; c < n; c += W) {
-                transpose_block(reinterpret_cast<const std::uint32_t*>(z) + i * stride + c, stride,
+                transpose_block(static_cast<const std::uint32_t*>(in) + i * stride + c, stride,
                                 static_cast<std::uint32_t*>(out) + c * out_stride + i, out_stride);
             }
         }
         return;
     }
+    S::I r[W];
     for (std::int64_t i = 0; i < rows; i += 2 * W) {
         for (std::int64_t c = 0; c < n; c += W) {
             for (int k = 0; k < W; ++k) {
-                const float* pair = z + (i + 2 * k) * stride + c;
-                r[k] = S::pairs(S::bf16_bits(S::load(pair)), S::bf16_bits(S::load(pair + stride)));
+                const auto* pair = static_cast<const std::uint16_t*>(in) + (i + 2 * k) * stride + c;
+                r[k] = S::pairs(S::load_halves(pair), S::load_halves(pair + stride));
             }
             S::transpose(r);
             for (int k = 0; k < W; ++k) {

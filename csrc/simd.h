@@ -91,6 +91,9 @@ struct Simd {
     static I pairs(I low, I high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
     static I bits(F v) { return _mm512_castps_si512(v); }
     static I load_bits(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+    static I load_halves(const std::uint16_t* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
     static void store_bits(std::uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
     static void store_low_halves(std::uint16_t* p, I v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
@@ -193,6 +196,9 @@ struct Simd {
     static I pairs(I low, I high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
     static I bits(F v) { return _mm256_castps_si256(v); }
     static I load_bits(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static I load_halves(const std::uint16_t* p) {
+        return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
     static void store_bits(std::uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
     static void store_low_halves(std::uint16_t* p, I v) {
         const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
@@ -325,6 +331,7 @@ struct Simd {
     static I pairs(I low, I high) { return each<I>([&](int i) { return low.v[i] | high.v[i] << 16; }); }
     static I bits(F a) { return bits_as<I>(a); }
     static I load_bits(const std::uint32_t* p) { return each<I>([&](int i) { return p[i]; }); }
+    static I load_halves(const std::uint16_t* p) { return each<I>([&](int i) { return std::uint32_t{p[i]}; }); }
     static void store_bits(std::uint32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
     static void store_low_halves(std::uint16_t* p, I a) {
         for (int i = 0; i < W; ++i) p[i] = static_cast<std::uint16_t>(a.v[i]);
