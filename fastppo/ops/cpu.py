@@ -37,7 +37,9 @@ isa: str | None = None  # an instruction set that the tests force; None: the bes
 def _load_products() -> tuple[str, ...]:
     """Hand PyTorch's microkernels to the extension; the types of product that work here."""
     module = extension.load()
-    library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+    library = (
+        Path(torch.__file__).parent / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+    )
     if module is None or not library.exists():
         return ()
     long = "x" if sys.platform == "darwin" else "l"  # how the C++ ABI spells int64_t
@@ -58,7 +60,9 @@ PRODUCTS = _load_products()
 
 def why_slow() -> str | None:
     """Why this engine hands its work to `chunked`, in a line; None where it does not."""
-    return None if PRODUCTS else "this PyTorch does not export the matrix products that fastppo's C++ extension builds on"
+    return (
+        None if PRODUCTS else "this PyTorch does not export the matrix products that fastppo's C++ extension builds on"
+    )
 
 
 @torch.library.custom_op("fastppo::cpu_statistics", mutates_args=())
@@ -80,9 +84,7 @@ def statistics(
     """See `fastppo.ops.chunked.statistics`."""
     options = (temperature, logit_scale, softcap, compute_dtype, budget)
     if not _serves(hidden, weight, ref_weight):
-        return chunked.statistics(
-            hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *options
-        )
+        return chunked.statistics(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *options)
     heads = _Heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl_kind)
     return heads.statistics(targets, *options)
 
@@ -312,7 +314,13 @@ class _Heads:
         return _Tiling.choose(rows, self.weight, self.ref_weight, compute_dtype, budget)
 
     def _options(self, kl_kind: str, compute_dtype: torch.dtype, tiling: _Tiling) -> tuple:
-        operand = "bfloat16" if compute_dtype == torch.bfloat16 else "float16" if _halves(self.hidden, compute_dtype) else "float32"
+        operand = (
+            "bfloat16"
+            if compute_dtype == torch.bfloat16
+            else "float16"
+            if _halves(self.hidden, compute_dtype)
+            else "float32"
+        )
         compute = "bfloat16" if _product_size(compute_dtype) == 2 else "float32"
         return kl_kind, operand, compute, tiling.width, tiling.block, torch.get_num_threads(), isa
 
@@ -358,7 +366,9 @@ class _Tiling(NamedTuple):
     bytes: int  # scratch that takes
 
     @classmethod
-    def choose(cls, rows: int, weight: Tensor, ref_weight: Tensor | None, compute_dtype: torch.dtype, budget: int) -> _Tiling:
+    def choose(
+        cls, rows: int, weight: Tensor, ref_weight: Tensor | None, compute_dtype: torch.dtype, budget: int
+    ) -> _Tiling:
         size = _product_size(compute_dtype)
         width, block = min(WIDTH, _pad(weight.shape[0])), _pad(max(rows, 1))
         while True:
