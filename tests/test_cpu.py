@@ -1,4 +1,4 @@
-"""The C++ kernels behind backend="cpu": every instruction set against float64, extremes, tilings, threads, kept logits."""
+"""The C++ kernels behind backend="cpu": every instruction set, extremes, tilings, threads and kept logits."""
 
 from __future__ import annotations
 
@@ -158,6 +158,20 @@ def test_kept_logits_give_the_gradients_of_recomputed_ones(dtype, n, d, budget, 
         scale = truth.abs().max()
         slack = 1e-5 if dtype == torch.float32 else 4e-3
         assert (fused.double() - truth).abs().max() <= 1.5 * (plain.double() - truth).abs().max() + slack * scale
+
+
+def test_spare_memory_that_another_loss_has_taken_is_not_read():
+    hidden, weight, targets = case(40, 16, 500, torch.bfloat16)
+    arguments = (hidden, weight, None, targets, None, None, None, "")
+    options = (1.0, 1.0, None, torch.bfloat16, 2**25)
+    upstream = (torch.randn(40), torch.randn(40), None, None)
+    *saved, d_weight, ticket, anchors, whole = cpu.keeping_statistics(*arguments, *options)
+    cpu.keeping_statistics(hidden * 3, *arguments[1:], *options)
+    d_hidden, _ = cpu.keeping_vjp(*arguments, saved, *upstream, *options, True, False, d_weight, ticket, anchors, whole)
+    want = cpu.vjp(*arguments, saved, *upstream, *options, True, True, False)
+    scale = want[0].float().abs().max()
+    torch.testing.assert_close(d_hidden.float(), want[0].float(), atol=0.01 * scale.item(), rtol=0.0)
+    torch.testing.assert_close(d_weight.float(), want[1].float(), atol=0.01 * scale.item(), rtol=0.0)
 
 
 def test_logits_too_far_apart_for_16_bits_are_recomputed(isa):

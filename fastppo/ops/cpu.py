@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ class Store(NamedTuple):
     """Where logits wait between `keeping_statistics` and `keeping_vjp`."""
 
     d_weight: Tensor  # like weight, contiguous; in the end ∂weight
-    spare: Tensor  # [bytes] uint8: what the budget leaves over
+    ticket: Tensor  # [1] int64: names the contents of this thread's spare memory
     anchors: Tensor  # [N] float32: what was subtracted from a row's logits before they were rounded to 16 bits
     whole: Tensor  # [tiles] uint8: 1 where 16 bits could hold every logit of the tile
 
@@ -189,14 +190,36 @@ def _open_store(
     hidden: Tensor, weight: Tensor, ref_weight: Tensor | None, kl_kind: str, compute_dtype: torch.dtype, budget: int
 ) -> Store:
     tiling = _Tiling.choose(hidden.shape[0], weight, ref_weight if kl_kind else None, compute_dtype, budget)
-    tiles = -(-weight.shape[0] // tiling.width)
-    needed = tiles * tiling.slot_bytes(hidden.shape[0], _halves(hidden, compute_dtype))
     return Store(
         torch.empty_like(weight, memory_format=torch.contiguous_format),
-        weight.new_empty(min(max(budget - tiling.bytes, 0), needed), dtype=torch.uint8),
+        weight.new_empty(1, dtype=torch.int64),
         weight.new_empty(hidden.shape[0], dtype=torch.float32),
-        weight.new_empty(tiles, dtype=torch.uint8),
+        weight.new_empty(-(-weight.shape[0] // tiling.width), dtype=torch.uint8),
     )
+
+
+class _Spare(threading.local):
+    """A thread's memory for logits that ∂weight has no room for, reused since the first touch is what costs."""
+
+    memory: Tensor | None = None
+    ticket = 0
+
+    def fill(self, num_bytes: int, store: Store) -> Tensor:
+        """Memory for new contents, which `store` can claim until the next ones."""
+        if self.memory is None or not num_bytes <= self.memory.numel() <= 2 * num_bytes:
+            self.memory = None  # freed before its successor is there
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self.ticket += 1
+        store.ticket.fill_(self.ticket)
+        return self.memory
+
+    def claim(self, store: Store) -> Tensor:
+        if self.memory is None or store.ticket.item() != self.ticket:
+            return store.whole.new_empty(0)  # overwritten since: those logits are computed again
+        return self.memory
+
+
+_spare = _Spare()
 
 
 @torch.library.custom_op("fastppo::cpu_keeping_vjp", mutates_args=("d_weight",))
@@ -222,7 +245,7 @@ def keeping_vjp(
     need_hidden: bool,
     need_bias: bool,
     d_weight: Tensor,
-    spare: Tensor,
+    ticket: Tensor,
     anchors: Tensor,
     whole: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -230,7 +253,7 @@ def keeping_vjp(
     heads = _Heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl_kind)
     upstream = (d_logprobs, d_entropy, d_logsumexp, d_kl)
     options = (temperature, logit_scale, softcap, compute_dtype, budget)
-    store = Store(d_weight, spare, anchors, whole)
+    store = Store(d_weight, ticket, anchors, whole)
     return heads.vjp(targets, saved, upstream, *options, need_hidden, d_weight, need_bias, store)
 
 
@@ -266,7 +289,7 @@ class _Heads:
                 rows,
                 targets,
                 self._options(self.kl_kind, compute_dtype, tiling),
-                self._kept(store, tiling, rows.numel(), compute_dtype),
+                self._kept(store, tiling, rows.numel(), compute_dtype, budget, fill=True),
                 out,
             )
         return [x.clone() for x in out]
@@ -297,7 +320,7 @@ class _Heads:
             rows,
             targets,
             self._options(with_kl, compute_dtype, tiling),
-            self._kept(store, tiling, int(valid.sum()), compute_dtype),
+            self._kept(store, tiling, int(valid.sum()), compute_dtype, budget, fill=False),
             None if store is None else (valid.cumsum(0) - 1)[rows],
             row_scalars(rows, saved, upstream),
             None if sums is None else sums.view(-1),
@@ -324,17 +347,22 @@ class _Heads:
         compute = "bfloat16" if _product_size(compute_dtype) == 2 else "float32"
         return kl_kind, operand, compute, tiling.width, tiling.block, torch.get_num_threads(), isa
 
-    def _kept(self, store: Store | None, tiling: _Tiling, rows: int, compute_dtype: torch.dtype) -> tuple | None:
+    def _kept(
+        self, store: Store | None, tiling: _Tiling, rows: int, compute_dtype: torch.dtype, budget: int, *, fill: bool
+    ) -> tuple | None:
+        """Where each tile's logits [rows, width] go: into ∂weight's memory, into spare memory, or nowhere."""
         if store is None or rows == 0:
             return None
-        slot = tiling.slot_bytes(rows, _halves(self.hidden, compute_dtype))
+        slot = rows * tiling.width * (2 if _halves(self.hidden, compute_dtype) else 4)
         memory = store.d_weight.view(-1).view(torch.uint8)
         tiles = store.whole.numel()
         # A tile's rows of ∂weight must end before the next tile's slot starts.
         stride = max(slot, tiling.width * self.weight.shape[1] * self.weight.element_size())
         front = min(tiles, (memory.numel() - slot) // stride + 1) if memory.numel() >= slot else 0
-        back = min(tiles - front, store.spare.numel() // slot)
-        return memory, stride, front, store.spare, back, rows, store.anchors, store.whole
+        back = min(tiles - front, max(budget - tiling.bytes, 0) // slot)
+        spare = _spare.fill(back * slot, store) if fill else _spare.claim(store)
+        back = min(back, spare.numel() // slot)
+        return memory, stride, front, spare, back, rows, store.anchors, store.whole
 
 
 def row_scalars(rows: Tensor, saved: list[Tensor], upstream: tuple[Tensor | None, ...]) -> Tensor:
@@ -379,9 +407,6 @@ class _Tiling(NamedTuple):
                 block = _pad(block // 2)
             else:
                 width = _pad(width // 2)
-
-    def slot_bytes(self, rows: int, halves: bool) -> int:
-        return rows * self.width * (2 if halves else 4)
 
 
 def _scratch_bytes(width: int, block: int, rows: int, weight: Tensor, ref_weight: Tensor | None, size: int) -> int:
