@@ -272,13 +272,15 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
 
     RowSums* sums = nullptr;
     float* jsd = nullptr;  // [n][2]
-    char *packed = nullptr, *ref_packed = nullptr;
+    char *packed[2], *ref_packed[2];  // one tile is read while the next is packed
     std::unique_ptr<WorkerScratch[]> workers(new WorkerScratch[static_cast<std::size_t>(p.threads)]);
     const Scratch scratch([&](Scratch& s) {
         sums = s.take<RowSums>(p.n);
         jsd = s.take<float>(p.divergence == Divergence::jsd ? 2 * p.n : 0);
-        packed = s.take<char>(p.width / kPanel * policy.panel_bytes());
-        ref_packed = both ? s.take<char>(p.width / kPanel * reference.panel_bytes()) : nullptr;
+        for (char*& buffer : packed) buffer = s.take<char>(p.width / kPanel * policy.panel_bytes());
+        for (char*& buffer : ref_packed) {
+            buffer = both ? s.take<char>(p.width / kPanel * reference.panel_bytes()) : nullptr;
+        }
         for (int w = 0; w < p.threads; ++w) {
             take_worker(s, p, std::max(policy.dim(), reference.dim()), both, false, workers[w]);
         }
@@ -286,21 +288,27 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
     for (Index i = 0; i < p.n; ++i) sums[i] = {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0, 0};
 
     // pass over all tiles: visit(tile, lo, hi, row number, z, maximum, ref_z, its maximum)
+    const auto panels = [&](Index tile) {
+        return tile < tiles ? padded(std::min(p.width, vocab - tile * p.width)) / kPanel : 0;
+    };
+    const auto pack = [&](const WorkerScratch& w, Index tile, Index item) {
+        const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
+        policy.pack_weight(lo, hi, item, width, packed[tile % 2], nullptr, w.rows, w.spare);
+        if (both) reference.pack_weight(lo, hi, item, width, ref_packed[tile % 2], nullptr, w.rows, w.spare);
+    };
     const auto each_row = [&](const auto& visit) {
+        for_each(panels(0), p.threads, [&](int worker, Index item) { pack(workers[worker], 0, item); });
         for (Index tile = 0; tile < tiles; ++tile) {
             const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
-            for_each(width / kPanel, p.threads, [&](int worker, Index item) {
+            for_each(blocks + panels(tile + 1), p.threads, [&](int worker, Index item) {
                 const WorkerScratch& w = workers[worker];
-                policy.pack_weight(lo, hi, item, width, packed, nullptr, w.rows, w.spare);
-                if (both) reference.pack_weight(lo, hi, item, width, ref_packed, nullptr, w.rows, w.spare);
-            });
-            for_each(blocks, p.threads, [&](int worker, Index block) {
-                const WorkerScratch& w = workers[worker];
-                const Index first = block * rows, count = std::min(rows, p.n - first);
+                if (item >= blocks) return pack(w, tile + 1, item - blocks);
+                const Index first = item * rows, count = std::min(rows, p.n - first);
+                const Index* const index = p.rows + first;
                 float maxima[kRowBlock], ref_maxima[kRowBlock];
-                policy.logits(p.rows + first, count, rows, lo, hi, packed, w.rows, w.spare, w.z, maxima);
+                policy.logits(index, count, rows, lo, hi, packed[tile % 2], w.rows, w.spare, w.z, maxima);
                 if (both) {
-                    reference.logits(p.rows + first, count, rows, lo, hi, ref_packed, w.rows, w.spare, w.ref_z,
+                    reference.logits(index, count, rows, lo, hi, ref_packed[tile % 2], w.rows, w.spare, w.ref_z,
                                      ref_maxima);
                 }
                 for (Index i = 0; i < count; ++i) {
@@ -431,17 +439,24 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
         for (int w = 0; w < p.threads; ++w) take_worker(s, p, std::max(dim, reference.dim()), both, true, workers[w]);
     });
 
+    const auto tile_slot_of = [&](Index tile) {
+        return halves && kept.whole && !kept.whole[tile] ? nullptr : slot(kept, tile, kept.rows * slot_row);
+    };
+    const auto panels = [&](Index tile) {
+        return tile < tiles ? padded(std::min(p.width, vocab - tile * p.width)) / kPanel : 0;
+    };
+    const auto pack = [&](const WorkerScratch& w, Index tile, Index item) {
+        const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
+        char* const transposed = tile_slot_of(tile) ? nullptr : packed;
+        policy.pack_weight(lo, hi, item, width, transposed, straight, w.rows, w.spare);
+        if (both) reference.pack_weight(lo, hi, item, width, ref_packed, nullptr, w.rows, w.spare);
+    };
+
     if (g.d_weight) prefer_huge_pages(g.d_weight, vocab * weight.cols * size_of(weight.type));
+    for_each(panels(0), p.threads, [&](int worker, Index item) { pack(workers[worker], 0, item); });
     for (Index tile = 0; tile < tiles; ++tile) {
         const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
-        const char* const tile_slot =
-            halves && kept.whole && !kept.whole[tile] ? nullptr : slot(kept, tile, kept.rows * slot_row);
-
-        for_each(width / kPanel, p.threads, [&](int worker, Index item) {
-            const WorkerScratch& w = workers[worker];
-            policy.pack_weight(lo, hi, item, width, tile_slot ? nullptr : packed, straight, w.rows, w.spare);
-            if (both) reference.pack_weight(lo, hi, item, width, ref_packed, nullptr, w.rows, w.spare);
-        });
+        const char* const tile_slot = tile_slot_of(tile);
 
         for (Index stretch = 0; stretch < stretches; ++stretch) {
             const Index start = stretch * p.block, n = std::min(p.block, p.n - start), all = padded(n, rows);
@@ -489,9 +504,11 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
                 if (columns) k.transpose(dz, width, rows, width, p.compute, dzt + inside * size, dzt_stride);
             });
 
-            if (!columns) continue;
             const bool begins = stretch == 0, ends = stretch + 1 == stretches;
-            for_each(width / kPanel, p.threads, [&](int worker, Index item) {
+            const Index blocks = columns ? width / kPanel : 0;
+            // The tile's own panels have been read: the next tile's are packed alongside.
+            for_each(blocks + (ends ? panels(tile + 1) : 0), p.threads, [&](int worker, Index item) {
+                if (item >= blocks) return pack(workers[worker], tile + 1, item - blocks);
                 const Index first = lo + item * kPanel, count = std::min(Index{kPanel}, hi - first);
                 const char* const a = dzt + item * kPanel * dzt_stride * size;
                 if (g.d_bias) {

@@ -410,9 +410,9 @@ class _Tiling(NamedTuple):
 
 
 def _scratch_bytes(width: int, block: int, rows: int, weight: Tensor, ref_weight: Tensor | None, size: int) -> int:
-    """What csrc/linear.cpp takes for pass 2, the larger one."""
+    """What csrc/linear.cpp takes, at most, for either pass."""
     dim, ref_dim = _pad(weight.shape[1]), 0 if ref_weight is None else _pad(ref_weight.shape[1])
-    packed = width * (2 * dim + ref_dim) * size
+    packed = width * 2 * (dim + ref_dim) * size
     shared = (block + 32) * width * size + block * dim * size + (width * dim * 4 if rows > block else 0)
     block_of_logits = PANEL * width * (4 if ref_weight is None else 8)
     converted = PANEL * width * size if size == 2 else 0
