@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings.h"
 #include "cpu.h"
 #include "gae.h"
 
@@ -13,13 +14,15 @@ namespace nb = nanobind;
 
 namespace {
 
+using fastppo::Flat;
 using fastppo::Isa;
-
-template <typename T>
-using Flat = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using fastppo::parse_isa;
 
 constexpr std::pair<Isa, const char*> kIsas[] = {
-    {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}};  // fastest first
+    {Isa::avx512_bf16, "avx512_bf16"},
+    {Isa::avx512, "avx512"},
+    {Isa::avx2, "avx2"},
+    {Isa::portable, "portable"}};  // fastest first
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -27,13 +30,6 @@ std::vector<std::string> instruction_sets() {
         if (fastppo::supports(isa)) names.emplace_back(name);
     }
     return names;
-}
-
-Isa parse_isa(const std::optional<std::string>& wanted) {
-    for (const auto& [isa, name] : kIsas) {
-        if (fastppo::supports(isa) && (!wanted || *wanted == name)) return isa;
-    }
-    throw nb::value_error("isa: not one of instruction_sets()");
 }
 
 template <typename T>
@@ -66,9 +62,17 @@ void bind_gae(nb::module_& m) {
 
 }  // namespace
 
+Isa fastppo::parse_isa(const std::optional<std::string>& wanted) {
+    for (const auto& [isa, name] : kIsas) {
+        if (fastppo::supports(isa) && (!wanted || *wanted == name)) return isa;
+    }
+    throw nb::value_error("isa: not one of instruction_sets()");
+}
+
 NB_MODULE(_C, m) {
     m.doc() = "fastppo's kernels for the CPU.";
     m.def("instruction_sets", &instruction_sets, "Those of this build that this machine has, fastest first.");
     bind_gae<float>(m);
     bind_gae<double>(m);
+    fastppo::bind_linear(m);
 }

@@ -15,10 +15,10 @@ from fastppo.ops import extension
 
 # For each operator, its backends from fastest to slowest: the first usable one is taken.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("chunked", "reference"),
-    "linear_kl": ("chunked", "reference"),
-    "linear_ppo_loss": ("chunked", "reference"),
-    "selective_logprob": ("chunked", "reference"),
+    "linear_logprob": ("cpu", "chunked", "reference"),
+    "linear_kl": ("cpu", "chunked", "reference"),
+    "linear_ppo_loss": ("cpu", "chunked", "reference"),
+    "selective_logprob": ("cpu", "chunked", "reference"),
     "gae": ("cpu", "reference"),
 }
 NAMES = ("reference", "chunked", "cpu", "triton")

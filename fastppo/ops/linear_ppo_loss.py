@@ -135,18 +135,26 @@ class _LinearPPOLoss(torch.autograd.Function):
         head, shape = Head(hidden, weight, bias), rollout.mask.shape
         kl_kind = "reverse" if ref is not None else ""
         ref_head = ref if ref is not None else (None, None, None)
-        saved = options.engine.statistics(*head, targets, *ref_head, kl_kind, *options.flat())
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None)
+        # The gradient is certain to be asked for: an engine may keep logits for it where ∂weight will be.
+        engine = options.engine
+        keep = needs[1] and hasattr(engine, "keeps") and engine.keeps(hidden, weight, ref_head[1])
+        pass_1 = engine.keeping_statistics if keep else engine.statistics
+        outputs = pass_1(*head, targets, *ref_head, kl_kind, *options.flat())
+        saved, store = (outputs[:-4], outputs[-4:]) if keep else (outputs, None)
         logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
         kl = saved[4].view(shape) if ref is not None else None
         loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
 
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None)
         if any(needs):
             upstream = rollout.loss_gradient(logprobs, loss_options)
             d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
-            gradients = options.engine.vjp(
-                *head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat(), *needs
-            )
+            arguments = (*head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat())
+            if keep:
+                d_hidden, d_bias = engine.keeping_vjp(*arguments, needs[0], needs[2], *store)
+                gradients = (d_hidden, store[0], d_bias)
+            else:
+                gradients = engine.vjp(*arguments, *needs)
             ctx.save_for_backward(*gradients)
         ctx.needs, ctx.handed_over = needs, False
         outputs = (

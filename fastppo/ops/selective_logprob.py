@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
+from fastppo.ops import cpu, extension
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_floating, check_targets
 from fastppo.ops.dispatch import select
@@ -56,22 +57,23 @@ def selective_logprob(
     rows = targets.reshape(-1).long()
     rows = rows.masked_fill(rows == ignore_index, IGNORED)
     flat = logits.reshape(-1, logits.shape[-1])
-    if select("selective_logprob", logits.device, logits.dtype, backend) == "reference":
+    backend = select("selective_logprob", logits.device, logits.dtype, backend)
+    if backend == "reference":
         z = transform.apply(reference.upcast(flat).masked_fill((rows == IGNORED).unsqueeze(1), 0.0))
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
-        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward)
+        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward, backend)
     shape = targets.shape
     return LogprobOutput(logprobs.view(shape), entropy.view(shape) if return_entropy else None, logsumexp.view(shape))
 
 
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool):
-        saved = _statistics(logits, targets, *transform, scratch_bytes())
+    def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool, backend: str):
+        saved = _statistics(logits, targets, *transform, scratch_bytes(), backend)
         ctx.save_for_backward(logits, targets, *saved)
-        ctx.transform, ctx.inplace_backward = transform, inplace_backward
+        ctx.transform, ctx.inplace_backward, ctx.backend = transform, inplace_backward, backend
         ctx.set_materialize_grads(False)
         logprobs, entropy, row_max, log_sum = saved
         return logprobs.clone(), entropy.clone(), row_max + log_sum
@@ -80,21 +82,34 @@ class _SelectiveLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         logits, targets, *saved = ctx.saved_tensors
-        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes())
+        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes(), ctx.backend)
         if ctx.inplace_backward:
             logits = logits.detach()
             _vjp_(logits, *arguments)
-            return logits, None, None, None
-        return _vjp(logits, *arguments), None, None, None
+            return logits, None, None, None, None
+        return _vjp(logits, *arguments), None, None, None, None
 
 
 @torch.library.custom_op("fastppo::selective_statistics", mutates_args=())
 def _statistics(
-    logits: Tensor, targets: Tensor, temperature: float, logit_scale: float, softcap: float | None, budget: int
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
 ) -> list[Tensor]:
     """logits [N, V], targets [N] -> logprobs, entropy, row_max, log_sum [N]; zeros where the target is negative."""
     transform = LogitTransform(temperature, logit_scale, softcap)
     out = reference.upcast(logits.new_zeros(0)).new_zeros(4, targets.numel())
+    if _in_cpp(logits, backend):
+        rows = (targets >= 0).nonzero().squeeze(-1)
+        numbers = cpu.transform_numbers(transform)
+        extension.load().selective_statistics(
+            logits.detach(), numbers, rows, targets, out, torch.get_num_threads(), cpu.isa
+        )
+        return [x.clone() for x in out]
     for rows, z in _blocks(logits, targets, transform, budget):
         row_max = z.amax(1)
         z.sub_(row_max.unsqueeze(1))
@@ -120,8 +135,18 @@ def _write_gradient(
     upstream: list[Tensor | None],
     transform: LogitTransform,
     budget: int,
+    backend: str,
 ) -> None:
     """∂logits into `out`, which may be the logits themselves."""
+    if _in_cpp(logits, backend):
+        rows = (targets >= 0).nonzero().squeeze(-1)
+        scalars = cpu.row_scalars(rows, saved, (*upstream, None))
+        numbers = cpu.transform_numbers(transform)
+        extension.load().selective_gradients(
+            logits.detach(), numbers, rows, targets, scalars, out, torch.get_num_threads(), cpu.isa
+        )
+        out[targets < 0] = 0.0
+        return
     zero = torch.zeros_like(saved[0])
     d_logprobs, d_entropy, d_logsumexp = (zero if g is None else g for g in upstream)
     entropy, row_max, log_sum = saved[1:]
@@ -150,10 +175,11 @@ def _vjp(
     logit_scale: float,
     softcap: float | None,
     budget: int,
+    backend: str,
 ) -> Tensor:
     out = torch.empty_like(logits)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    _write_gradient(out, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget)
+    _write_gradient(out, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget, backend)
     return out
 
 
@@ -174,14 +200,20 @@ def _vjp_(
     logit_scale: float,
     softcap: float | None,
     budget: int,
+    backend: str,
 ) -> None:
     transform = LogitTransform(temperature, logit_scale, softcap)
-    _write_gradient(logits, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget)
+    _write_gradient(logits, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget, backend)
 
 
 @_vjp_.register_fake
 def _(logits, *_args):
     return None
+
+
+def _in_cpp(logits: Tensor, backend: str) -> bool:
+    """The extension reads whole rows, and no float64."""
+    return backend == "cpu" and logits.dtype != torch.float64 and (logits.shape[1] == 1 or logits.stride(1) == 1)
 
 
 def _blocks(logits: Tensor, targets: Tensor, transform: LogitTransform, budget: int):

@@ -1,0 +1,7 @@
+#include "rows_impl.h"
+
+namespace fastppo {
+
+const RowKernels kRowsAvx2 = kKernels;
+
+}  // namespace fastppo

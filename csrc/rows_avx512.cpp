@@ -1,0 +1,7 @@
+#include "rows_impl.h"
+
+namespace fastppo {
+
+const RowKernels kRowsAvx512 = kKernels;
+
+}  // namespace fastppo
