@@ -292,6 +292,8 @@ class _Heads:
                 self._kept(store, tiling, rows.numel(), compute_dtype, budget, fill=True),
                 out,
             )
+        # A target outside the vocabulary must not pass for a probability.
+        out[0].masked_fill_(targets >= self.weight.shape[0], torch.nan)
         return [x.clone() for x in out]
 
     def vjp(
