@@ -1,0 +1,63 @@
+"""Tile sizes, pipeline depths and warps: data, apart from the kernels. `python -m fastppo_kernels.aot` proves each entry.
+
+GEMM is looked up by kernel, architecture and precision. Architectures: sm_80 also serves sm_86, sm_89 and sm_120, whose
+shared memory is 99 KiB, so its entries stay below that; sm_90 and sm_100 have 227 KiB. Precisions: `half` is bfloat16
+and float16; `tf32` and `ieee` are float32 by request and by default. `interpreter` is Triton's CPU interpreter.
+`odd` serves hidden sizes that are no multiple of 16 on every chip: rows are then not aligned, and loads are narrow.
+"""
+
+from typing import NamedTuple
+
+
+class Gemm(NamedTuple):
+    """block_m rows × block_n vocabulary columns, block_k of the hidden size at a time; group_m row blocks share L2.
+
+    tma: operands that allow it come through TMA descriptors. compact: the statistics first bring their rows together (N · D
+    of memory), so that both operands do. specialize: producer and consumer warps are split, which needs that. flatten: the
+    loops over columns and hidden size become one, so that the pipeline never drains between tiles.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 16
+    tma: bool = False
+    compact: bool = False
+    specialize: bool = False
+    flatten: bool = False
+
+
+class Elementwise(NamedTuple):
+    """rows × block elements a program."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
+    "linear_statistics": {
+        ("sm_80", "half"): Gemm(128, 128, 32, warps=8, stages=4),
+        ("sm_80", "tf32"): Gemm(128, 128, 32, warps=8, stages=3),
+        ("sm_80", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
+        ("sm_90", "half"): Gemm(128, 256, 64, warps=8, stages=3),
+        ("sm_90", "tf32"): Gemm(128, 128, 32, warps=8, stages=4),
+        ("sm_90", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
+        ("sm_100", "half"): Gemm(128, 256, 64, warps=8, stages=3),
+        ("sm_100", "tf32"): Gemm(128, 128, 32, warps=8, stages=4),
+        ("sm_100", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
+        ("odd", "half"): Gemm(64, 64, 32, warps=4, stages=3),
+        ("odd", "tf32"): Gemm(64, 64, 32, warps=4, stages=3),
+        ("odd", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
+        ("interpreter", "ieee"): Gemm(32, 32, 16, warps=1, stages=1, group_m=2),
+    },
+}
+
+ELEMENTWISE: dict[str, Elementwise] = {
+    "compact_rows": Elementwise(rows=1, block=2048, warps=8),
+    "gather_rows": Elementwise(rows=4, block=512, warps=4),
+    "scatter_rows": Elementwise(rows=4, block=512, warps=4),
+    "combine_statistics": Elementwise(rows=64, block=1, warps=2),
+}
