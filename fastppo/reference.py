@@ -49,7 +49,7 @@ def expectation(p: Tensor, x: Tensor) -> Tensor:
 
 
 def sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(π ‖ π_ref) from the sampled token's log-probabilities (Schulman, 2020, joschu.net/blog/kl-approx).
+    """Per-token estimate of KL(π ‖ π_ref) from the sampled token (Schulman, 2020, joschu.net/blog/kl-approx).
 
     k1 = log π − log π_ref is unbiased and may be negative; k2 is half its square; k3 is unbiased and never negative.
     """
@@ -238,7 +238,7 @@ def value_loss(
     cliprange_value: float | None,
     loss_agg: str,
 ) -> tuple[Tensor, Tensor]:
-    """½ max((v − R)², (clip(v, v_old ± cliprange_value) − R)²), and the fraction of tokens where the clip was the greater.
+    """½ max((v − R)², (clip(v, v_old ± c) − R)²) with c = cliprange_value, and the fraction where the clip was greater.
 
     The value clipping of PPO's original code (github.com/openai/baselines, ppo2).
     """

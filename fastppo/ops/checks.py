@@ -56,7 +56,8 @@ def check_head(
         raise ValueError(f"{prefix}weight: the vocabulary is empty")
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(
-            f"{prefix}weight: expected {hidden.dtype} like {prefix}hidden, got {weight.dtype}; cast one of them, or use autocast"
+            f"{prefix}weight: expected {hidden.dtype} like {prefix}hidden, got {weight.dtype}; cast one of them, "
+            "or use autocast"
         )
     if bias is not None:
         check_floating(f"{prefix}bias", bias, hidden.device)
@@ -73,7 +74,8 @@ def check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int, device: t
         if bad.any():
             where = tuple(bad.nonzero()[0].tolist())
             raise ValueError(
-                f"targets: expected ids in [0, {vocab}) or ignore_index={ignore_index}, got {targets[where].item()} at {where}"
+                f"targets: expected ids in [0, {vocab}) or ignore_index={ignore_index}, "
+                f"got {targets[where].item()} at {where}"
             )
 
 

@@ -1,7 +1,7 @@
 """The PyTorch backend in tiles: everything about softmax(h Wᵀ) that a loss needs, without ever holding [N, V].
 
     pass 1  for a block of rows [R, D] and each vocabulary tile [v, D]:
-                z [R, v] = transform(h Wᵀ + b)  ->  running max m, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m), z[target]      (online softmax)
+                z [R, v] = transform(h Wᵀ + b)  ->  running max m, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m), z[target]   (online softmax)
             and the same of a reference model next to it where a divergence is asked for
     pass 2  for each vocabulary tile, for each block of rows that still has a gradient:
                 z recomputed, turned into ∂z in place, then ∂W[tile] += ∂zᵀ h  and  ∂h += ∂z W[tile]
@@ -258,7 +258,7 @@ class _Online:
         weighting.cross = (weighting.cross + sum_before * shift) * scale + _row_dot(exp, outer)
 
     def _raise_max(self, z: Tensor) -> Tensor:
-        """Move the running maximum up to z's; z becomes z − m. Returns the shift, at most 0, of what was summed before."""
+        """Move the running maximum up to z's; z becomes z − m. Returns the shift, at most 0, of the sums so far."""
         row_max = torch.maximum(self.row_max, z.amax(1))
         shift = (self.row_max - row_max).clamp_(min=VERY_NEGATIVE)
         self.row_max = row_max

@@ -1,7 +1,7 @@
 """Which backend computes an operator: chosen by device, overridable by argument and by FASTPPO_BACKEND.
 
-`reference` is plain PyTorch with full logits: the oracle and the naive baseline. `chunked` is PyTorch in tiles of a fixed
-budget, on any device. `cpu` is the C++ extension (csrc/). `triton` is kernels/fastppo_kernels.
+`reference` is plain PyTorch with full logits: the oracle and the naive baseline. `chunked` is PyTorch in tiles of a
+fixed budget, on any device. `cpu` is the C++ extension (csrc/). `triton` is kernels/fastppo_kernels.
 """
 
 from __future__ import annotations

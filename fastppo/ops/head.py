@@ -75,7 +75,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 def compute_dtype_for(hidden: Tensor) -> torch.dtype:
-    """Precision of the products: autocast's where it is on, else that of the arguments; float16 runs in float32 on a CPU."""
+    """Precision of the products: autocast's where it is on, else the arguments'; float16 runs in float32 on a CPU."""
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -80,7 +80,7 @@ class _LinearLogprob(torch.autograd.Function):
 def backward_rows(
     ctx, head: Head, targets: Tensor, ref: Head | None, kl_kind: str, saved: list[Tensor], upstream
 ) -> tuple:
-    """(∂hidden, ∂weight, ∂bias) for the upstream scalars (d_logprobs, d_entropy, d_logsumexp, d_kl), None where not needed."""
+    """(∂hidden, ∂weight, ∂bias) from upstream = (d_logprobs, d_entropy, d_logsumexp, d_kl); None where not needed."""
     needs = [*ctx.needs_input_grad[:3]]
     needs[2] = needs[2] and head.bias is not None
     gradients = ctx.options.engine.vjp(

@@ -36,7 +36,6 @@ class LoraConfig:
 
     r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
-    lora_dropout: UnitFloat = 0.0
     target_modules: str | list[str] = "all-linear"
 
 
@@ -219,6 +218,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def backend_name(self) -> str | None:
+        """`backend` as the operators take it."""
+        return None if self.backend == "auto" else self.backend
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:

@@ -1,0 +1,103 @@
+// The pool of threads behind parallel_for.
+#include "parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace fastppo {
+namespace {
+
+struct Job {
+    const int parts;
+    void (*const body)(const void*, int);
+    const void* const context;
+    std::atomic<int> next{0};
+    int seats;       // helpers that may still join
+    int joined = 0;  // helpers at work
+
+    void work() {
+        for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(context, part);
+    }
+};
+
+class Pool {
+public:
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (job_ == nullptr && hire(job.seats)) job_ = &job;  // else the pool serves another caller: work alone
+        }
+        if (job_ == &job) wake_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (job_ == &job) job_ = nullptr;  // whoever wakes now is too late: `job` is about to go
+        left_.wait(lock, [&] { return job.joined == 0; });
+    }
+
+private:
+    bool hire(int helpers) {
+        try {
+            for (; size_ < helpers; ++size_) std::thread(&Pool::serve, this).detach();
+        } catch (const std::system_error&) {
+            // The system gives no more threads: make do with those there are.
+        }
+        return size_ > 0;
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return job_ != nullptr && job_->seats > 0; });
+            Job& job = *job_;
+            --job.seats;
+            ++job.joined;
+            lock.unlock();
+            job.work();
+            lock.lock();
+            if (--job.joined == 0) left_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, left_;
+    Job* job_ = nullptr;
+    int size_ = 0;
+};
+
+std::atomic<Pool*> current{nullptr};
+
+// Never destroyed: its threads sleep in it until the process ends.
+Pool& pool() {
+    static std::once_flag once;
+    Pool* found = current.load();
+    if (found != nullptr) return *found;
+#ifndef _WIN32
+    // A forked child has none of its parent's threads, and perhaps a mutex that one of them held: it starts anew.
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { current = nullptr; }); });
+#endif
+    Pool* made = new Pool;
+    if (current.compare_exchange_strong(found, made)) return *made;
+    delete made;
+    return *found;
+}
+
+}  // namespace
+
+void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context) {
+    const int helpers = (parts < threads ? parts : threads) - 1;
+    Job job{parts, body, context, {0}, helpers};
+    if (helpers > 0) {
+        pool().run(job);
+    } else {
+        job.work();
+    }
+}
+
+}  // namespace fastppo

@@ -1,0 +1,19 @@
+// A loop over independent parts, shared between the caller and a pool of sleeping threads.
+//
+// Not OpenMP: a second OpenMP runtime beside PyTorch's own oversubscribes the cores. Not fresh threads: on a busy
+// machine a new one may wait milliseconds for its first turn.
+#pragma once
+
+namespace fastppo {
+
+// Calls body(context, 0) … body(context, parts − 1), each once, on at most `threads` threads, the caller's among them.
+// body must not throw. The caller takes parts from the first on and waits only for those that another thread has begun:
+// helpers that get no processor cost nothing.
+void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context);
+
+template <class Body>
+void parallel_for(int parts, int threads, const Body& body) {
+    parallel_for(parts, threads, [](const void* b, int part) { (*static_cast<const Body*>(b))(part); }, &body);
+}
+
+}  // namespace fastppo

@@ -1,0 +1,7 @@
+"""`python -m fastppo` is the `fastppo` command."""
+
+import sys
+
+from fastppo.cli import main
+
+sys.exit(main())

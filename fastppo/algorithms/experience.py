@@ -1,0 +1,53 @@
+"""What an algorithm learns from: a batch of sampled sequences and everything that was computed about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Experience:
+    """B sequences: prompts of P columns (padded on the left), completions of T columns (padded on the right).
+
+    Everything of shape [B, T] stands at the completion's tokens and is float32, 0 on padding; log-probabilities and
+    values belong to the state before the token. All of it is detached.
+    """
+
+    sequences: Tensor
+    """[B, P + T] int64 token ids."""
+    attention_mask: Tensor
+    """[B, P + T] int64, 1 for tokens."""
+    mask: Tensor
+    """[B, T] bool, True for a sampled token, its EOS included."""
+    old_logprobs: Tensor
+    """[B, T] log-probabilities under the policy that sampled the tokens."""
+    old_values: Tensor
+    """[B, T] values at sampling time."""
+    scores: Tensor
+    """[B] what the reward functions gave the whole completion."""
+    kl: Tensor | None = None
+    """[B, T] KL of the sampling policy to the reference, by the configured estimator; None without a reference."""
+    ref_logprobs: Tensor | None = None
+    """[B, T] log-probabilities under the reference."""
+    ref_hidden: Tensor | None = None
+    """[B, T, D'] the reference's last hidden states, kept where the loss needs its whole distribution."""
+    advantages: Tensor | None = None
+    """[B, T]"""
+    returns: Tensor | None = None
+    """[B, T] the value function's targets."""
+
+    def __len__(self) -> int:
+        return self.sequences.shape[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """[B, T] the sampled tokens."""
+        return self.sequences[:, -self.mask.shape[1] :]
+
+    def select(self, rows: Tensor) -> Experience:
+        """The sequences `rows` [b] (int64 indices)."""
+        fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
+        return Experience(**{name: None if value is None else value[rows] for name, value in fields})

@@ -1,0 +1,128 @@
+"""The `fastppo` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import fastppo
+
+_DESCRIPTION = """\
+PPO of language models on one machine.
+
+  fastppo train examples/sentiment.yaml            train, with checkpoints, curves and a report
+  fastppo train CONFIG.yaml --ppo.kl_coef 0.1      the same with another value for one key
+  fastppo train CONFIG.yaml --resume               go on from the newest checkpoint
+  fastppo eval CONFIG.yaml --model runs/x/final    held-out reward of a policy
+  fastppo doctor                                   what is installed, and which backends can be used and why
+"""
+_OVERRIDES = "Any key of the configuration can be given as --section.key value; `fastppo keys` lists them."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        prog="fastppo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"fastppo {fastppo.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train", help="train a policy", description="Train a policy with PPO.", epilog=_OVERRIDES
+    )
+    train.add_argument("config", help="YAML file; see examples/")
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in output_dir")
+    train.add_argument("--plain", action="store_true", help="one plain line a step, also on a terminal")
+
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a policy on held-out prompts", description="Sample held-out prompts and score them.",
+        epilog=_OVERRIDES,
+    )  # fmt: skip
+    evaluate.add_argument("config", help="the run's YAML file")
+    evaluate.add_argument("--model", help="a policy to evaluate in place of the configuration's, e.g. runs/x/final")
+    evaluate.add_argument("--samples", type=int, default=8, help="completions to show (default: 8)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    commands.add_parser("doctor", help="what is installed here, and which backends can be used")
+    commands.add_parser("keys", help="every key of the configuration, its type and default")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in ("train", "eval"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "doctor":
+        from fastppo.doctor import report
+
+        print(report())
+        return 0
+    if missing := [name for name in ("transformers", "pydantic", "rich", "yaml") if not importlib.util.find_spec(name)]:
+        print(f"fastppo: {', '.join(missing)} missing; pip install 'fastppo[train]'", file=sys.stderr)
+        return 1
+    if arguments.command == "keys":
+        return _keys()
+    return _run(_train if arguments.command == "train" else _evaluate, arguments, rest)
+
+
+def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """A command with what may go wrong for a person turned into one line each."""
+    from fastppo.models import ModelError
+    from fastppo.training.checkpoint import CheckpointError
+    from fastppo.training.config import ConfigError, load_config
+    from fastppo.training.data import DataError
+    from fastppo.training.rewards import RewardError
+    from fastppo.training.trainer import NonFiniteError
+
+    try:
+        return command(arguments, load_config(arguments.config, overrides))
+    except ConfigError as error:
+        print(f"fastppo: {error}", file=sys.stderr)
+        return 2
+    except (ModelError, DataError, RewardError, CheckpointError, NonFiniteError) as error:
+        print(f"fastppo: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"fastppo: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(arguments: argparse.Namespace, config) -> int:
+    from fastppo.training.progress import ProgressDisplay
+    from fastppo.training.trainer import Trainer
+
+    trainer = Trainer(config, resume=arguments.resume)
+    trainer.progress = ProgressDisplay(
+        config.total_steps, start_step=trainer.step, enabled=False if arguments.plain else None
+    )
+    result = trainer.train()
+    if result.final is not None:
+        print(f"policy: {result.final}")
+    print(f"report: {result.report}")
+    return 128 + result.interrupted_by if result.interrupted_by else 0
+
+
+def _evaluate(arguments: argparse.Namespace, config) -> int:
+    import json
+
+    from fastppo.training.evaluate import evaluate_policy
+
+    metrics, rows = evaluate_policy(config, arguments.model)
+    if arguments.json:
+        print(json.dumps({"metrics": metrics, "samples": rows[: arguments.samples]}))
+        return 0
+    for row in rows[: arguments.samples]:
+        print(f"{row['reward']:+.3f}  {row['prompt']!r} -> {row['completion']!r}")
+    for name, value in metrics.items():
+        print(f"{name:24} {value:.4f}")
+    return 0
+
+
+def _keys() -> int:
+    from fastppo.training.config import documented_keys
+
+    for name, kind, default in documented_keys():
+        shown = "null" if default is None else default
+        print(f"{name:36} {kind:60} {shown}" if len(kind) < 60 else f"{name:36} {kind}\n{'':97} {shown}")
+    return 0

@@ -1,0 +1,70 @@
+"""What `fastppo doctor` prints: versions, devices, and which backends can be used here and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+import fastppo
+from fastppo.ops.dispatch import BACKENDS, NAMES, select, unusable
+
+# Package, and what is lost without it.
+_PACKAGES = (
+    ("torch", "required"),
+    ("triton", "the triton backend"),
+    ("transformers", "the trainer"),
+    ("safetensors", "checkpoints"),
+    ("pydantic", "configuration files"),
+    ("datasets", "prompts from the Hub or a saved dataset"),
+    ("gguf", "GGUF models"),
+    ("peft", "LoRA"),
+    ("bitsandbytes", "optim.name: adamw_8bit"),
+    ("flash_attn", "FlashAttention 2 on a GPU"),
+    ("vaderSentiment", "the vader_sentiment reward"),
+    ("tensorboard", "TensorBoard curves"),
+    ("matplotlib", "the report's plots"),
+)
+
+
+def report() -> str:
+    """Several lines for a person."""
+    lines = [f"fastppo {fastppo.__version__}, Python {platform.python_version()}, {platform.platform()}", "", "Packages"]
+    lines += [f"  {name:16} {_version(name) or f'not installed (only for: {purpose})'}" for name, purpose in _PACKAGES]
+    lines += ["", "Devices", f"  cpu              {_cpu()}, {torch.get_num_threads()} threads"]
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(torch.device("cuda", index))
+        lines.append(
+            f"  cuda:{index}           {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"sm_{properties.major}{properties.minor}"
+        )
+    if len(devices) == 1:
+        lines.append("  cuda             none")
+    lines += ["", f"Backends (FASTPPO_BACKEND={os.environ.get('FASTPPO_BACKEND') or 'auto'})"]
+    for device in devices:
+        for name in NAMES:
+            if not any(name in backends for backends in BACKENDS.values()):
+                lines.append(f"  {name:16} not part of this version")
+                continue
+            reason = unusable(name, device)
+            lines.append(f"  {name:16} {f'unusable on {device}: {reason}' if reason else f'usable on {device}'}")
+        lines += [f"    {op:18} -> {select(op, device, torch.float32)}" for op in BACKENDS]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _cpu() -> str:
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

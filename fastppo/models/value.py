@@ -1,0 +1,125 @@
+"""Value models: a scalar head on hidden states, and a backbone of its own for where the policy's is not shared."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastppo.models.head import backbone_and_head, token_hidden
+from fastppo.models.load import ModelError, ModelSource, disable_dropout, enable_gradient_checkpointing, load_pretrained
+from fastppo.training.config import ModelConfig
+
+HEAD_FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """One value a hidden state, ``v = h·w + b``, kept and computed in float32.
+
+    It starts at zero: every value is then 0, so the first advantages are the returns themselves, where a random head
+    would add noise of a scale nobody chose, and a shared backbone gets no gradient from a head that knows nothing yet.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] of any float type -> [...] float32."""
+        # Autocast would round the values to half precision, and their differences are the advantages.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float()[None]).squeeze(-1) + self.bias.float()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `value_head.safetensors` into the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, Path(folder, HEAD_FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ValueHead:
+        """Read what `save_pretrained` wrote (ModelError if it is absent or damaged)."""
+        path = Path(folder, HEAD_FILE)
+        try:
+            tensors = load_file(path)
+            head = cls(tensors["weight"].numel())
+            head.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{path}: not a saved value head ({' '.join(str(error).split())})") from error
+        return head.to(device)
+
+
+class ValueModel(nn.Module):
+    """A backbone with a value head.
+
+    Args:
+        backbone: a transformers base model; it is used, not copied.
+        head: its value head.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ValueHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @classmethod
+    def from_causal_lm(cls, model: nn.Module) -> ValueModel:
+        """Start from a copy of a language model's backbone, with a value head of zeros.
+
+        Raises:
+            ModelError: the model has adapters already; a value model trains all of its weights.
+        """
+        if hasattr(model, "disable_adapter"):
+            raise ModelError("make the value model before the policy gets its adapters")
+        backbone, lm_head = backbone_and_head(model)
+        value_head = ValueHead(lm_head.weight.shape[1]).to(lm_head.weight.device)
+        return cls(copy.deepcopy(backbone).requires_grad_(True), value_head).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [B, T] float32 of each token's state, that token included; arbitrary but finite at padding.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 for tokens, 0 for padding on either side.
+        """
+        return self.head(token_hidden(self.backbone, input_ids, attention_mask))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads: a transformers base model, and the head beside it."""
+        self.backbone.save_pretrained(folder)
+        self.head.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, config: ModelConfig | None = None, *, device: torch.device | str = "cpu"
+    ) -> ValueModel:
+        """Read what `save_pretrained` wrote, in eval mode with dropout off.
+
+        Args:
+            folder: where it was written.
+            config: for dtype, attention and permissions; float32 and nothing permitted without it.
+            device: where the parameters go.
+
+        Raises:
+            ModelError: something is absent or damaged.
+        """
+        from transformers import AutoModel
+
+        config = config or ModelConfig()
+        if not Path(folder, "config.json").exists():
+            raise ModelError(f"{folder}: not a saved value model (no config.json)")
+        head = ValueHead.from_pretrained(folder, device=device)
+        arguments = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+        backbone = load_pretrained(
+            AutoModel, ModelSource(str(folder), None), config, dtype=getattr(torch, config.dtype), **arguments
+        )
+        disable_dropout(backbone)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(backbone)
+        return cls(backbone.to(device), head).eval()

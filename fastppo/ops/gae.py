@@ -1,0 +1,188 @@
+"""Generalized advantage estimation over padded or packed sequences."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo import reference
+from fastppo.ops import extension
+from fastppo.ops.checks import check_floating, check_mask, check_shape, check_tensor, looks_at_values
+from fastppo.ops.dispatch import select
+
+
+class GAEOutput(NamedTuple):
+    """What `gae` returns: float32 (float64 for float64), shape of `rewards`, detached, 0 where masked.
+
+    Attributes:
+        advantages: A_t, not whitened.
+        returns: A_t + V_t, the value function's target.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> GAEOutput:
+    """Generalized advantage estimation (Schulman et al., 2016, arXiv:1506.02438):
+
+        delta_t = r_t + gamma V_{t+1} − V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
+
+    No gradient flows: advantages and returns are constants of PPO's loss, and come back detached.
+
+    Args:
+        rewards: [B, T], or packed [N] together with `cu_seqlens`. float32, bfloat16, float16 or float64; any strides.
+        values: V of the state in which each token was chosen; shape of `rewards`.
+        gamma: discount, in [0, 1].
+        lam: decay of the estimator, in [0, 1]: 0 is the one-step error, 1 the discounted return less the value.
+        mask: bool (or 0/1), shape of `rewards`, True for a real token. Padding may stand anywhere and hold anything,
+            NaN included: t + 1 is the next real token.
+        dones: bool (or 0/1), shape of `rewards`, True where an episode ends: nothing flows back from beyond it.
+        bootstrap: [B], or [S] for packed sequences: the value of the state after a row's last real token. 0 if not
+            given; ignored where that token is done.
+        cu_seqlens: [S + 1] int32 or int64: sequence s is the tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1.
+        backend: `cpu` or `reference`; see `fastppo.ops.dispatch`.
+
+    Raises:
+        TypeError: an argument that is no tensor, or has another dtype than it should.
+        ValueError: another shape or device; gamma or lam out of range; cu_seqlens that do not cut N tokens into
+            sequences; on CPU tensors, a reward, value or used bootstrap of a real token that is not finite, or
+            advantages that overflow.
+    """
+    check_floating("rewards", rewards)
+    device, shape = rewards.device, tuple(rewards.shape)
+    check_floating("values", values, device)
+    check_shape("values", values, shape, "one for each reward")
+    for name, factor in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {factor}")
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(f"rewards: expected [B, T], or packed [N] together with cu_seqlens, got {shape}")
+        sequences = shape[0]
+    else:
+        if len(shape) != 1:
+            raise ValueError(f"rewards: expected packed [N] to go with cu_seqlens, got {shape}")
+        check_tensor("cu_seqlens", cu_seqlens, device)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"cu_seqlens: expected [S + 1], got {tuple(cu_seqlens.shape)}")
+        sequences = cu_seqlens.numel() - 1
+    if mask is not None:
+        mask = check_mask(mask, rewards)
+    if dones is not None:
+        dones = check_mask(dones, rewards, "dones")
+    if bootstrap is not None:
+        check_floating("bootstrap", bootstrap, device)
+        check_shape("bootstrap", bootstrap, (sequences,), "one for each sequence")
+
+    dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
+    rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
+    bootstrap = None if bootstrap is None else bootstrap.detach().to(dtype)
+    return GAEOutput(*_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, float(gamma), float(lam), backend))
+
+
+# One opaque operator: torch.compile need not look into the extension, its absence, or the reference's loop over time.
+@torch.library.custom_op("fastppo::gae", mutates_args=())
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    chosen = select("gae", rewards.device, rewards.dtype, backend)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, rewards.numel())
+    advantages = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+    returns = torch.empty_like(advantages)
+    if rewards.numel() == 0:
+        return advantages, returns
+    if chosen == "cpu":
+        finite = _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns)
+    else:
+        advantages, returns = _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam)
+        finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
+    if not finite:
+        raise ValueError(_what_is_not_finite(rewards, values, mask, bootstrap))
+    return advantages, returns
+
+
+@_gae.register_fake
+def _(rewards, *_arguments):
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+def _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns) -> bool:
+    """Fills advantages and returns; False if one at a real token is not finite."""
+    if cu_seqlens is None:
+        batch, time = rewards.shape
+        offsets = torch.arange(batch + 1) * time
+    else:
+        offsets = cu_seqlens.long()
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1).contiguous()
+
+    return extension.load().gae(
+        *map(flat, (rewards, values, advantages, returns, offsets)),
+        gamma,
+        lam,
+        *map(flat, (mask, dones, bootstrap)),
+        torch.get_num_threads(),
+    )
+
+
+def _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam) -> tuple[Tensor, Tensor]:
+    """The loop over time; packed sequences are padded on the right for it, and packed again."""
+    if cu_seqlens is None:
+        return reference.gae(rewards, values, gamma, lam, mask, dones, bootstrap)
+    lengths = cu_seqlens.diff()
+    inside = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # [S, T]
+
+    def pad(packed: Tensor) -> Tensor:
+        return packed.new_zeros(inside.shape).masked_scatter(inside, packed)
+
+    real = inside if mask is None else pad(mask)
+    dones = None if dones is None else pad(dones)
+    advantages, returns = reference.gae(pad(rewards), pad(values), gamma, lam, real, dones, bootstrap)
+    return advantages[inside], returns[inside]
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        raise ValueError(f"cu_seqlens: expected to run from 0 to {tokens} (tokens in rewards), got {first} to {last}")
+    if (cu_seqlens.diff() < 0).any():
+        raise ValueError("cu_seqlens: expected non-decreasing offsets")
+
+
+def _what_is_not_finite(rewards: Tensor, values: Tensor, mask: Tensor | None, bootstrap: Tensor | None) -> str:
+    for name, tensor in (("rewards", rewards), ("values", values), ("bootstrap", bootstrap)):
+        if tensor is None:
+            continue
+        bad = ~torch.isfinite(tensor)
+        if mask is not None and name != "bootstrap":
+            bad &= mask
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            return f"{name}: expected finite values at real tokens, got {tensor[where].item()} at {where}"
+    return f"rewards, values: too great, the advantages overflow {rewards.dtype}"

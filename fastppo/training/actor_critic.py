@@ -1,0 +1,123 @@
+"""The models of a run held together: the policy, its reference, and the value function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastppo import models
+from fastppo.models import LMHead, ValueHead, ValueModel, backbone_and_head, token_hidden
+from fastppo.training.config import ConfigError, ModelConfig
+
+
+class ActorCritic:
+    """Policy, reference and critic of a run.
+
+    Args:
+        config: the model section of the configuration.
+        device: where everything goes.
+
+    Raises:
+        ModelError: a model cannot be had.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
+        self.config, self.device = config, device
+        policy = models.load_causal_lm(config, device=device)
+        self.context_length = models.context_length(policy)
+        self.value: ValueHead | ValueModel
+        if config.value_model == "separate":
+            self.value = _separate_value_model(config, policy, device)
+        else:
+            _, head = backbone_and_head(policy)
+            self.value = ValueHead(head.weight.shape[1]).to(device)
+        self._reference: nn.Module | None = None
+        if config.lora is not None:
+            policy = models.apply_lora(policy, config.lora)
+        elif config.reference == "frozen":
+            self._reference = models.freeze_copy(policy)
+        self.policy = policy
+
+    @property
+    def has_reference(self) -> bool:
+        return self.config.reference == "frozen"
+
+    def autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.config.autocast) if self.config.autocast else None
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
+        """The policy's states [B, T, D] that predict the last T = `num_completion` tokens, and its head."""
+        backbone, head = backbone_and_head(self.policy)
+        return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+
+    def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [B, T] float32 of the states before each completion token; `hidden` is the policy's there."""
+        if isinstance(self.value, ValueHead):
+            return self.value(hidden)
+        return self.value(sequences, attention_mask)[:, -hidden.shape[1] - 1 : -1]
+
+    @torch.no_grad()
+    def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
+        """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
+        with self._as_reference() as model:
+            backbone, head = backbone_and_head(model)
+            return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+
+    def reference_head(self) -> LMHead:
+        """The reference's head alone."""
+        with self._as_reference() as model:
+            return backbone_and_head(model)[1]
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
+        if self._reference is not None:
+            yield self._reference
+        else:
+            with self.policy.disable_adapter():
+                yield self.policy
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Train mode where gradient checkpointing asks for it; dropout is off in either mode."""
+        checkpointed = [self.policy, self.value] if self.config.gradient_checkpointing else []
+        for module in checkpointed:
+            module.train()
+        try:
+            yield
+        finally:
+            for module in checkpointed:
+                module.eval()
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained of the policy, by name: all of it, or its adapters."""
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+    def value_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.value.named_parameters())
+
+
+def _separate_value_model(config: ModelConfig, policy: nn.Module, device: torch.device) -> ValueModel:
+    if config.value_name_or_path is None:
+        return ValueModel.from_causal_lm(policy)
+    source = ModelConfig(**(vars(config) | {"name_or_path": config.value_name_or_path, "lora": None}))
+    return ValueModel.from_causal_lm(models.load_causal_lm(source, device=device))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return device

@@ -1,0 +1,44 @@
+"""Evaluating a policy that is already there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastppo.models import load_causal_lm, load_tokenizer
+from fastppo.training.actor_critic import ActorCritic, choose_device
+from fastppo.training.config import Config
+from fastppo.training.data import DataError, load_prompts
+from fastppo.training.rewards import build_rewards
+from fastppo.training.scoring import Scorer
+
+
+def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Sample a configuration's held-out prompts from a policy, score them, and measure its KL to the reference.
+
+    Args:
+        config: names the prompts, the rewards, the sampling and the reference.
+        model: the policy, as `model.name_or_path` would name it; the configuration's own model if not given.
+
+    Returns:
+        Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
+
+    Raises:
+        ModelError, DataError, RewardError: something cannot be had, or there are no held-out prompts.
+    """
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
+    models = ActorCritic(dataclasses.replace(config.model, lora=None), device=device)
+    if model is not None:
+        models.policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
+    data = load_prompts(
+        config.data,
+        tokenizer,
+        context_length=models.context_length,
+        max_new_tokens=config.rollout.max_new_tokens,
+        allow_download=config.model.allow_download,
+    )
+    if not data.eval:
+        raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
+    return Scorer(config, tokenizer, models, rewards).evaluate(data.eval[: config.eval.num_prompts])

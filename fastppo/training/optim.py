@@ -1,0 +1,59 @@
+"""Optimizers by name, and their learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastppo.training.config import ConfigError, OptimConfig
+
+
+def build_optimizer(
+    config: OptimConfig, policy_parameters: Iterable[nn.Parameter], value_parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW over two groups of parameters, the critic's with a learning rate of its own.
+
+    `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861).
+
+    Raises:
+        ConfigError: bitsandbytes is asked for and not installed.
+    """
+    groups = [
+        {"params": list(policy_parameters), "lr": config.learning_rate},
+        {"params": list(value_parameters), "lr": config.value_learning_rate or config.learning_rate},
+    ]
+    arguments = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw_8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ConfigError("optim.name: adamw_8bit needs bitsandbytes (pip install bitsandbytes)") from None
+        return bitsandbytes.optim.AdamW8bit(groups, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def build_scheduler(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One of transformers' schedules, stepped once a training step.
+
+    Raises:
+        ConfigError: no such schedule, or one that needs arguments that the configuration does not have.
+    """
+    from transformers import SchedulerType, get_scheduler
+
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
+        )
+    except (ValueError, TypeError) as error:
+        known = ", ".join(kind.value for kind in SchedulerType)
+        raise ConfigError(
+            f"optim.lr_scheduler_type: {config.lr_scheduler_type!r} cannot be used ({error}); one of {known}"
+        ) from None

@@ -1,0 +1,90 @@
+"""Sampling completions from the policy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fastppo.training.config import RolloutConfig
+from fastppo.training.data import Prompt
+
+
+class Rollout(NamedTuple):
+    """B sampled completions: prompts of P columns padded on the left, completions of T columns padded on the right."""
+
+    sequences: Tensor
+    """[B, P + T] int64"""
+    attention_mask: Tensor
+    """[B, P + T] int64"""
+    mask: Tensor
+    """[B, T] bool: sampled tokens, EOS included."""
+    completions: list[str]
+    """Decoded, without special tokens."""
+    ended: Tensor
+    """[B] bool: whether the completion ended by EOS rather than by max_new_tokens."""
+
+
+@torch.no_grad()
+def sample(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    config: RolloutConfig,
+    *,
+    device: torch.device,
+) -> Rollout:
+    """Sample one completion for every prompt (repeat a prompt for several), from the policy's own distribution.
+
+    Nothing but the temperature changes that distribution, so the log-probabilities that are computed of the tokens
+    later are those they were sampled with.
+    """
+    eos = _eos_ids(policy, tokenizer)
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens or None,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.long)
+    prompt_mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        prompt_mask[row, width - len(prompt.input_ids) :] = 1
+    ids, prompt_mask = ids.to(device), prompt_mask.to(device)
+
+    parts = []
+    for start in range(0, len(prompts), config.generation_batch_size):
+        rows = slice(start, start + config.generation_batch_size)
+        out = policy.generate(input_ids=ids[rows], attention_mask=prompt_mask[rows], generation_config=generation)
+        parts.append(out[:, width:])
+    longest = max(part.shape[1] for part in parts)
+    tokens = torch.cat([F.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id) for part in parts])
+
+    is_eos = torch.isin(tokens, torch.tensor(eos, device=device))
+    # A token is real up to and with the first EOS; generate() pads after that, often with EOS itself.
+    mask = (is_eos.cumsum(1) - is_eos.long()) == 0
+    return Rollout(
+        sequences=torch.cat([ids, tokens], dim=1),
+        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
+        mask=mask,
+        completions=tokenizer.batch_decode(tokens.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True),
+        ended=(is_eos & mask).any(1),
+    )
+
+
+def _eos_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: the model's own list (chat models often have several) or the tokenizer's."""
+    ids = policy.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,156 @@
+"""What a rollout is worth and what the models say of it; evaluation on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastppo import reference as formulas
+from fastppo.algorithms.experience import Experience
+from fastppo.models import LMHead
+from fastppo.ops.linear_kl import linear_kl
+from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.training.actor_critic import ActorCritic
+from fastppo.training.config import Config
+from fastppo.training.data import Prompt
+from fastppo.training.rewards import RewardFunctions, RewardOutput
+from fastppo.training.rng import rng_state, seed_everything, set_rng_state
+from fastppo.training.rollout import Rollout, sample
+
+
+class Scorer:
+    """Samples from the policy, asks the reward functions, and computes what an algorithm needs of the result.
+
+    Args:
+        config: the whole run.
+        tokenizer, models, rewards: what it works with; their state stays the caller's.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, models: ActorCritic, rewards: RewardFunctions
+    ) -> None:
+        self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
+
+    def sample(self, prompts: list[Prompt]) -> Rollout:
+        """One completion for every prompt."""
+        with self.models.autocast():
+            return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, device=self.models.device)
+
+    def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
+        """Scores [B]; `update` lets running normalizers learn from them."""
+        names = {name for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+        return self.rewards([prompt.text for prompt in prompts], rollout.completions, columns, update=update)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, scores: Tensor) -> Experience:
+        """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
+        parts = [
+            self._score_part(rollout, rows) for rows in torch.arange(len(scores)).split(micro_batch_size(self.config))
+        ]
+
+        def join(name: str) -> Tensor | None:
+            return None if parts[0][name] is None else torch.cat([part[name] for part in parts])
+
+        return Experience(
+            sequences=rollout.sequences,
+            attention_mask=rollout.attention_mask,
+            mask=rollout.mask,
+            scores=scores,
+            **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
+        )
+
+    def _score_part(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor | None]:
+        ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
+        length, config = mask.shape[1], self.config.ppo
+        targets = ids[:, -length:].masked_fill(~mask, -100)
+        result: dict[str, Tensor | None] = {"kl": None, "ref_logprobs": None, "ref_hidden": None}
+        with self.models.autocast():
+            hidden, head = self.models.hidden(ids, attention, length)
+            result["old_logprobs"] = self._logprobs(hidden, head, targets)
+            result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
+            if self.models.has_reference:
+                ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
+                result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
+                if config.kl_estimator == "exact":
+                    result["kl"] = linear_kl(
+                        hidden,
+                        head.weight,
+                        ref_hidden,
+                        ref_head.weight,
+                        mask=mask,
+                        bias=head.bias,
+                        ref_bias=ref_head.bias,
+                        temperature=self.config.rollout.temperature,
+                        logit_scale=head.logit_scale,
+                        softcap=head.softcap,
+                        backend=self.config.backend_name,
+                    )
+                    result["ref_hidden"] = ref_hidden if config.kl_in == "loss" else None
+                else:
+                    result["kl"] = formulas.sampled_kl(
+                        result["old_logprobs"], result["ref_logprobs"], config.kl_estimator
+                    )
+        return result
+
+    def _logprobs(self, hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
+        return linear_logprob(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            temperature=self.config.rollout.temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            backend=self.config.backend_name,
+        ).logprobs
+
+    def reward_metrics(self, rewards: RewardOutput, prefix: str = "reward") -> dict[str, float]:
+        """Means of the rewards as the functions gave them: normalization would hide whether they rise."""
+        weighted = self._weighted(rewards)
+        metrics = {f"{prefix}/mean": weighted.mean().item(), f"{prefix}/std": weighted.std(correction=0).item()}
+        return metrics | {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
+
+    def _weighted(self, rewards: RewardOutput) -> Tensor:
+        return sum(reward.weight * rewards.by_name[reward.name] for reward in self.rewards.rewards)
+
+    def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Sample held-out prompts, always with the same random numbers and without touching the run's.
+
+        Returns:
+            Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
+        """
+        state = rng_state()
+        try:
+            seed_everything(self.config.seed)
+            rollout = self.sample(prompts)
+            rewards = self.reward(prompts, rollout, update=False)
+            experience = self.score(rollout, rewards.total)
+        finally:
+            set_rng_state(*state)
+        named = self.reward_metrics(rewards, "eval")
+        metrics = {"eval/reward": named.pop("eval/mean"), "eval/reward_std": named.pop("eval/std"), **named}
+        metrics["eval/length"] = rollout.mask.sum(1).float().mean().item()
+        if experience.kl is not None:
+            metrics["eval/kl"] = experience.kl.sum(1).mean().item()
+        totals = self._weighted(rewards).tolist()
+        rows = [
+            {
+                "prompt": prompt.text,
+                "completion": completion,
+                "reward": totals[i],
+                "rewards": {name: values[i].item() for name, values in rewards.by_name.items()},
+            }
+            for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
+        ]
+        return metrics, rows
+
+
+def micro_batch_size(config: Config) -> int:
+    """Sequences in one forward (and backward) pass."""
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    return math.ceil(sequences / (config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps))

@@ -1,0 +1,457 @@
+"""The training loop: rollout, score, shape, estimate, update; again.
+
+    prompts ── sample ──> completions ── reward functions ──> scores
+                  └─ one forward of policy, critic and reference ──> old log-probs, values, KL
+    KL-shaped rewards ── GAE, whitening ──> advantages ── epochs of mini-batches ──> parameters
+
+What is in memory when a step begins, and nothing else, decides how the run goes on; a checkpoint is exactly that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.ppo import PPO
+from fastppo.models import ValueHead, load_tokenizer
+from fastppo.training.actor_critic import ActorCritic, choose_device
+from fastppo.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_same_run,
+    find_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from fastppo.training.config import Config, ConfigError, to_dict
+from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.metrics import MetricsLogger, atomic_write, write_samples
+from fastppo.training.optim import build_optimizer, build_scheduler
+from fastppo.training.progress import ProgressDisplay
+from fastppo.training.report import write_report
+from fastppo.training.rewards import RewardOutput, build_rewards
+from fastppo.training.rng import rng_state, seed_everything, set_rng_state
+from fastppo.training.rollout import Rollout
+from fastppo.training.scoring import Scorer, micro_batch_size
+
+CHECKPOINTS = "checkpoints"
+FINAL = "final"
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or Inf in a loss or gradient, caught before the optimizer step that it would have spoilt."""
+
+
+@dataclass
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Steps that are done."""
+    interrupted_by: int | None
+    """The signal that stopped the run after a whole step, or None."""
+    report: Path
+    final: Path | None
+    """The final policy's folder, once every step is done."""
+
+
+class Trainer:
+    """PPO of one language model, from a configuration.
+
+    Args:
+        config: the whole run.
+        rewards: Python callables f(prompts, completions, **columns) to use instead of `config.rewards`.
+        progress: where to show the run; a display on standard output if not given.
+        resume: go on from the newest whole checkpoint in `config.output_dir`, to the same bits on a CPU.
+
+    Raises:
+        ConfigError, ModelError, DataError, RewardError, CheckpointError: something that was asked for cannot be had;
+            one line that says what, before any work is done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rewards: Sequence[Callable[..., Sequence[float]]] | None = None,
+        progress: ProgressDisplay | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.device = choose_device(config.device)
+        _check_writable(self.output_dir)
+        checkpoint = self._open_output(resume)
+
+        seed_everything(config.seed)
+        self.tokenizer = load_tokenizer(config.model)
+        self.rewards = build_rewards(rewards or config.rewards, device=self.device, model_defaults=config.model)
+        self.models = ActorCritic(config.model, device=self.device)
+        self.data = load_prompts(
+            config.data,
+            self.tokenizer,
+            context_length=self.models.context_length,
+            max_new_tokens=config.rollout.max_new_tokens,
+            allow_download=config.model.allow_download,
+        )
+        self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
+        self.algorithm = PPO(config.ppo, temperature=config.rollout.temperature, backend=config.backend_name)
+        self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards)
+        self.policy_parameters = self.models.policy_parameters()
+        self.value_parameters = self.models.value_parameters()
+        self.optimizer = build_optimizer(config.optim, self.policy_parameters.values(), self.value_parameters.values())
+        self.scheduler = build_scheduler(config.optim, self.optimizer, config.total_steps)
+        self.step = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.progress = progress or ProgressDisplay(config.total_steps, start_step=self.step)
+        self._signal: int | None = None
+        self._at_step_start: dict[str, Any] | None = None
+
+    # The run
+
+    def train(self) -> TrainResult:
+        """Run the steps that are left, with evaluation, checkpoints, samples and a report.
+
+        SIGINT and SIGTERM let the current step finish, write a checkpoint and return; a second one stops at once.
+
+        Raises:
+            NonFiniteError: a NaN or Inf in a loss or gradient, with `on_nonfinite: stop`.
+            RewardError: a reward function failed. The steps before it are saved.
+            CheckpointError: a checkpoint could not be written; older ones are whole.
+        """
+        config = self.config
+        atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        resume_step = self.step if self._resumed else None
+        with (
+            MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=resume_step) as logger,
+            self._signals(),
+            self.progress,
+        ):
+            try:
+                if self.step == 0:
+                    self._evaluate(logger, "before")
+                while self.step < config.total_steps and self._signal is None:
+                    self._run_step(logger)
+            except CheckpointError:
+                raise
+            except Exception:
+                self._save_whole_steps()
+                raise
+            finished = self.step >= config.total_steps
+            final = None
+            if finished:
+                self._evaluate(logger, "after")
+                self.progress.phase("saving")
+                final = self.save_policy(self.output_dir / FINAL)
+            elif config.checkpoint.every:
+                self._checkpoint()
+            self.progress.phase("report")
+        return TrainResult(self.step, None if finished else self._signal, write_report(self.output_dir), final)
+
+    def _run_step(self, logger: MetricsLogger) -> None:
+        config = self.config
+        began = time.perf_counter()
+        self._at_step_start = self._snapshot()
+        metrics = self.train_step()
+        self._at_step_start = None
+        self.step += 1
+        metrics["time/step"] = time.perf_counter() - began
+        metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
+        logger.log(self.step, metrics)
+        self.progress.update(self.step, metrics)
+        last = self.step == config.total_steps
+        if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or last):
+            self._checkpoint()
+        if config.eval.every and self.step % config.eval.every == 0 and not last:
+            self._evaluate(logger, f"step-{self.step:06d}")
+
+    def train_step(self) -> dict[str, float]:
+        """One rollout and the updates made of it. Returns the step's metrics."""
+        metrics: dict[str, float] = {}
+        with _clock(metrics, "rollout"):
+            self.progress.phase("rollout")
+            prompts = [self.data.train[index] for index in next(self.sampler)]
+            prompts = [prompt for prompt in prompts for _ in range(self.config.rollout.num_generations)]
+            rollout = self.scorer.sample(prompts)
+        with _clock(metrics, "reward"):
+            self.progress.phase("reward")
+            rewards = self.scorer.reward(prompts, rollout)
+        with _clock(metrics, "score"):
+            self.progress.phase("score")
+            experience = self.scorer.score(rollout, self._final_scores(rewards, rollout))
+            shaped = self.algorithm.estimate_advantages(experience)
+        with _clock(metrics, "update"):
+            updates = self.update(experience)
+        self.scheduler.step()
+
+        sequence_kl = experience.kl.sum(1).mean().item() if experience.kl is not None else None
+        metrics |= self.scorer.reward_metrics(rewards)
+        metrics |= {name: value.item() for name, value in shaped.items()}
+        metrics |= {
+            "completion/length": rollout.mask.sum(1).float().mean().item(),
+            "completion/ended": rollout.ended.float().mean().item(),
+            "kl/coef": self.algorithm.kl_controller.value,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens": rollout.mask.sum().item(),
+        }
+        if sequence_kl is not None:
+            metrics["kl/reference"] = sequence_kl
+            metrics["kl/reference_per_token"] = (experience.kl.sum() / experience.mask.sum().clamp(min=1)).item()
+            self.algorithm.kl_controller.update(sequence_kl, len(experience))
+        return metrics | updates
+
+    def _final_scores(self, rewards: RewardOutput, rollout: Rollout) -> Tensor:
+        penalty = self.config.ppo.missing_eos_penalty
+        return rewards.total if penalty is None else rewards.total - penalty * (~rollout.ended).float()
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Epochs of mini-batches over one rollout. Returns means over every optimizer step."""
+        config = self.config.ppo
+        history: dict[str, list[float]] = defaultdict(list)
+        with self.models.training():
+            for epoch in range(config.num_ppo_epochs):
+                self.progress.phase(f"update {epoch + 1}/{config.num_ppo_epochs}")
+                order = torch.randperm(len(experience))
+                for rows in order.tensor_split(config.num_mini_batches):
+                    metrics = self._accumulate_gradients(experience.select(rows.to(self.device)))
+                    for name, value in metrics.items():
+                        history[name].append(value)
+                    if config.target_kl is not None and metrics["policy/approx_kl"] > config.target_kl:
+                        self.optimizer.zero_grad(set_to_none=True)
+                        return _summary(history) | {"policy/stopped_early": 1.0}
+                    self._optimizer_step(history, epoch)
+        return _summary(history) | ({"policy/stopped_early": 0.0} if config.target_kl is not None else {})
+
+    def _accumulate_gradients(self, mini_batch: Experience) -> dict[str, float]:
+        """Gradients of one mini-batch's loss, a micro-batch at a time. Returns its metrics, weighted as the loss is."""
+        totals: dict[str, float] = defaultdict(float)
+        for rows in torch.arange(len(mini_batch)).split(micro_batch_size(self.config)):
+            batch = mini_batch.select(rows.to(self.device))
+            weight = self.algorithm.part_weight(batch, mini_batch, self.config.rollout.max_new_tokens)
+            if weight == 0.0:
+                continue
+            with self.models.autocast():
+                length = batch.mask.shape[1]
+                hidden, head = self.models.hidden(batch.sequences, batch.attention_mask, length)
+                values = self.models.values(hidden, batch.sequences, batch.attention_mask)
+                ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
+                loss, metrics = self.algorithm.loss(batch, hidden, head, values, ref_head)
+            (weight * loss).backward()
+            for name, value in metrics.items():
+                _fold(totals, name, value.item(), weight)
+        return totals
+
+    def _optimizer_step(self, history: dict[str, list[float]], epoch: int) -> None:
+        """Clip and step, unless a loss or gradient is not finite: then stop or skip, as configured."""
+        parameters = [*self.policy_parameters.values(), *self.value_parameters.values()]
+        limit = self.config.optim.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        losses = {name: history[name][-1] for name in ("loss/policy", "loss/value") if history[name]}
+        if math.isfinite(norm) and all(math.isfinite(value) for value in losses.values()):
+            self.optimizer.step()
+            # From here on the parameters are no longer those of the last whole step.
+            self._at_step_start = None
+            history["grad_norm"].append(norm)
+        else:
+            where = self._nonfinite_report(losses, norm, epoch)
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteError(where)
+            self.progress.print(f"{where}; this optimizer step is skipped")
+            history["skipped"].append(1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _nonfinite_report(self, losses: dict[str, float], norm: float, epoch: int) -> str:
+        names = {**{f"value.{n}": p for n, p in self.value_parameters.items()}, **self.policy_parameters}
+        first = next((n for n, p in names.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        gradient = f", first non-finite gradient in {first}" if first else ""
+        return f"step {self.step + 1}, epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient})"
+
+    def _evaluate(self, logger: MetricsLogger, name: str) -> None:
+        if not self.data.eval:
+            return
+        self.progress.phase("evaluate")
+        metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+        logger.log(self.step, metrics)
+        write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
+        kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
+        self.progress.print(
+            f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
+            f"({len(rows)} prompts)"
+        )
+
+    # Saving
+
+    def save_policy(self, folder: Path) -> Path:
+        """Write a plain folder that transformers loads: the policy (adapters merged), its tokenizer and its critic."""
+        temporary = folder.with_name(f".saving-{folder.name}")
+        _remove(temporary)
+        policy = self.models.policy
+        if self.config.model.lora is not None:
+            policy = copy.deepcopy(policy).merge_and_unload()
+        policy.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        value_folder = temporary / "value" if not isinstance(self.models.value, ValueHead) else temporary
+        self.models.value.save_pretrained(value_folder)
+        if folder.exists():
+            replaced = folder.with_name(f".replaced-{folder.name}")
+            _remove(replaced)
+            folder.rename(replaced)
+            temporary.rename(folder)
+            _remove(replaced)
+        else:
+            temporary.rename(folder)
+        return folder
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Everything but parameters and optimizer states, by value: what the next step starts from."""
+        tensors, generators = rng_state()
+        return {
+            "rng": tensors,
+            "state": copy.deepcopy(
+                {
+                    "rng": generators,
+                    "sampler": self.sampler.state_dict(),
+                    "algorithm": self.algorithm.state_dict(),
+                    "rewards": self.rewards.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                }
+            ),
+        }
+
+    def _checkpoint(self, snapshot: dict[str, Any] | None = None) -> None:
+        self.progress.phase("checkpoint")
+        snapshot = snapshot or self._snapshot()
+        optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
+        save_checkpoint(
+            self.output_dir / CHECKPOINTS,
+            self.step,
+            tensors={
+                "policy": {name: p.detach() for name, p in self.policy_parameters.items()},
+                "value": {name: p.detach() for name, p in self.value_parameters.items()},
+                "optimizer": optimizer,
+                "rng": snapshot["rng"],
+            },
+            state=snapshot["state"] | {"optimizer": optimizer_meta},
+            config=to_dict(self.config),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def _save_whole_steps(self) -> None:
+        """On the way out of a step that failed before it changed any parameter: keep what the steps before it made."""
+        if self._at_step_start is not None and self.step > 0 and self.config.checkpoint.every:
+            self._checkpoint(self._at_step_start)
+            self.progress.print(f"saved a checkpoint of step {self.step}")
+
+    def _open_output(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to go on from; refuses to mix two runs in one folder."""
+        root = self.output_dir / CHECKPOINTS
+        self._resumed = False
+        if not resume:
+            if any(root.glob("step-*")) or (self.output_dir / FINAL).exists():
+                raise CheckpointError(
+                    f"{self.output_dir}: holds an earlier run; go on with --resume, or choose another --output_dir"
+                )
+            return None
+        checkpoint = find_checkpoint(root)
+        if checkpoint is not None:
+            check_same_run(checkpoint.config, to_dict(self.config))
+            self._resumed = True
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        for group, parameters in (("policy", self.policy_parameters), ("value", self.value_parameters)):
+            saved = checkpoint.tensors(group)
+            if saved.keys() != parameters.keys():
+                raise CheckpointError(f"{checkpoint.path}: the {group}'s parameters are not those of this model")
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+        state = checkpoint.state
+        load_optimizer(self.optimizer, checkpoint.tensors("optimizer"), state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.rewards.load_state_dict(state["rewards"])
+        set_rng_state(checkpoint.tensors("rng"), state["rng"])
+        self.step = checkpoint.step
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for an end after this step; the second is the usual one."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            self.progress.print("stopping after this step (once more to stop at once)")
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are somebody else's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written to ({error.strerror})") from None
+
+
+@contextmanager
+def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    metrics[f"time/{name}"] = time.perf_counter() - began
+
+
+def _fold(totals: dict[str, float], name: str, value: float, weight: float) -> None:
+    """Extremes keep the extreme, everything else the weighted mean."""
+    if name.endswith("_max"):
+        totals[name] = max(totals.get(name, value), value)
+    elif name.endswith("_min"):
+        totals[name] = min(totals.get(name, value), value)
+    else:
+        totals[name] += weight * value
+
+
+def _summary(history: dict[str, list[float]]) -> dict[str, float]:
+    """Over a step's optimizer steps: extremes of extremes, counts of skips, means of the rest."""
+    reduce = {"_max": max, "_min": min}
+    summary = {}
+    for name, values in history.items():
+        if name == "skipped":
+            summary["policy/skipped_steps"] = sum(values)
+        else:
+            summary[name] = reduce.get(name[-4:], lambda v: sum(v) / len(v))(values)
+    return summary
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,295 @@
+"""The report: everything on one page, nothing from elsewhere, whatever a model wrote and however little is there."""
+
+import base64
+import importlib.resources
+import io
+import json
+import os
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+
+import fastppo
+from fastppo.training import report
+from fastppo.training.metrics import MetricsLogger, write_samples
+from fastppo.training.report import write_report
+
+HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>\"'&amp;"
+
+
+class Page(HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.style = ""
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "style" and "{" in data:
+            self.style += data
+        else:
+            self.text += f" {data}"
+
+    def images(self) -> list[np.ndarray]:
+        values = [value for name, value in self.attributes if name in ("src", "srcset")]
+        prefix = "data:image/png;base64,"
+        assert all(value.startswith(prefix) for value in values)
+        return [matplotlib.image.imread(io.BytesIO(base64.b64decode(value.removeprefix(prefix)))) for value in values]
+
+
+def log(folder: Path, lines: list[tuple[int, dict[str, float]]]) -> None:
+    with MetricsLogger(folder, tensorboard=False, resume_step=None) as logger:
+        for step, metrics in lines:
+            logger.log(step, metrics)
+
+
+def step_metrics(step: int) -> dict[str, float]:
+    return {
+        "reward/mean": random.random(),
+        "reward/std": 0.1,
+        "reward/sentiment": random.random(),
+        f"reward/{HOSTILE}": random.random(),
+        "kl/reference": 0.01 * step,
+        "kl/coef": 0.05 + 0.001 * step,
+        "policy/entropy": 3 - 0.01 * step,
+        "policy/clip_fraction": 0.1,
+        "policy/approx_kl": 0.01,
+        "loss/value": 1000.0 / step**2,
+        "value/explained_variance": 1 - 40 / step,
+        "completion/length": 20.0,
+        "tokens_per_second": 400.0,
+        "time/rollout": 1.0,
+        "time/update": 2.5,
+        "time/step": 4.0,
+        "lr": 1e-5 / step,
+        "grad_norm": 1.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    """A run that has everything, much of it hostile."""
+    folder = tmp_path_factory.mktemp("runs") / "a <b>run"
+    lines = [(0, {"eval/reward": 0.125})]
+    lines += [(step, step_metrics(step)) for step in range(1, 61)]
+    lines += [(30, {"eval/reward": 0.25}), (60, {"eval/reward": 0.75})]
+    log(folder, lines)
+    (folder / "config.yaml").write_text(
+        f"total_steps: 60\nmodel: {{name_or_path: {json.dumps(HOSTILE)}}}\nrollout: {{max_new_tokens: 24}}\n"
+    )
+    rewards = {"sentiment": 0.5, HOSTILE: -0.5}
+    before = [
+        {"prompt": "one", "completion": HOSTILE, "reward": 0.1, "rewards": rewards},
+        {"prompt": HOSTILE, "completion": "\x1b[2J \ud800 lone\x00", "reward": float("nan"), "rewards": rewards},
+        {"prompt": "only before", "completion": " ", "reward": 0.3, "rewards": {}},
+    ]
+    after = [
+        {"prompt": HOSTILE, "completion": "</td></table>", "reward": 0.9, "rewards": rewards},
+        {"prompt": "one", "completion": "second of one", "reward": 0.0, "rewards": rewards},
+        {"prompt": "only after", "completion": "late", "reward": 0.4, "rewards": {}},
+    ]
+    write_samples(folder, "before", before)
+    write_samples(folder, "step-000030", before)
+    write_samples(folder, "after", after)
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(full):
+    page = Page(full / "report.html")
+    assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "embed", "base", "a", "form"})
+    names = {name for name, _ in page.attributes}
+    assert not [name for name in names if name.startswith("on")]
+    assert names.isdisjoint({"href", "action", "formaction", "background", "poster", "xlink:href"})
+    assert len(page.images()) > 0  # every src and srcset is embedded data
+    assert not re.search(r"url\(|@import|//", page.style)
+    assert not [value for name, value in page.attributes if name not in ("src", "srcset") and "://" in value]
+
+
+def test_what_others_wrote_is_text(full):
+    page = Page(full / "report.html")
+    assert "<script" not in page.source
+    # Title and heading aside: model, config, reward part (in two rows twice) and metric, prompt, completion.
+    assert page.text.count("<script>alert('x')</script>") >= 7
+    assert "</td></table>" in page.text
+    assert page.source.count("<table") == page.source.count("</table>") == 2
+    assert "a <b>run" in page.text
+    assert r"\x1b[2J" in page.text
+    assert r"\x00" in page.text
+    assert "\x1b" not in page.source
+
+
+def test_the_headline(full):
+    text = " ".join(Page(full / "report.html").text.split())
+    assert "Reward, held-out prompts 0.125 → 0.750 +0.625 from step 0 to 60" in text
+    assert "KL to the reference 0.600 nats/completion" in text
+    assert "Steps 60 of 60" in text
+    assert "Tokens/s 400.0 median" in text
+    assert "stopped early" not in text
+
+
+def test_samples_stand_side_by_side_by_prompt(full):
+    text = Page(full / "report.html").text
+    samples = " ".join(text[text.index("Samples") : text.index("Details")].split())
+    order = ["Before", "After", "one", "onerror", "reward 0.100", "second of one", "reward 0.000", "reward nan",
+             "</td></table>", "only before", "(empty)", "–", "only after", "–", "late"]  # fmt: skip
+    position = 0
+    for word in order:
+        position = samples.index(word, position) + len(word)
+
+
+def test_versions_and_configuration(full):
+    import torch
+    import transformers
+
+    text = " ".join(Page(full / "report.html").text.split())
+    assert f"fastppo {fastppo.__version__}" in text
+    assert f"torch {torch.__version__}" in text
+    assert f"transformers {transformers.__version__}" in text
+    assert re.search(r"python 3\.\d+\.\d+", text)
+    assert "max_new_tokens: 24" in text
+
+
+def test_plots_are_images_of_one_size_on_disk_and_in_the_page(full):
+    names = {path.name for path in (full / "plots").iterdir()}
+    expected = {
+        "reward",
+        "reward_parts",
+        "kl",
+        "entropy",
+        "value",
+        "clipping",
+        "length",
+        "throughput",
+        "time",
+        "optimizer",
+    }
+    assert names == {f"{name}.png" for name in expected}
+    images = Page(full / "report.html").images()
+    assert len(images) == 2 * len(names)
+    assert {image.shape for image in images} == {images[0].shape}
+    # Dark first, then light, plot by plot: the corner is background.
+    assert all(image[0, 0, :3].max() < 0.2 for image in images[0::2])
+    assert all(image[0, 0, :3].min() == 1.0 for image in images[1::2])
+    on_disk = matplotlib.image.imread(full / "plots" / "reward.png")
+    np.testing.assert_array_equal(on_disk, images[1])
+
+
+def test_a_run_of_one_step(tmp_path):
+    log(tmp_path, [(0, {"eval/reward": 0.5}), (1, {"reward/mean": 0.25})])
+    (tmp_path / "config.yaml").write_text("total_steps: 8\n")
+    text = " ".join(Page(write_report(tmp_path)).text.split())
+    assert "Reward, held-out prompts 0.500 step 0" in text
+    assert "Steps 1 of 8" in text
+    assert "Written after step 1 of 8: the run was stopped early or still goes on." in text
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward.png"]
+
+
+def test_nonfinite_values_are_left_out_and_named(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    log(tmp_path, [(1, {"policy/entropy": 2.0, "loss/value": nan}), (2, {"policy/entropy": inf, "loss/value": nan})])
+    page = Page(write_report(tmp_path))
+    assert "left out of the plots: loss/value (2), policy/entropy (1)." in page.text
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"entropy"}
+
+
+@pytest.mark.parametrize("config", ["- a list\n", "a: [1, 2\n", "", "model: text\ntotal_steps: many\n", "\xff"])
+def test_a_config_that_is_not_one_is_shown_as_text(tmp_path, config):
+    (tmp_path / "config.yaml").write_bytes(config.encode("latin-1"))
+    page = Page(write_report(tmp_path))
+    assert config.strip().replace("\xff", "\ufffd") in page.text
+    assert "img" not in page.tags
+
+
+def test_samples_alone_and_the_latest_stand_in_for_the_last(tmp_path):
+    row = {"prompt": "p", "completion": "first", "reward": 0.1, "rewards": {}}
+    write_samples(tmp_path, "before", [row])
+    for step in (9, 100, 20):
+        write_samples(tmp_path, f"step-{step:06}", [row | {"completion": f"at {step}"}])
+    text = Page(write_report(tmp_path)).text
+    assert "Step 100" in text
+    assert "at 100" in text
+    assert "at 9" not in text
+    assert "After" not in text
+
+
+def test_training_reward_stands_in_where_nothing_is_held_out(tmp_path):
+    log(tmp_path, [(1, {"reward/mean": 0.25}), (2, {"reward/mean": 0.125})])
+    text = " ".join(Page(write_report(tmp_path)).text.split())
+    assert "Reward, training prompts 0.250 → 0.125 -0.125 from step 1 to 2" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_reward_names_that_mean_something_to_a_plotting_library(tmp_path):
+    names = [r"$\frac$", "$x_{", "_hidden", "%d {0}", "a" * 200, "\n", "長さ"]
+    log(tmp_path, [(step, {f"reward/{name}": 0.5 * step for name in names}) for step in (1, 2)])
+    page = Page(write_report(tmp_path))
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"reward_parts"}
+    assert "長さ" in page.text
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+            write_report(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    before = write_report(tmp_path).read_bytes()
+    (tmp_path / "config.yaml").write_text("seed: 2\n")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_the_callers_matplotlib_stays_as_it_is(tmp_path):
+    log(tmp_path, [(1, {"tokens_per_second": 1.0})])
+    with matplotlib.rc_context({"figure.dpi": 77, "axes.grid": False}):
+        settings = dict(matplotlib.rcParams)
+        write_report(tmp_path)
+        assert dict(matplotlib.rcParams) == settings
+
+
+def test_time_of_rare_phases_is_spread_over_all_steps_and_the_rest_is_shown(tmp_path):
+    lines = [(step, {"time/rollout": 1.0, "time/step": 2.0}) for step in range(1, 5)]
+    lines[3][1]["time/evaluate"] = 2.0
+    log(tmp_path, lines)
+    seconds = report._seconds_by_phase(report._load(tmp_path))
+    assert seconds == pytest.approx({"rollout": 1.0, "evaluate": 0.5, "other": 0.5})
+    assert next(iter(seconds)) == "rollout"
+
+
+@pytest.mark.parametrize("n", [40, 41, 83, 200, 1001])
+def test_the_smoothed_curve_is_the_moving_mean(n):
+    values = np.random.default_rng().normal(1e3, 1.0, n)
+    half = max(2, n // 40)
+    expected = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(n)]
+    np.testing.assert_allclose(report._smooth(values), expected, rtol=1e-12)
+
+
+def test_the_template_is_where_the_installed_package_looks_for_it():
+    assert importlib.resources.files("fastppo.training").joinpath("report.html.j2").is_file()

@@ -1,0 +1,71 @@
+"""A tiny random Llama with a real tokenizer, made on the spot: what tests use in place of a downloaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_SENTENCES = [
+    "The movie last night was wonderful, and everyone in the room loved it.",
+    "My new neighbor is quiet, but the dog next door barks all day long.",
+    "When I opened the package, I found a broken cup and a sad little note.",
+    "The weather was bad, the food was good, and the train was late again.",
+]
+_SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_tokenizer(vocab_size: int = 331):
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, with a chat template, pad and eos."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(_SPECIAL):
+        raise ValueError(f"vocab_size must be at least {len(alphabet) + len(_SPECIAL)}: every byte, and special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=_SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=_CHAT_TEMPLATE
+    )
+
+
+def make_tiny_model(
+    path: str | Path, *, vocab_size: int = 331, hidden_size: int = 32, layers: int = 2, tie: bool = True, seed: int = 0
+) -> Path:
+    """Save a random Llama and its tokenizer in a folder, and return the folder.
+
+    The same arguments give the same weights, and torch's global generator is left as it was. The context is 128 tokens.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tiny_tokenizer(vocab_size)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size + 8,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,  # the usual 0.02 gives so small a model an all but uniform distribution
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
