@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked
+from fastppo.ops import chunked, triton_engine
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_head, check_targets
 from fastppo.ops.dispatch import select
@@ -43,7 +43,7 @@ class Options(NamedTuple):
         return ENGINES[self.backend]
 
 
-ENGINES: dict[str, ModuleType] = {"chunked": chunked}
+ENGINES: dict[str, ModuleType] = {"chunked": chunked, "triton": triton_engine}
 
 
 def open_head(

@@ -151,9 +151,7 @@ def compile_launch(launch: Launch) -> Report:
     ptx = compiled.asm["ptx"]
     tensor_core = next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-")
     wide = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg[^;]*0x10|cp\.async\.bulk"
-    return Report(
-        launch, registers, local, compiled.metadata.shared, tensor_core, re.search(wide, ptx) is not None, ""
-    )
+    return Report(launch, registers, local, compiled.metadata.shared, tensor_core, re.search(wide, ptx) is not None, "")
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -163,7 +161,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (max(map(int, re.findall(rf"{key}:(\d+)", text)), default=0) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        max(map(int, re.findall(rf"{key}:(\d+)", text)), default=0) for key in ("REG", "STACK", "LOCAL")
+    )
     return registers, stack + local
 
 

@@ -5,51 +5,80 @@ Shapes are those of Llama-3-8B (D 4,096, V 128,256), and a ragged D where the ke
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels.compact_rows import compact_rows
-from fastppo_kernels.linear_statistics import linear_statistics
+from fastppo_kernels import linear
 
 N, D, V = 8192, 4096, 128256
-PLAIN = {"inner": 1.0, "outer": 1.0, "softcap": False}
-CAPPED = {"inner": 0.1, "outer": 10.0, "softcap": True}
+BUDGET = 256 * 2**20
+CAPPED = {"temperature": 0.7, "logit_scale": 0.5, "softcap": 30.0}
+PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
+
+
+class LinearCase(NamedTuple):
+    """A call of `linear.statistics` and `linear.vjp`."""
+
+    label: str
+    dtype: torch.dtype
+    dim: int = D
+    bias: bool = False
+    transform: dict = PLAIN
+    kind: str = ""
+    weight_dtype: torch.dtype | None = None
+    tf32: bool = False
+
+    def run(self) -> None:
+        def head(dim: int) -> tuple:
+            weight = meta(V, dim, dtype=self.weight_dtype or self.dtype)
+            return meta(N, dim, dtype=weight.dtype), weight, meta(V, dtype=weight.dtype) if self.bias else None
+
+        targets = meta(N, dtype=torch.int64)
+        reference = head(D // 2) if self.kind else (None, None, None)
+        arguments = (*head(self.dim), targets, *reference, self.kind)
+        options = (*self.transform.values(), self.dtype)
+        saved = [meta(N) for _ in range(8 if self.kind else 4)]
+        upstream = (None, None, None, meta(N)) if self.kind else (meta(N), meta(N), None, None)
+        with float32_matmul_precision("high" if self.tf32 else "highest"):
+            linear.statistics(*arguments, *options)
+            linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
+
+
+LINEAR_CASES = (
+    LinearCase("bf16", torch.bfloat16),
+    LinearCase("fp16 bias softcap", torch.float16, bias=True, transform=CAPPED),
+    LinearCase("bf16 ragged D", torch.bfloat16, dim=4112),
+    LinearCase("bf16 odd D", torch.bfloat16, dim=4097),
+    LinearCase("fp32 ieee", torch.float32),
+    LinearCase("fp32 tf32", torch.float32, tf32=True),
+    LinearCase("bf16 autocast", torch.bfloat16, weight_dtype=torch.float32),
+    LinearCase("bf16 reverse", torch.bfloat16, kind="reverse"),
+    LinearCase("bf16 forward bias softcap", torch.bfloat16, bias=True, transform=CAPPED, kind="forward"),
+    LinearCase("bf16 jsd", torch.bfloat16, kind="jsd"),
+    LinearCase("bf16 jsd odd D", torch.bfloat16, dim=4097, kind="jsd"),
+    LinearCase("fp32 jsd ieee", torch.float32, kind="jsd"),
+    LinearCase("fp32 jsd tf32", torch.float32, kind="jsd", tf32=True),
+    LinearCase("bf16 reverse autocast", torch.bfloat16, kind="reverse", weight_dtype=torch.float32),
+)
+
+
+def cases() -> list[tuple[str, Callable[[], None]]]:
+    """(label, call) pairs."""
+    return [(case.label, case.run) for case in LINEAR_CASES]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cases() -> list[tuple[str, Callable[[], None]]]:
-    """(label, call) pairs."""
-    found = []
-    for label, dtype, dim, bias, options in (
-        ("bf16", torch.bfloat16, D, False, PLAIN),
-        ("fp16 bias softcap", torch.float16, D, True, CAPPED),
-        ("bf16 ragged D", torch.bfloat16, 4112, False, PLAIN),
-        ("bf16 odd D", torch.bfloat16, 4097, True, PLAIN),
-        ("fp32 ieee", torch.float32, D, False, PLAIN),
-        ("fp32 tf32", torch.float32, D, False, PLAIN),
-    ):
-        run = functools.partial(statistics_case, dtype, dim, bias, options)
-        found.append((label, functools.partial(with_tf32, label.endswith("tf32"), run)))
-    return found
-
-
-def with_tf32(allowed: bool, run: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def float32_matmul_precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.set_float32_matmul_precision(name)
     try:
-        run()
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def statistics_case(dtype: torch.dtype, dim: int, has_bias: bool, options: dict) -> None:
-    targets = meta(N, dtype=torch.int64)
-    rows, count = compact_rows(targets)
-    hidden, weight = meta(N, dim, dtype=dtype), meta(V, dim, dtype=dtype)
-    bias = meta(V, dtype=dtype) if has_bias else None
-    linear_statistics(hidden, weight, bias, targets, rows, count, compute_dtype=dtype, **options)

@@ -75,12 +75,16 @@ def dot_precision(name: str) -> str:
     return "ieee" if name == "half" else name
 
 
-def gemm_config(kernel: str, device: torch.device, dtype: torch.dtype, *dims: int) -> Gemm:
-    """The entry for this device, for products of this dtype over hidden sizes `dims`."""
-    arch = architecture(device)
-    if arch != "interpreter" and any(dim % 16 for dim in dims):
-        arch = "odd"
-    return GEMM[kernel][arch, precision(dtype)]
+def gemm_config(kernel: str, compute_dtype: torch.dtype, weight: torch.Tensor, *dims: int) -> Gemm:
+    """The entry for products in compute_dtype with this weight (and others like it) over hidden sizes `dims`."""
+    arch = architecture(weight.device)
+    kind = precision(compute_dtype)
+    if arch != "interpreter":
+        if weight.element_size() > compute_dtype.itemsize:
+            kind = "mixed"
+        if any(dim % 16 for dim in dims):
+            arch = "odd"
+    return GEMM[kernel][arch, kind]
 
 
 def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -32,7 +32,15 @@ from fastppo_kernels.launch import (
     launch,
     precision,
 )
-from fastppo_kernels.tile import exp, finish_logits, grouped_order, log_mean, log_softmax, raw_logits, transform_gradient
+from fastppo_kernels.tile import (
+    exp,
+    finish_logits,
+    grouped_order,
+    log_mean,
+    log_softmax,
+    raw_logits,
+    transform_gradient,
+)
 
 
 @triton.jit
@@ -90,10 +98,11 @@ def logit_gradient_kernel(
     columns = column + tl.arange(0, BLOCK_N)
     real_rows = tl.load(count) - first_row
     last_column = first_column + width
-    out_pointers = out + m[:, None].to(tl.int64) * width + (columns - first_column)[None, :]
+    out += row.to(tl.int64) * width + tile * BLOCK_N
+    offset = tl.arange(0, BLOCK_M)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
     inside = (m[:, None] < num_rows) & (columns[None, :] < last_column)
     if row >= real_rows:
-        tl.store(out_pointers, tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty), mask=inside)
+        tl.store(out + offset, tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty), mask=inside)
         return
 
     local = tl.minimum(m, num_rows - 1).to(tl.int64)
@@ -143,7 +152,7 @@ def logit_gradient_kernel(
     dz = transform_gradient(dz, z, inner, outer, SOFTCAP)
     if scale is not None:
         dz *= tl.load(scale)
-    tl.store(out_pointers, tl.where(real[:, None], dz, 0.0).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offset, tl.where(real[:, None], dz, 0.0).to(out.dtype.element_ty), mask=inside)
 
 
 class RowScalars(NamedTuple):
@@ -201,7 +210,7 @@ def logit_gradient(
     vocab, dim = policy.weight.shape
     ref_dim = reference.weight.shape[1] if reference is not None else dim
     config = gemm_config(
-        "logit_gradient_kl" if kind else "logit_gradient", out.device, policy.hidden.dtype, dim, ref_dim
+        "logit_gradient_kl" if kind else "logit_gradient", policy.hidden.dtype, policy.weight, dim, ref_dim
     )
     heads = [policy] if reference is None else [policy, reference]
     tma = config.tma and all(
