@@ -18,8 +18,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "chunked", "reference"),
     "linear_kl": ("triton", "chunked", "reference"),
     "linear_ppo_loss": ("triton", "chunked", "reference"),
-    "selective_logprob": ("chunked", "reference"),
-    "gae": ("cpu", "reference"),
+    "selective_logprob": ("triton", "chunked", "reference"),
+    "gae": ("triton", "cpu", "reference"),
 }
 NAMES = ("reference", "chunked", "cpu", "triton")
 

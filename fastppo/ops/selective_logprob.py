@@ -6,10 +6,14 @@ backward  one read, one write of ∂logits [N, V] in the logits' own dtype: in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastppo import reference
+from fastppo.ops import triton_selective
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_floating, check_targets
 from fastppo.ops.dispatch import select
@@ -55,20 +59,22 @@ def selective_logprob(
     rows = targets.reshape(-1).long()
     rows = rows.masked_fill(rows == ignore_index, IGNORED)
     flat = logits.reshape(-1, logits.shape[-1])
-    if select("selective_logprob", logits.device, logits.dtype, backend) == "reference":
+    name = select("selective_logprob", logits.device, logits.dtype, backend)
+    if name == "reference":
         z = transform.apply(reference.upcast(flat).masked_fill((rows == IGNORED).unsqueeze(1), 0.0))
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
-        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward)
+        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward, name)
     shape = targets.shape
     return LogprobOutput(logprobs.view(shape), entropy.view(shape) if return_entropy else None, logsumexp.view(shape))
 
 
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool):
-        saved = _statistics(logits, targets, *transform, scratch_bytes())
+    def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool, backend: str):
+        ctx.engine = _ENGINES[backend]
+        saved = ctx.engine.statistics(logits, targets, *transform, scratch_bytes())
         ctx.save_for_backward(logits, targets, *saved)
         ctx.transform, ctx.inplace_backward = transform, inplace_backward
         ctx.set_materialize_grads(False)
@@ -81,9 +87,9 @@ class _SelectiveLogprob(torch.autograd.Function):
         arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes())
         if ctx.inplace_backward:
             logits = logits.detach()
-            _vjp_(logits, *arguments)
-            return logits, None, None, None
-        return _vjp(logits, *arguments), None, None, None
+            ctx.engine.vjp_(logits, *arguments)
+            return logits, None, None, None, None
+        return ctx.engine.vjp(logits, *arguments), None, None, None, None
 
 
 @torch.library.custom_op("fastppo::selective_statistics", mutates_args=())
@@ -190,3 +196,17 @@ def _blocks(logits: Tensor, targets: Tensor, transform: LogitTransform, budget: 
     for start in range(0, rows.numel(), block):
         index = rows[start : start + block]
         yield index, transform.apply_(reference.upcast(logits[index]))
+
+
+class _Engine(NamedTuple):
+    """The operators of one backend."""
+
+    statistics: Callable
+    vjp: Callable
+    vjp_: Callable
+
+
+_ENGINES = {
+    "chunked": _Engine(_statistics, _vjp, _vjp_),
+    "triton": _Engine(triton_selective.statistics, triton_selective.vjp, triton_selective.vjp_),
+}

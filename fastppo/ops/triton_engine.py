@@ -28,7 +28,7 @@ def statistics(
     compute_dtype: torch.dtype,
     budget: int,
 ) -> list[Tensor]:
-    out = triton_kernels.linear_statistics(
+    out = triton_kernels.linear.statistics(
         hidden,
         weight,
         bias,
@@ -74,7 +74,7 @@ def vjp(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_kernels.linear_vjp(
+    return triton_kernels.linear.vjp(
         hidden,
         weight,
         bias,

@@ -16,7 +16,7 @@ if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERP
     _why_missing = "this PyTorch is built without CUDA"
 else:
     try:
-        from fastppo_kernels import launch, linear
+        from fastppo_kernels import gae, launch, linear, selective
     except ImportError as error:
         _why_missing = f"the kernels do not load: {str(error).splitlines()[0]}"
 
@@ -24,7 +24,3 @@ else:
 def why_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve tensors of this device and dtype, in a line; None if they can."""
     return _why_missing or launch.unusable(device, dtype)
-
-
-if _why_missing is None:
-    linear_statistics, linear_vjp = linear.statistics, linear.vjp

@@ -22,6 +22,7 @@ from fastppo_kernels.linear_jsd import linear_jsd
 from fastppo_kernels.linear_statistics import linear_statistics
 from fastppo_kernels.logit_gradient import Head, RowScalars, logit_gradient
 from fastppo_kernels.scatter_rows import scatter_rows
+from fastppo_kernels.tile import transform_factors
 
 # A product over fewer columns than this leaves tensor cores idle; the budget then cuts the rows instead.
 MIN_WIDTH = 512
@@ -58,7 +59,7 @@ def statistics(
     compute_dtype = interpreted_dtype(compute_dtype)
     rows, count = compact_rows(targets.contiguous())
     policy = Head(_unit_stride(hidden), weight, bias)
-    options = {**_transform(temperature, logit_scale, softcap), "compute_dtype": compute_dtype}
+    options = {**transform_factors(temperature, logit_scale, softcap), "compute_dtype": compute_dtype}
     if not kl_kind:
         return list(linear_statistics(*policy, targets.contiguous(), rows, count, **options).unbind(0))
     reference = Head(_unit_stride(ref_hidden), ref_weight, ref_bias)
@@ -127,7 +128,7 @@ def vjp(
     d_rows = torch.zeros(num_rows if need_hidden else 0, dim, dtype=torch.float32, device=device)
     scratch = torch.empty(block * width, dtype=compute_dtype, device=device)
     accumulator = torch.empty(width if need_weight else 0, dim, dtype=torch.float32, device=device)
-    transform = _transform(temperature, logit_scale, softcap)
+    transform = transform_factors(temperature, logit_scale, softcap)
 
     for lo in range(0, vocab, width):
         hi = min(lo + width, vocab)
@@ -223,12 +224,6 @@ def _power_of_two_scale(upstream: list[Tensor | None]) -> Tensor:
     """[1] float32 that lifts the greatest upstream scalar to about 1, as float16 has few exponents; exact to undo."""
     greatest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
     return torch.exp2(-torch.log2(greatest).floor()).where(torch.isfinite(greatest) & (greatest > 0), 1.0).reshape(1)
-
-
-def _transform(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float | bool]:
-    if softcap is None:
-        return {"inner": 1.0, "outer": logit_scale / temperature, "softcap": False}
-    return {"inner": logit_scale / softcap, "outer": softcap / temperature, "softcap": True}
 
 
 def _unit_stride(x: Tensor) -> Tensor:
