@@ -6,14 +6,11 @@ backward  one read, one write of ∂logits [N, V] in the logits' own dtype: in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import triton_selective
+from fastppo.ops import triton_kernels
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_floating, check_targets
 from fastppo.ops.dispatch import select
@@ -59,13 +56,13 @@ def selective_logprob(
     rows = targets.reshape(-1).long()
     rows = rows.masked_fill(rows == ignore_index, IGNORED)
     flat = logits.reshape(-1, logits.shape[-1])
-    name = select("selective_logprob", logits.device, logits.dtype, backend)
-    if name == "reference":
+    backend = select("selective_logprob", logits.device, logits.dtype, backend)
+    if backend == "reference":
         z = transform.apply(reference.upcast(flat).masked_fill((rows == IGNORED).unsqueeze(1), 0.0))
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
-        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward, name)
+        logprobs, entropy, logsumexp = _SelectiveLogprob.apply(flat, rows, transform, inplace_backward, backend)
     shape = targets.shape
     return LogprobOutput(logprobs.view(shape), entropy.view(shape) if return_entropy else None, logsumexp.view(shape))
 
@@ -73,10 +70,9 @@ def selective_logprob(
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool, backend: str):
-        ctx.engine = _ENGINES[backend]
-        saved = ctx.engine.statistics(logits, targets, *transform, scratch_bytes())
+        saved = _statistics(logits, targets, *transform, scratch_bytes(), backend)
         ctx.save_for_backward(logits, targets, *saved)
-        ctx.transform, ctx.inplace_backward = transform, inplace_backward
+        ctx.transform, ctx.inplace_backward, ctx.backend = transform, inplace_backward, backend
         ctx.set_materialize_grads(False)
         logprobs, entropy, row_max, log_sum = saved
         return logprobs.clone(), entropy.clone(), row_max + log_sum
@@ -84,20 +80,28 @@ class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         logits, targets, *saved = ctx.saved_tensors
-        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes())
+        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes(), ctx.backend)
         if ctx.inplace_backward:
             logits = logits.detach()
-            ctx.engine.vjp_(logits, *arguments)
+            _vjp_(logits, *arguments)
             return logits, None, None, None, None
-        return ctx.engine.vjp(logits, *arguments), None, None, None, None
+        return _vjp(logits, *arguments), None, None, None, None
 
 
 @torch.library.custom_op("fastppo::selective_statistics", mutates_args=())
 def _statistics(
-    logits: Tensor, targets: Tensor, temperature: float, logit_scale: float, softcap: float | None, budget: int
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
 ) -> list[Tensor]:
     """logits [N, V], targets [N] -> logprobs, entropy, row_max, log_sum [N]; zeros where the target is negative."""
     transform = LogitTransform(temperature, logit_scale, softcap)
+    if backend == "triton":
+        return [x.clone() for x in triton_kernels.selective.statistics(logits, targets, *transform)]
     out = reference.upcast(logits.new_zeros(0)).new_zeros(4, targets.numel())
     for rows, z in _blocks(logits, targets, transform, budget):
         row_max = z.amax(1)
@@ -124,8 +128,12 @@ def _write_gradient(
     upstream: list[Tensor | None],
     transform: LogitTransform,
     budget: int,
+    backend: str,
 ) -> None:
     """∂logits into `out`, which may be the logits themselves."""
+    if backend == "triton":
+        triton_kernels.selective.vjp_into(out, logits, targets, saved, *upstream, *transform)
+        return
     zero = torch.zeros_like(saved[0])
     d_logprobs, d_entropy, d_logsumexp = (zero if g is None else g for g in upstream)
     entropy, row_max, log_sum = saved[1:]
@@ -154,10 +162,11 @@ def _vjp(
     logit_scale: float,
     softcap: float | None,
     budget: int,
+    backend: str,
 ) -> Tensor:
     out = torch.empty_like(logits)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    _write_gradient(out, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget)
+    _write_gradient(out, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget, backend)
     return out
 
 
@@ -178,9 +187,10 @@ def _vjp_(
     logit_scale: float,
     softcap: float | None,
     budget: int,
+    backend: str,
 ) -> None:
     transform = LogitTransform(temperature, logit_scale, softcap)
-    _write_gradient(logits, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget)
+    _write_gradient(logits, logits, targets, saved, [d_logprobs, d_entropy, d_logsumexp], transform, budget, backend)
 
 
 @_vjp_.register_fake
@@ -196,17 +206,3 @@ def _blocks(logits: Tensor, targets: Tensor, transform: LogitTransform, budget: 
     for start in range(0, rows.numel(), block):
         index = rows[start : start + block]
         yield index, transform.apply_(reference.upcast(logits[index]))
-
-
-class _Engine(NamedTuple):
-    """The operators of one backend."""
-
-    statistics: Callable
-    vjp: Callable
-    vjp_: Callable
-
-
-_ENGINES = {
-    "chunked": _Engine(_statistics, _vjp, _vjp_),
-    "triton": _Engine(triton_selective.statistics, triton_selective.vjp, triton_selective.vjp_),
-}

@@ -1,7 +1,8 @@
 """The Triton engine: what `fastppo.ops.chunked` computes, by the kernels of kernels/fastppo_kernels.
 
 The operators have the signatures of `chunked.statistics` and `chunked.vjp`, where the arguments are explained. Which rows
-contribute is decided on the device; the host learns their number while the device works, never under CUDA graph capture.
+contribute is decided on the device; the host learns their number while the device works, never under CUDA graph
+capture.
 """
 
 from __future__ import annotations

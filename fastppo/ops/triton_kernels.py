@@ -1,7 +1,7 @@
 """The Triton kernels (kernels/fastppo_kernels), if this installation can use them.
 
-Imported here and now, not on first use: torch.compile cannot trace an import. A PyTorch without CUDA or ROCm leaves them
-alone, unless TRITON_INTERPRET=1 asks for Triton's interpreter on the CPU, which is how the tests run them there.
+Imported here and now, not on first use: torch.compile cannot trace an import. A PyTorch without CUDA or ROCm leaves
+them alone, unless TRITON_INTERPRET=1 asks for Triton's interpreter on the CPU, which is how the tests run them there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERP
     _why_missing = "this PyTorch is built without CUDA"
 else:
     try:
-        from fastppo_kernels import gae, launch, linear, selective
+        from fastppo_kernels import gae, launch, linear, selective  # noqa: F401  (for the operators to use)
     except ImportError as error:
         _why_missing = f"the kernels do not load: {str(error).splitlines()[0]}"
 

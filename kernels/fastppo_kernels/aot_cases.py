@@ -6,12 +6,13 @@ Shapes are those of Llama-3-8B (D 4,096, V 128,256), and a ragged D where the ke
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels import linear
+from fastppo_kernels import gae, linear, selective
 
 N, D, V = 8192, 4096, 128256
 BUDGET = 256 * 2**20
@@ -67,7 +68,31 @@ LINEAR_CASES = (
 
 def cases() -> list[tuple[str, Callable[[], None]]]:
     """(label, call) pairs."""
-    return [(case.label, case.run) for case in LINEAR_CASES]
+    return [
+        *((case.label, case.run) for case in LINEAR_CASES),
+        *(
+            (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
+            for d in (torch.bfloat16, torch.float32)
+        ),
+        ("padded", gae_padded),
+        ("packed, long", gae_packed),
+    ]
+
+
+def selective_case(dtype: torch.dtype) -> None:
+    logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
+    saved = selective.statistics(logits, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, targets, saved, meta(N), meta(N), None, *CAPPED.values())
+
+
+def gae_padded() -> None:
+    tokens, flags = (meta(4096, 1024) for _ in range(2)), (meta(4096, 1024, dtype=torch.bool) for _ in range(2))
+    gae.gae(*tokens, *flags, meta(4096), None, 0.99, 0.95)
+
+
+def gae_packed() -> None:
+    tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, with_moments=True)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Tile sizes, pipeline depths and warps: data, apart from the kernels. `python -m fastppo_kernels.aot` proves each entry.
 
 GEMM is looked up by kernel, architecture and precision. Architectures: sm_80 also serves sm_86, sm_89 and sm_120, whose
-shared memory is 99 KiB, so its entries stay below that; sm_90 and sm_100 have 227 KiB. Precisions: `half` is bfloat16
-and float16; `tf32` and `ieee` are float32 by request and by default; `mixed` is a float32 weight that is cast to
-half on its way to the tensor cores (autocast). `interpreter` is Triton's CPU interpreter.
-`odd` serves hidden sizes that are no multiple of 16 on every chip: rows are then not aligned, and loads are narrow.
+shared memory is 99 KiB, so its entries stay below that; sm_90 and sm_100 have 227 KiB. `odd` serves hidden sizes that are
+no multiple of 16 on every chip: rows are then not aligned, and loads are narrow. `interpreter` is Triton's CPU
+interpreter. Precisions: `half` is bfloat16 and float16; `mixed` is a float32 weight that is cast to half on its way to the
+tensor cores (autocast); `tf32` and `ieee` are float32 by request and by default. Where there is an entry `… capped`, it
+serves logits with a softcap, whose tanh needs registers.
 """
 
 from typing import NamedTuple
@@ -48,7 +49,8 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
         ("sm_90", "mixed"): Gemm(128, 128, 32, warps=8, stages=3),
         ("sm_90", "tf32"): Gemm(128, 128, 32, warps=8, stages=4),
         ("sm_90", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
-        ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4),
+        ("sm_100", "half"): Gemm(128, 256, 64, warps=8, stages=4, tma=True, flatten=True),
+        ("sm_100", "half capped"): Gemm(128, 128, 64, warps=8, stages=4),
         ("sm_100", "mixed"): Gemm(128, 128, 32, warps=8, stages=3),
         ("sm_100", "tf32"): Gemm(128, 128, 32, warps=8, stages=4),
         ("sm_100", "ieee"): Gemm(64, 64, 16, warps=4, stages=3),
@@ -89,9 +91,9 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
         ("sm_90", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
         ("sm_90", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
         ("sm_90", "ieee"): Gemm(32, 32, 16, warps=4, stages=3),
-        ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=3),
+        ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4),
         ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
-        ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
+        ("sm_100", "tf32"): Gemm(128, 64, 32, warps=4, stages=3),
         ("sm_100", "ieee"): Gemm(32, 32, 16, warps=4, stages=3),
         ("odd", "half"): Gemm(64, 32, 32, warps=4, stages=3),
         ("odd", "mixed"): Gemm(64, 32, 32, warps=4, stages=3),

@@ -75,7 +75,9 @@ def dot_precision(name: str) -> str:
     return "ieee" if name == "half" else name
 
 
-def gemm_config(kernel: str, compute_dtype: torch.dtype, weight: torch.Tensor, *dims: int) -> Gemm:
+def gemm_config(
+    kernel: str, compute_dtype: torch.dtype, weight: torch.Tensor, *dims: int, softcap: bool = False
+) -> Gemm:
     """The entry for products in compute_dtype with this weight (and others like it) over hidden sizes `dims`."""
     arch = architecture(weight.device)
     kind = precision(compute_dtype)
@@ -84,7 +86,8 @@ def gemm_config(kernel: str, compute_dtype: torch.dtype, weight: torch.Tensor, *
             kind = "mixed"
         if any(dim % 16 for dim in dims):
             arch = "odd"
-    return GEMM[kernel][arch, kind]
+    plain = GEMM[kernel][arch, kind]
+    return GEMM[kernel].get((arch, f"{kind} capped"), plain) if softcap else plain
 
 
 def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -148,7 +148,7 @@ def linear_divergence(
     """
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
     (num_rows, dim), vocab, ref_dim = hidden.shape, weight.shape[0], ref_weight.shape[1]
-    config = gemm_config("linear_divergence", compute_dtype, weight, dim, ref_dim)
+    config = gemm_config("linear_divergence", compute_dtype, weight, dim, ref_dim, softcap=softcap)
     programs = processors(hidden.device)
     tiles = triton.cdiv(vocab, config.block_n)
     splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)

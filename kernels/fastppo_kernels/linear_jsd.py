@@ -113,7 +113,7 @@ def linear_jsd(
     """Fill kl and kl_center of `statistics` [8, N], which `linear_divergence` made of the same arguments."""
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
     (num_rows, dim), vocab, ref_dim = hidden.shape, weight.shape[0], ref_weight.shape[1]
-    config = gemm_config("linear_divergence", compute_dtype, weight, dim, ref_dim)
+    config = gemm_config("linear_divergence", compute_dtype, weight, dim, ref_dim, softcap=softcap)
     programs = processors(hidden.device)
     tiles = triton.cdiv(vocab, config.block_n)
     splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)

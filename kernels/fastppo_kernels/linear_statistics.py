@@ -129,7 +129,7 @@ def linear_statistics(
         compute_dtype: of the products, accumulated in float32.
     """
     (num_rows, dim), vocab = hidden.shape, weight.shape[0]
-    config = gemm_config("linear_statistics", compute_dtype, weight, dim)
+    config = gemm_config("linear_statistics", compute_dtype, weight, dim, softcap=softcap)
     programs = processors(hidden.device)
     tiles = triton.cdiv(vocab, config.block_n)
     splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)

@@ -210,7 +210,12 @@ def logit_gradient(
     vocab, dim = policy.weight.shape
     ref_dim = reference.weight.shape[1] if reference is not None else dim
     config = gemm_config(
-        "logit_gradient_kl" if kind else "logit_gradient", policy.hidden.dtype, policy.weight, dim, ref_dim
+        "logit_gradient_kl" if kind else "logit_gradient",
+        policy.hidden.dtype,
+        policy.weight,
+        dim,
+        ref_dim,
+        softcap=softcap,
     )
     heads = [policy] if reference is None else [policy, reference]
     tma = config.tma and all(

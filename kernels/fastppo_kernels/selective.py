@@ -18,7 +18,8 @@ def statistics(
     return list(selective_statistics(_rows(logits), targets.contiguous(), **factors).unbind(0))
 
 
-def vjp(
+def vjp_into(
+    out: Tensor,
     logits: Tensor,
     targets: Tensor,
     saved: list[Tensor],
@@ -28,20 +29,16 @@ def vjp(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-    *,
-    inplace: bool,
-) -> Tensor:
-    """∂logits [N, V] in the logits' dtype, in their memory if `inplace` (which wants a contiguous last dimension).
+) -> None:
+    """∂logits into out [N, V], last dimension contiguous, which may be the logits themselves.
 
     Args:
         saved: what `statistics` returned for the same arguments.
         d_logprobs, d_entropy, d_logsumexp: upstream scalars [N], or None where that term is absent.
     """
     upstream = tuple(None if g is None else g.float().contiguous() for g in (d_logprobs, d_entropy, d_logsumexp))
-    out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     factors = transform_factors(temperature, logit_scale, softcap)
     selective_gradient(_rows(logits), targets.contiguous(), saved, upstream, out, **factors)
-    return out
 
 
 def _rows(logits: Tensor) -> Tensor:

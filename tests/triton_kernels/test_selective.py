@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.ops import triton_selective
+from fastppo.ops import selective_logprob as ops
 
 TRANSFORMS = [{}, {"logit_scale": 0.3, "temperature": 1.3}, {"softcap": 3.0, "logit_scale": 2.0, "temperature": 0.5}]
 
@@ -109,9 +109,9 @@ def test_masked_columns_and_ignored_rows(device):
 
 def test_the_operators_keep_their_contract(device):
     logits, targets = torch.randn(5, 30, device=device), torch.randint(0, 30, (5,), device=device)
-    options, checks = (1.0, 1.0, None, 2**20), ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton_selective.statistics, (logits, targets, *options), test_utils=checks)
-    saved = triton_selective.statistics(logits, targets, *options)
+    options, checks = (1.0, 1.0, None, 2**20, "triton"), ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops._statistics, (logits, targets, *options), test_utils=checks)
+    saved = ops._statistics(logits, targets, *options)
     upstream = (torch.randn(5, device=device), None, torch.randn(5, device=device))
-    for op in (triton_selective.vjp, triton_selective.vjp_):
+    for op in (ops._vjp, ops._vjp_):
         torch.library.opcheck(op, (logits.clone(), targets, saved, *upstream, *options), test_utils=checks)
