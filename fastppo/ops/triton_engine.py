@@ -1,7 +1,7 @@
 """The Triton engine: what `fastppo.ops.chunked` computes, by the kernels of kernels/fastppo_kernels.
 
-The operators have the signatures of `chunked.statistics` and `chunked.vjp`, where the arguments are explained. Which rows
-contribute is decided on the device; the host learns their number while the device works, never under CUDA graph
+The operators have the signatures of `chunked.statistics` and `chunked.vjp`, where the arguments are explained. Which
+rows contribute is decided on the device; the host learns their number while the device works, never under CUDA graph
 capture.
 """
 

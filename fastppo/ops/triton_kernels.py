@@ -21,6 +21,7 @@ else:
         _why_missing = f"the kernels do not load: {str(error).splitlines()[0]}"
 
 
+@torch.compiler.assume_constant_result
 def why_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve tensors of this device and dtype, in a line; None if they can."""
     return _why_missing or launch.unusable(device, dtype)

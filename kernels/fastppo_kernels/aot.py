@@ -1,11 +1,12 @@
 """`python -m fastppo_kernels.aot`: every kernel compiled to a cubin, for chips that are not there, and inspected.
 
 The public functions of this package run on meta tensors of real shapes; what they would launch on each architecture is
-recorded and compiled as the just-in-time compiler would (pointers aligned, integers specialized). For each kernel the table
-shows registers, spills (local memory), shared memory against the chip's limit, tensor-core instructions, 16-byte loads.
+recorded and compiled as the just-in-time compiler would (pointers aligned, integers specialized). For each kernel the
+table shows registers, spills (local memory), shared memory against the chip's limit, tensor-core instructions, 16-byte
+loads.
 
-Exit status 1 on a spill, on shared memory over the limit, on a GEMM that asked for tensor cores and has no instruction of
-theirs, or where compilation itself fails.
+Exit status 1 on a spill, on shared memory over the limit, on a GEMM that asked for tensor cores and has no instruction
+of theirs, or where compilation itself fails.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastppo_kernels import aot_cases
 from fastppo_kernels.launch import INTERPRETED, recording
 
-# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities). sm_80's entries also
-# serve sm_86, sm_89 and sm_120, which have 99 KiB.
+# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities). sm_80's entries
+# also serve sm_86, sm_89 and sm_120, which have 99 KiB.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 TYPES = {

@@ -1,4 +1,4 @@
-"""Generalized advantage estimation over padded or packed sequences: one kernel, or three where sequences are few and long."""
+"""Generalized advantage estimation over padded or packed sequences: one kernel, or three for few and long ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_BLOCKS = 4
 
 
 class GAE(NamedTuple):
-    """advantages, returns: shape of rewards, float32, 0 at padding. mean, variance (unbiased) of the real advantages: 0-dim."""
+    """advantages, returns: shape of rewards, float32, 0 at padding; mean, unbiased variance of the real advantages."""
 
     advantages: Tensor
     returns: Tensor

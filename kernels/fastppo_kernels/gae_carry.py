@@ -2,7 +2,8 @@
 
     summary [chunks, S, 5], bootstrap [S]  ->  carry [chunks, S, 2] float32: A, V
 
-Bytes: 20 read, 8 written a chunk and sequence. Tiling: a program has a block of sequences and walks the chunks from the right.
+Bytes: 20 read, 8 written a chunk and sequence. Tiling: a program has a block of sequences and walks the chunks from
+the right.
 """
 
 import triton

@@ -5,8 +5,9 @@ A token maps the state (A, V) of the next real token to its own:
     A' = α A + β V + c      α = γ λ, β = γ (both 0 where done), c = r − V_t
     V' = δ V + w            δ = 0, w = V_t
 
-and padding is the identity (α = δ = 1, the rest 0), so that the successor of a token is the next real one. Maps of this form
-are closed under composition, which is associative: five numbers each, and a scan in any blocking gives every A.
+and padding is the identity (α = δ = 1, the rest 0), so that the successor of a token is the next real one. Maps of
+this form are closed under composition, which is associative: five numbers each, and a scan in any blocking gives
+every A.
 """
 
 import triton
@@ -39,25 +40,30 @@ def bounds(offsets, sequence, num_sequences, time):
 
 
 @triton.jit
-def scan_block(rewards, values, mask, dones, first, length, t, gamma, lam):
+def scan_block(rewards, values, mask, dones, offsets, first, length, t, time, gamma, lam):
     """Composite maps of a block [ROWS, BLOCK] of tokens, each from the right edge of the block to its token.
 
-    Returns the five numbers, V and whether the token is real, and where in memory it lies.
+    Returns the five numbers, V, whether the token is real, whether there is one, and where in memory it lies.
     """
     where = first[:, None] + t[None, :]
-    real = t[None, :] < length[:, None]
+    # Loads are guarded by what is known of whole 16-byte groups; what padding holds is dropped afterwards.
+    if offsets is not None:
+        exists = t[None, :] < length[:, None]
+    else:
+        exists = (length[:, None] > 0) & (t[None, :] < time)
+    real = exists
     if mask is not None:
-        real = real & (tl.load(mask + where, mask=real, other=0) != 0)
-    reward = tl.load(rewards + where, mask=real, other=0.0)
-    value = tl.load(values + where, mask=real, other=0.0)
+        real = real & (tl.load(mask + where, mask=exists, other=0) != 0)
+    reward = tl.where(real, tl.load(rewards + where, mask=exists, other=0.0), 0.0)
+    value = tl.where(real, tl.load(values + where, mask=exists, other=0.0), 0.0)
     flows = real
     if dones is not None:
-        flows = flows & (tl.load(dones + where, mask=real, other=1) == 0)
+        flows = flows & (tl.load(dones + where, mask=exists, other=1) == 0)
     alpha = tl.where(real, tl.where(flows, gamma * lam, 0.0), 1.0)
     beta = tl.where(flows, gamma, 0.0)
     delta = tl.where(real, 0.0, 1.0)
     maps = tl.associative_scan((alpha, beta, reward - value, delta, value), 1, compose, reverse=True)
-    return maps[0], maps[1], maps[2], maps[3], maps[4], value, real, where
+    return maps[0], maps[1], maps[2], maps[3], maps[4], value, real, exists, where
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """Advantages and returns of a chunk of time of a block of sequences, from the state at its right edge.
 
-    rewards, values, mask, dones [S, T] or packed  ->  advantages, returns, and with moments (count, mean, Σ (A − mean)²)
+    rewards, values, mask, dones [S, T] or packed  ->  advantages, returns; with moments also count, mean, Σ (A − mean)²
 
 Bytes: 8 read and 8 written a token, and 1 for each of mask and dones. FLOPs: about 40 a token.
-Tiling: a program has ROWS sequences and walks its chunk from the right, BLOCK tokens at a time: an associative scan inside the
-block, the state (A, V) carried between blocks. Where sequences are many a chunk is the whole of T; where they are few and long,
-`gae_summary` and `gae_carry` give each chunk its state first.
+Tiling: a program has ROWS sequences and walks its chunk from the right, BLOCK tokens at a time: an associative scan
+inside the block, the state (A, V) carried between blocks. Where sequences are many a chunk is the whole of T; where
+they are few and long, `gae_summary` and `gae_carry` give each chunk its state first.
 """
 
 import triton
@@ -52,11 +52,10 @@ def gae_scan_kernel(
     count, mean, spread = 0.0, 0.0, 0.0
     for back in range(tl.cdiv(right - left, BLOCK)):
         t = left + (tl.cdiv(right - left, BLOCK) - 1 - back) * BLOCK + t_in_block
-        alpha, beta, c, delta, w, v, real, where = scan_block(
-            rewards, values, mask, dones, first, length, t, gamma, lam
+        alpha, beta, c, delta, w, v, real, exists, where = scan_block(
+            rewards, values, mask, dones, offsets, first, length, t, time, gamma, lam
         )
         a = apply_map(alpha, beta, c, advantage[:, None], value[:, None])
-        exists = t[None, :] < length[:, None]
         tl.store(advantages + where, tl.where(real, a, 0.0), mask=exists)
         tl.store(returns + where, tl.where(real, a + v, 0.0), mask=exists)
         advantage = leftmost(a, t_in_block)

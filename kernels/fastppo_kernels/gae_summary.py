@@ -2,7 +2,8 @@
 
     rewards, values, mask, dones  ->  summary [chunks, S, 5] float32: α, β, c, δ, w
 
-Bytes: 8 read a token, and 1 for each of mask and dones; `gae_scan` reads them again, mostly from L2. FLOPs: about 40 a token.
+Bytes: 8 read a token, and 1 for each of mask and dones; `gae_scan` reads them again, mostly from L2. FLOPs: about 40
+a token.
 Tiling: as `gae_scan`.
 """
 
@@ -40,8 +41,8 @@ def gae_summary_kernel(
     right = tl.minimum(left + chunk, tl.max(length, 0).to(tl.int32))
     for back in range(tl.cdiv(right - left, BLOCK)):
         t = left + (tl.cdiv(right - left, BLOCK) - 1 - back) * BLOCK + t_in_block
-        alpha2, beta2, c2, delta2, w2, _v, _real, _where = scan_block(
-            rewards, values, mask, dones, first, length, t, gamma, lam
+        alpha2, beta2, c2, delta2, w2, _v, _real, _exists, _where = scan_block(
+            rewards, values, mask, dones, offsets, first, length, t, time, gamma, lam
         )
         alpha, beta, c, delta, w = compose(
             alpha,

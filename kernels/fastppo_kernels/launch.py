@@ -117,8 +117,8 @@ def even(dim: int, block: int) -> bool:
 def balanced_splits(blocks_m: int, tiles: int, programs: int, limit: int) -> int:
     """Into how many parts to cut `tiles` column tiles, so that `programs` of them at a time end together.
 
-    The longest program takes ceil(blocks_m · splits / programs) items of ceil(tiles / splits) tiles; an item costs about
-    half a tile more to start and to combine.
+    The longest program takes ceil(blocks_m · splits / programs) items of ceil(tiles / splits) tiles; an item costs
+    about half a tile more to start and to combine.
     """
 
     def cost(splits: int) -> float:

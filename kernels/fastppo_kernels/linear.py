@@ -1,12 +1,12 @@
-"""Statistics and gradients of softmax(transform(hidden weightᵀ + bias)) without [N, V] in memory: the kernels put together.
+"""Statistics and gradients of softmax(transform(hidden weightᵀ + bias)) without [N, V]: the kernels put together.
 
     statistics   compact_rows  ->  linear_statistics (or linear_divergence, jsd)  ->  combine          2NDV
     vjp          compact_rows  ->  gather_rows  ->  for each tile of the vocabulary:
                      logit_gradient -> ∂z [M, v];  ∂weight tile = ∂zᵀ hidden;  ∂hidden += ∂z weight tile          6NDV
                  ->  scatter_rows
 
-The two products after `logit_gradient` are cuBLAS's, accumulated in float32. Memory: `budget` bytes for ∂z and the float32 ∂weight
-tile, besides the contributing rows of hidden and float32 ∂hidden.
+The two products after `logit_gradient` are cuBLAS's, accumulated in float32. Memory: `budget` bytes for ∂z and the
+float32 ∂weight tile, besides the contributing rows of hidden and float32 ∂hidden.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def vjp(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂hidden [N, D], ∂weight [V, D], ∂bias [V] in their arguments' dtypes (empty where not needed) from upstream scalars.
+    """∂hidden [N, D], ∂weight [V, D], ∂bias [V] in their arguments' dtypes, empty where not needed.
 
     Args:
         saved: what `statistics` returned for the same arguments.
@@ -102,13 +102,13 @@ def vjp(
     compute_dtype = interpreted_dtype(compute_dtype)
     (vocab, dim), device = weight.shape, hidden.device
     d_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=device)
-    d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=weight.dtype, device=device)
-    d_bias = torch.zeros(vocab if need_bias else 0, dtype=bias.dtype if need_bias else weight.dtype, device=device)
+    d_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=device)
+    d_bias = torch.empty(vocab if need_bias else 0, dtype=bias.dtype if need_bias else weight.dtype, device=device)
 
     targets = targets.contiguous()
     upstream = [None if g is None else g.float().contiguous() for g in (d_logprobs, d_entropy, d_logsumexp, d_kl)]
     if all(g is None for g in upstream) or not targets.numel():
-        return d_hidden, d_weight, d_bias
+        return d_hidden, d_weight.zero_(), d_bias.zero_()
     kind = kl_kind if d_kl is not None else ""
     rows, count = compact_rows(targets, tuple(upstream))
     known = _RowCount(count, targets.numel())
@@ -122,7 +122,7 @@ def vjp(
 
     num_rows = known.padded()
     if num_rows == 0:
-        return d_hidden, d_weight, d_bias
+        return d_hidden, d_weight.zero_(), d_bias.zero_()
     scalars = RowScalars(targets, *saved[1:4], *(saved[5:8] if kl_kind else (None, None, None)), *upstream)
     block, width = tiling(num_rows, vocab, dim if need_weight else 0, compute_dtype.itemsize, budget)
     d_rows = torch.zeros(num_rows if need_hidden else 0, dim, dtype=torch.float32, device=device)
@@ -169,7 +169,8 @@ def vjp(
 class _RowCount:
     """How many rows contribute, on its way to the host while the device works on.
 
-    Under CUDA graph capture the host may not wait, and on meta tensors there is nothing to wait for: all rows are then taken, those behind the count as zeros.
+    Under CUDA graph capture the host may not wait, and on meta tensors there is nothing to wait for: all rows are
+    then taken, those behind the count as zeros.
     """
 
     def __init__(self, count: Tensor, most: int) -> None:
@@ -196,7 +197,7 @@ class _RowCount:
 
 
 def tiling(num_rows: int, vocab: int, accumulator_dim: int, itemsize: int, budget: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of ∂z, so that it and the float32 ∂weight tile [columns, accumulator_dim] fit the budget.
+    """(rows, columns) of a tile of ∂z: it and the float32 ∂weight tile [columns, accumulator_dim] fit the budget.
 
     All rows at once where that leaves MIN_WIDTH columns: ∂weight is then written without being added up.
     """

@@ -6,11 +6,12 @@
                |  transform, −inf beyond V           |
          m, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m), z[target]    m', Σ eᶻ'⁻ᵐ', Σ eᶻ'⁻ᵐ' (z' − m')
                \\                                   /
-        cross: reverse Σ eᶻ⁻ᵐ (z' − m'), forward Σ eᶻ'⁻ᵐ' (z − m)                [BLOCK_M] each, carried over the columns
+        cross: reverse Σ eᶻ⁻ᵐ (z' − m'), forward Σ eᶻ'⁻ᵐ' (z − m)              [BLOCK_M] each, carried over columns
                |
          partial [8, splits, N] float32  ->  combine_divergence
 
-Bytes: both weights once for every GROUP_M row blocks, V (D + D') ceil(N / (GROUP_M · BLOCK_M)); 32 · splits · N written.
+Bytes: both weights once for every GROUP_M row blocks, V (D + D') ceil(N / (GROUP_M · BLOCK_M)); 32 · splits · N
+written.
 FLOPs: 2 N (D + D') V, and about 25 a logit. Tiling: as `linear_statistics`.
 """
 

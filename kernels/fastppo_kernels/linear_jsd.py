@@ -1,10 +1,11 @@
 """The Jensen-Shannon divergence of two models: a second pass over the vocabulary, once both normalizers are known.
 
-    z, z' [BLOCK_M, BLOCK_N] recomputed  ->  log p, log q, log m = log ½ (p + q)  ->  Σ p (log p − log m), Σ q (log q − log m)
+    z, z' [BLOCK_M, BLOCK_N] recomputed  ->  log p, log q, log m = log ½ (p + q)
+        ->  Σ p (log p − log m), Σ q (log q − log m)
     partial [2, splits, N] float32  ->  out[4] = ½ (both), out[5] = Σ p (log p − log m), by `combine_jsd`
 
-log m of a row needs both logsumexps, so no online form exists. Bytes and FLOPs: those of `linear_divergence` once more, with 8
-bytes a split and row written. Tiling: as `linear_statistics`.
+log m of a row needs both logsumexps, so no online form exists. Bytes and FLOPs: those of `linear_divergence` once
+more, with 8 bytes a split and row written. Tiling: as `linear_statistics`.
 """
 
 import torch
@@ -113,7 +114,7 @@ def linear_jsd(
     """Fill kl and kl_center of `statistics` [8, N], which `linear_divergence` made of the same arguments."""
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
     (num_rows, dim), vocab, ref_dim = hidden.shape, weight.shape[0], ref_weight.shape[1]
-    config = gemm_config("linear_divergence", compute_dtype, weight, dim, ref_dim, softcap=softcap)
+    config = gemm_config("linear_jsd", compute_dtype, weight, dim, ref_dim, softcap=softcap)
     programs = processors(hidden.device)
     tiles = triton.cdiv(vocab, config.block_n)
     splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)

@@ -8,11 +8,11 @@
               |
       partial [4, splits, N] float32  ->  combine_statistics
 
-Bytes: the weight once for every GROUP_M row blocks, V · D · ceil(N / (GROUP_M · BLOCK_M)); the hidden states once for every
-split, mostly from L2; 16 · splits · N written. FLOPs: 2 N D V, and about 12 a logit for the softmax.
-Tiling: a work item is BLOCK_M rows × one split of the vocabulary. Programs are persistent, one a processor, and take items in
-an order that keeps GROUP_M row blocks × a few splits alive at a time, a patch that L2 holds. The number of rows is read on
-the device (`compact_rows`), so ignored rows cost nothing and the host needs not know.
+Bytes: the weight once for every GROUP_M row blocks, V · D · ceil(N / (GROUP_M · BLOCK_M)); the hidden states once for
+every split, mostly from L2; 16 · splits · N written. FLOPs: 2 N D V, and about 12 a logit for the softmax.
+Tiling: a work item is BLOCK_M rows × one split of the vocabulary. Programs are persistent, one a processor, and take
+items in an order that keeps GROUP_M row blocks × a few splits alive at a time, a patch that L2 holds. The number of
+rows is read on the device (`compact_rows`), so ignored rows cost nothing and the host needs not know.
 """
 
 import torch
@@ -88,8 +88,8 @@ def linear_statistics_kernel(
         for tile in tl.range(first, last, flatten=FLATTEN, warp_specialize=SPECIALIZE):
             column = tile * BLOCK_N
             acc = raw_logits(
-                hidden, weight, index, block * BLOCK_M, column, vocab, dim, hidden_stride, weight_stride, weight_stride_k,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION, HIDDEN_TMA, WEIGHT_TMA,
+                hidden, weight, index, block * BLOCK_M, column, vocab, dim, hidden_stride, weight_stride,
+                weight_stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION, HIDDEN_TMA, WEIGHT_TMA,
             )  # fmt: skip
             columns = column + tl.arange(0, BLOCK_N)
             z = finish_logits(acc, bias, columns, vocab, inner, outer, SOFTCAP)

@@ -4,16 +4,17 @@
          \\             /
       acc [BLOCK_M, BLOCK_N] float32 in registers
               |  + bias, transform, log p = (z − row_max) − log_sum, p = exp(log p)
-              |  ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term), then the transform's derivative
-      out [M, v] in the dtype of the products that follow: ∂weight[lo : lo + v] = outᵀ hidden and ∂hidden += out weight[lo : lo + v]
+              |  ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term), transformed back
+      out [M, v] in the dtype of the products that follow: ∂weight[lo : lo + v] = outᵀ hidden and ∂hidden += out
+      weight[lo : lo + v]
 
 with a = d_logsumexp − d_logprobs − d_entropy · entropy, b = −d_entropy, c = d_logprobs, and for the divergences
 reverse p (log p − log q − KL), forward p − q, jsd ½ p (log p − log m − KL(p ‖ m)).
 
-Bytes: the tile of weight, v · D, once; hidden, M · D, from L2 after the first of each group; M · v written. FLOPs: 2 M D v, twice
-with a reference, and about 15 a logit.
-Tiling: BLOCK_M × BLOCK_N of the output a program, in groups of GROUP_M row blocks. Rows are compacted; those behind the count are
-written as zeros without a product, so that what follows may run over M rows whatever the count is.
+Bytes: the tile of weight, v · D, once; hidden, M · D, from L2 after the first of each group; M · v written. FLOPs: 2
+M D v, twice with a reference, and about 15 a logit.
+Tiling: BLOCK_M × BLOCK_N of the output a program, in groups of GROUP_M row blocks. Rows are compacted; those behind
+the count are written as zeros without a product, so that what follows may run over M rows whatever the count is.
 """
 
 from typing import NamedTuple
@@ -156,7 +157,7 @@ def logit_gradient_kernel(
 
 
 class RowScalars(NamedTuple):
-    """What `statistics` saved and what arrives from upstream, [N] float32 each, contiguous; None where a term is absent."""
+    """What `statistics` saved and what arrives from upstream, [N] float32, contiguous; None where a term is absent."""
 
     targets: torch.Tensor
     entropy: torch.Tensor

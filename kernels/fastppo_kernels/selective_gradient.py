@@ -1,11 +1,14 @@
 """∂loss/∂logits from logits that are already there, in one read and one write, over the logits themselves on request.
 
-    logits [N, V], a few scalars a row  ->  out [N, V] in the logits' dtype: p (a + b log p) + c [v = target], transformed back
+    logits [N, V], a few scalars a row  ->  out [N, V] in the logits' dtype
+        ∂z = p (a + b log p) + c [v = target], then the transform's derivative
 
 with a = d_logsumexp − d_logprobs − d_entropy · entropy, b = −d_entropy, c = d_logprobs.
 
-Bytes: N · V read, N · V written; rows that cannot contribute are written as zeros without being read. FLOPs: about 12 a logit.
-Tiling: one program for BLOCK columns of a row; every element is read before it is written, by the thread that writes it.
+Bytes: N · V read, N · V written; rows that cannot contribute are written as zeros without being read. FLOPs: about 12
+a logit.
+Tiling: one program for BLOCK columns of a row; every element is read before it is written, by the thread that writes
+it.
 """
 
 import torch

@@ -3,8 +3,9 @@
     logits [N, V]  ->  logprobs, entropy, row_max, log_sum [N] float32
 
 Bytes: N · V logits read once, 16 N written. FLOPs: about 12 a logit.
-Tiling: one program a row, BLOCK columns at a time, with the online softmax kept a lane: each of BLOCK lanes has its own maximum
-and sums, merged once at the end of the row, so that the loop holds no reduction. Rows without a target read nothing.
+Tiling: one program a row, BLOCK columns at a time, with the online softmax kept a lane: each of BLOCK lanes has its
+own maximum and sums, merged once at the end of the row, so that the loop holds no reduction. Rows without a target
+read nothing.
 """
 
 import math

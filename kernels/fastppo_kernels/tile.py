@@ -1,4 +1,4 @@
-"""What the vocabulary kernels share on the device: a logits tile, the logit transform, the online softmax, the tile order.
+"""What the vocabulary kernels share on the device: a logits tile, the transform, the online softmax, the tile order.
 
 Logits z are kept in natural units and every sum is relative to the running row maximum, so that a common offset of all
 logits (±1e4) costs no accuracy: z − m is formed first and only then scaled for exp2.
