@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("keys", help="every key of the configuration, its type and default")
 
     arguments, rest = parser.parse_known_args(argv)
+    try:
+        return _dispatch(parser, arguments, rest)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Python flushes on its way out
+        return 0
+
+
+def _dispatch(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest and arguments.command not in ("train", "eval"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "doctor":
@@ -89,9 +98,12 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, config) -> int:
+    import transformers
+
     from fastppo.training.progress import ProgressDisplay
     from fastppo.training.trainer import Trainer
 
+    transformers.utils.logging.disable_progress_bar()
     trainer = Trainer(config, resume=arguments.resume)
     trainer.progress = ProgressDisplay(
         config.total_steps, start_step=trainer.step, enabled=False if arguments.plain else None
@@ -120,9 +132,20 @@ def _evaluate(arguments: argparse.Namespace, config) -> int:
 
 
 def _keys() -> int:
+    import textwrap
+
+    import yaml
+
     from fastppo.training.config import documented_keys
 
-    for name, kind, default in documented_keys():
-        shown = "null" if default is None else default
-        print(f"{name:36} {kind:60} {shown}" if len(kind) < 60 else f"{name:36} {kind}\n{'':97} {shown}")
+    section = ""
+    for key in documented_keys():
+        head = key.name.rpartition(".")[0]
+        if head != section:
+            section = head
+            print()
+        default = "required" if key.default in ("required", "") else yaml.safe_dump(key.default).split("\n")[0]
+        print(f"{key.name}: {default}  ({key.type})")
+        for line in textwrap.wrap(key.help, 96):
+            print(f"    {line}")
     return 0

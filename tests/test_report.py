@@ -209,7 +209,9 @@ def test_nonfinite_values_are_left_out_and_named(tmp_path):
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"entropy"}
 
 
-@pytest.mark.parametrize("config", ["- a list\n", "a: [1, 2\n", "", "model: text\ntotal_steps: many\n", "\xff"])
+@pytest.mark.parametrize(
+    "config", ["- a list\n", "a: [1, 2\n", "", "model: text\ntotal_steps: many\n", "model: {name_or_path: 5}\n", "\xff"]
+)
 def test_a_config_that_is_not_one_is_shown_as_text(tmp_path, config):
     (tmp_path / "config.yaml").write_bytes(config.encode("latin-1"))
     page = Page(write_report(tmp_path))

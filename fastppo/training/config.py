@@ -17,7 +17,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True)
+# The strings below the fields are their help texts: `fastppo keys` prints them.
+_STRICT = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -266,12 +267,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def documented_keys() -> list[tuple[str, str, Any]]:
-    """Every key as (dotted name, type, default), for the help page."""
+class Key(typing.NamedTuple):
+    """One key of the configuration, for the help page."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def documented_keys() -> list[Key]:
+    """Every key, dotted, in the order of the file."""
     return list(_walk(Config, ""))
 
 
-def _walk(cls: type, prefix: str) -> typing.Iterator[tuple[str, str, Any]]:
+def _walk(cls: type, prefix: str) -> typing.Iterator[Key]:
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         name, hint = f"{prefix}{item.name}", hints[item.name]
@@ -283,7 +293,8 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[tuple[str, str, Any]]:
             yield from _walk(LoraConfig, f"{name}.")
         else:
             default = item.default if item.default is not dataclasses.MISSING else "required"
-            yield name, _type_name(hint), default
+            described = cls.__pydantic_fields__[item.name].description or ""
+            yield Key(name, _type_name(hint), default, " ".join(described.split()))
 
 
 def _type_name(hint: Any) -> str:
@@ -386,9 +397,9 @@ def _check_consistency(config: Config) -> None:
         raise ConfigError("model.name_or_path: required, but not given")
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
-    if not config.rewards:
-        raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
     names = [reward.name for reward in config.rewards]
+    if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
+        raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")
     for index, reward in enumerate(config.rewards):
         if (reward.function is None) == (reward.model is None):
             raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")

@@ -157,7 +157,7 @@ def write_report(output_dir: str | Path) -> Path:
     )
     page = template.render(
         name=run.name,
-        model=run.setting("model.name_or_path"),
+        model=str(run.setting("model.name_or_path") or ""),
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tiles=_tiles(run),
         notices=_notices(run),

@@ -14,6 +14,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         resume: bool = False,
     ) -> None:
+        if not (rewards or config.rewards):
+            raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.device = choose_device(config.device)
@@ -143,6 +146,8 @@ class Trainer:
             self._signals(),
             self.progress,
         ):
+            if logger.earlier_run is not None:
+                self.progress.print(f"what an earlier run left here was moved to {logger.earlier_run}")
             try:
                 if self.step == 0:
                     self._evaluate(logger, "before")
@@ -198,7 +203,10 @@ class Trainer:
             shaped = self.algorithm.estimate_advantages(experience)
         with _clock(metrics, "update"):
             updates = self.update(experience)
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # Every optimizer step of this training step may have been skipped; the schedule goes on all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            self.scheduler.step()
 
         sequence_kl = experience.kl.sum(1).mean().item() if experience.kl is not None else None
         metrics |= self.scorer.reward_metrics(rewards)
@@ -370,6 +378,8 @@ class Trainer:
                 )
             return None
         checkpoint = find_checkpoint(root)
+        if checkpoint is None and any(root.glob("step-*")):
+            raise CheckpointError(f"{root}: none of the checkpoints is whole; start a new run with another output_dir")
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_dict(self.config))
             self._resumed = True
