@@ -66,7 +66,8 @@ def open_options(
     op: str, backend: str | None, hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None
 ) -> Options:
     name = select(op, hidden.device, hidden.dtype, backend)
-    return Options(name, check_transform(temperature, logit_scale, softcap), compute_dtype_for(hidden), scratch_bytes())
+    transform = check_transform(temperature, logit_scale, softcap)
+    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device))
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

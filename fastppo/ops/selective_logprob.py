@@ -70,7 +70,7 @@ def selective_logprob(
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool, backend: str):
-        saved = _statistics(logits, targets, *transform, scratch_bytes(), backend)
+        saved = _statistics(logits, targets, *transform, scratch_bytes(logits.device), backend)
         ctx.save_for_backward(logits, targets, *saved)
         ctx.transform, ctx.inplace_backward, ctx.backend = transform, inplace_backward, backend
         ctx.set_materialize_grads(False)
@@ -80,7 +80,16 @@ class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         logits, targets, *saved = ctx.saved_tensors
-        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes(), ctx.backend)
+        arguments = (
+            targets,
+            saved,
+            d_logprobs,
+            d_entropy,
+            d_logsumexp,
+            *ctx.transform,
+            scratch_bytes(logits.device),
+            ctx.backend,
+        )
         if ctx.inplace_backward:
             logits = logits.detach()
             _vjp_(logits, *arguments)
