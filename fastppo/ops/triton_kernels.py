@@ -1,6 +1,6 @@
 """The Triton kernels (kernels/fastppo_kernels), if this installation can use them.
 
-Imported here and now, not on first use: torch.compile cannot trace an import. A PyTorch without CUDA or ROCm leaves
+Imported here and now, not on first use: torch.compile cannot trace an import. A PyTorch without CUDA leaves
 them alone, unless TRITON_INTERPRET=1 asks for Triton's interpreter on the CPU, which is how the tests run them there.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 _why_missing: str | None = None
 
-if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"):
+if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
     _why_missing = "this PyTorch is built without CUDA"
 else:
     try:

@@ -27,7 +27,9 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     if _recording is not None:
         _recording[1](kernel, arguments, options)
     elif all(grid):
-        kernel[grid](*arguments, **options)
+        tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever holds the tensors
+            kernel[grid](*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -49,7 +51,9 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs on the CPU only"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.version.cuda:
+        return "the configurations are proved for NVIDIA chips only"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
 
