@@ -6,18 +6,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import torch
+
 DEFAULT_SCRATCH_BYTES = 32 * 2**20
+# An accelerator's products want wider tiles than a CPU's cache does, and its memory is not the cache.
+DEFAULT_ACCELERATOR_SCRATCH_BYTES = 256 * 2**20
 
 _override: int | None = None
 
 
-def scratch_bytes() -> int:
-    """The budget in force: `scratch_budget`, else FASTPPO_SCRATCH_MB, else 32 MiB."""
+def scratch_bytes(device: torch.device | None = None) -> int:
+    """The budget in force: `scratch_budget`, else FASTPPO_SCRATCH_MB, else 32 MiB, or 256 MiB on an accelerator."""
     if _override is not None:
         return _override
     text = os.environ.get("FASTPPO_SCRATCH_MB")
     if not text:
-        return DEFAULT_SCRATCH_BYTES
+        on_cpu = device is None or device.type == "cpu"
+        return DEFAULT_SCRATCH_BYTES if on_cpu else DEFAULT_ACCELERATOR_SCRATCH_BYTES
     try:
         return check_scratch(int(float(text) * 2**20))
     except ValueError:

@@ -11,15 +11,16 @@ import warnings
 
 import torch
 
-from fastppo.ops import extension
+from fastppo.ops import extension, triton_kernels
 
-# For each operator, its backends from fastest to slowest: the first usable one is taken.
+# For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
+# it: its kernels are proved in Triton's interpreter and compile for real chips, but have not run on one yet.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("cpu", "chunked", "reference"),
-    "linear_kl": ("cpu", "chunked", "reference"),
-    "linear_ppo_loss": ("cpu", "chunked", "reference"),
-    "selective_logprob": ("cpu", "chunked", "reference"),
-    "gae": ("cpu", "reference"),
+    "linear_logprob": ("cpu", "chunked", "reference", "triton"),
+    "linear_kl": ("cpu", "chunked", "reference", "triton"),
+    "linear_ppo_loss": ("cpu", "chunked", "reference", "triton"),
+    "selective_logprob": ("cpu", "chunked", "reference", "triton"),
+    "gae": ("cpu", "reference", "triton"),
 }
 NAMES = ("reference", "chunked", "cpu", "triton")
 
@@ -36,14 +37,14 @@ def warn_once(message: str) -> None:
         warnings.warn(message, FastPPOWarning, stacklevel=3)
 
 
-def unusable(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot serve tensors on `device`, in a line; None if it can."""
+def unusable(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot serve tensors of this device and dtype, in a line; None if it can."""
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device.type}"
         return extension.why_missing()
-    if backend == "triton" and device.type == "cpu":
-        return "the tensors are on cpu"
+    if backend == "triton":
+        return triton_kernels.why_unusable(device, dtype)
     return None
 
 
@@ -62,16 +63,16 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
         if backend not in available:
             raise ValueError(f"backend: {op} has no {backend!r} backend, only {', '.join(available)}")
-        if reason := unusable(backend, device):
+        if reason := unusable(backend, device, dtype):
             raise ValueError(f"backend: {backend!r} cannot be used for {op}: {reason}")
         return backend
     wanted = os.environ.get("FASTPPO_BACKEND") or "auto"
     if wanted not in (*NAMES, "auto"):
         raise ValueError(f"FASTPPO_BACKEND: expected one of {', '.join(NAMES)}, auto; got {wanted!r}")
-    if wanted in available and unusable(wanted, device) is None:
+    if wanted in available and unusable(wanted, device, dtype) is None:
         return wanted
     for name in available:
-        reason = unusable(name, device)
+        reason = unusable(name, device, dtype)
         if reason is None:
             return name
         if name == "cpu" and device.type == "cpu":

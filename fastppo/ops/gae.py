@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import extension
+from fastppo.ops import extension, triton_kernels
 from fastppo.ops.checks import check_floating, check_mask, check_shape, check_tensor, looks_at_values
 from fastppo.ops.dispatch import select
 
@@ -54,7 +54,7 @@ def gae(
         bootstrap: [B], or [S] for packed sequences: the value of the state after a row's last real token. 0 if not
             given; ignored where that token is done.
         cu_seqlens: [S + 1] int32 or int64: sequence s is the tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1.
-        backend: `cpu` or `reference`; see `fastppo.ops.dispatch`.
+        backend: `triton`, `cpu` or `reference`; see `fastppo.ops.dispatch`.
 
     Raises:
         TypeError: an argument that is no tensor, or has another dtype than it should.
@@ -116,7 +116,12 @@ def _gae(
     returns = torch.empty_like(advantages)
     if rewards.numel() == 0:
         return advantages, returns
-    if chosen == "cpu":
+    if chosen == "triton":
+        options = () if cu_seqlens is None else (int(cu_seqlens.diff().max()),)
+        out = triton_kernels.gae.gae(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, *options)
+        advantages, returns = out.advantages, out.returns
+        finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
+    elif chosen == "cpu":
         finite = _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns)
     else:
         advantages, returns = _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, cpu
+from fastppo.ops import chunked, cpu, triton_engine
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_head, check_targets
 from fastppo.ops.dispatch import select
@@ -43,7 +43,7 @@ class Options(NamedTuple):
         return ENGINES[self.backend]
 
 
-ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu}
+ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton_engine}
 
 
 def open_head(
@@ -66,7 +66,8 @@ def open_options(
     op: str, backend: str | None, hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None
 ) -> Options:
     name = select(op, hidden.device, hidden.dtype, backend)
-    return Options(name, check_transform(temperature, logit_scale, softcap), compute_dtype_for(hidden), scratch_bytes())
+    transform = check_transform(temperature, logit_scale, softcap)
+    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device))
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops import cpu, extension
+from fastppo.ops import cpu, extension, triton_kernels
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_floating, check_targets
 from fastppo.ops.dispatch import select
@@ -71,7 +71,7 @@ def selective_logprob(
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace_backward: bool, backend: str):
-        saved = _statistics(logits, targets, *transform, scratch_bytes(), backend)
+        saved = _statistics(logits, targets, *transform, scratch_bytes(logits.device), backend)
         ctx.save_for_backward(logits, targets, *saved)
         ctx.transform, ctx.inplace_backward, ctx.backend = transform, inplace_backward, backend
         ctx.set_materialize_grads(False)
@@ -82,7 +82,16 @@ class _SelectiveLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         logits, targets, *saved = ctx.saved_tensors
-        arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes(), ctx.backend)
+        arguments = (
+            targets,
+            saved,
+            d_logprobs,
+            d_entropy,
+            d_logsumexp,
+            *ctx.transform,
+            scratch_bytes(logits.device),
+            ctx.backend,
+        )
         if ctx.inplace_backward:
             logits = logits.detach()
             _vjp_(logits, *arguments)
@@ -102,6 +111,8 @@ def _statistics(
 ) -> list[Tensor]:
     """logits [N, V], targets [N] -> logprobs, entropy, row_max, log_sum [N]; zeros where the target is negative."""
     transform = LogitTransform(temperature, logit_scale, softcap)
+    if backend == "triton":
+        return [x.clone() for x in triton_kernels.selective.statistics(logits, targets, *transform)]
     out = reference.upcast(logits.new_zeros(0)).new_zeros(4, targets.numel())
     if _in_cpp(logits, backend):
         rows = (targets >= 0).nonzero().squeeze(-1)
@@ -138,6 +149,9 @@ def _write_gradient(
     backend: str,
 ) -> None:
     """∂logits into `out`, which may be the logits themselves."""
+    if backend == "triton":
+        triton_kernels.selective.vjp_into(out, logits, targets, saved, *upstream, *transform)
+        return
     if _in_cpp(logits, backend):
         rows = (targets >= 0).nonzero().squeeze(-1)
         scalars = cpu.row_scalars(rows, saved, (*upstream, None))

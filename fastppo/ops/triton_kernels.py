@@ -1,0 +1,27 @@
+"""The Triton kernels (kernels/fastppo_kernels), if this installation can use them.
+
+Imported here and now, not on first use: torch.compile cannot trace an import. A PyTorch without CUDA leaves
+them alone, unless TRITON_INTERPRET=1 asks for Triton's interpreter on the CPU, which is how the tests run them there.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+_why_missing: str | None = None
+
+if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    _why_missing = "this PyTorch is built without CUDA"
+else:
+    try:
+        from fastppo_kernels import gae, launch, linear, selective  # noqa: F401  (for the operators to use)
+    except ImportError as error:
+        _why_missing = f"the kernels do not load: {str(error).splitlines()[0]}"
+
+
+@torch.compiler.assume_constant_result
+def why_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve tensors of this device and dtype, in a line; None if they can."""
+    return _why_missing or launch.unusable(device, dtype)

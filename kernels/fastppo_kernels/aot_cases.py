@@ -1,0 +1,109 @@
+"""The calls that the ahead-of-time gate makes, on meta tensors: one for each way the dispatcher can choose.
+
+Shapes are those of Llama-3-8B (D 4,096, V 128,256), and a ragged D where the kernel then takes another path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from fastppo_kernels import gae, linear, selective
+
+N, D, V = 8192, 4096, 128256
+BUDGET = 256 * 2**20
+CAPPED = {"temperature": 0.7, "logit_scale": 0.5, "softcap": 30.0}
+PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
+
+
+class LinearCase(NamedTuple):
+    """A call of `linear.statistics` and `linear.vjp`."""
+
+    label: str
+    dtype: torch.dtype
+    dim: int = D
+    bias: bool = False
+    transform: dict = PLAIN
+    kind: str = ""
+    weight_dtype: torch.dtype | None = None
+    tf32: bool = False
+
+    def run(self) -> None:
+        def head(dim: int) -> tuple:
+            weight = meta(V, dim, dtype=self.weight_dtype or self.dtype)
+            return meta(N, dim, dtype=weight.dtype), weight, meta(V, dtype=weight.dtype) if self.bias else None
+
+        targets = meta(N, dtype=torch.int64)
+        reference = head(D // 2) if self.kind else (None, None, None)
+        arguments = (*head(self.dim), targets, *reference, self.kind)
+        options = (*self.transform.values(), self.dtype)
+        saved = [meta(N) for _ in range(8 if self.kind else 4)]
+        upstream = (None, None, None, meta(N)) if self.kind else (meta(N), meta(N), None, None)
+        with float32_matmul_precision("high" if self.tf32 else "highest"):
+            linear.statistics(*arguments, *options)
+            linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
+
+
+LINEAR_CASES = (
+    LinearCase("bf16", torch.bfloat16),
+    LinearCase("fp16 bias softcap", torch.float16, bias=True, transform=CAPPED),
+    LinearCase("bf16 ragged D", torch.bfloat16, dim=4112),
+    LinearCase("bf16 odd D", torch.bfloat16, dim=4097),
+    LinearCase("fp32 ieee", torch.float32),
+    LinearCase("fp32 tf32", torch.float32, tf32=True),
+    LinearCase("bf16 autocast", torch.bfloat16, weight_dtype=torch.float32),
+    LinearCase("bf16 reverse", torch.bfloat16, kind="reverse"),
+    LinearCase("bf16 forward bias softcap", torch.bfloat16, bias=True, transform=CAPPED, kind="forward"),
+    LinearCase("bf16 jsd", torch.bfloat16, kind="jsd"),
+    LinearCase("bf16 jsd odd D", torch.bfloat16, dim=4097, kind="jsd"),
+    LinearCase("fp32 jsd ieee", torch.float32, kind="jsd"),
+    LinearCase("fp32 jsd tf32", torch.float32, kind="jsd", tf32=True),
+    LinearCase("bf16 reverse autocast", torch.bfloat16, kind="reverse", weight_dtype=torch.float32),
+)
+
+
+def cases() -> list[tuple[str, Callable[[], None]]]:
+    """(label, call) pairs."""
+    return [
+        *((case.label, case.run) for case in LINEAR_CASES),
+        *(
+            (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
+            for d in (torch.bfloat16, torch.float32)
+        ),
+        ("padded", gae_padded),
+        ("packed, long", gae_packed),
+    ]
+
+
+def selective_case(dtype: torch.dtype) -> None:
+    logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
+    saved = selective.statistics(logits, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, targets, saved, meta(N), meta(N), None, *CAPPED.values())
+
+
+def gae_padded() -> None:
+    tokens, flags = (meta(4096, 1024) for _ in range(2)), (meta(4096, 1024, dtype=torch.bool) for _ in range(2))
+    gae.gae(*tokens, *flags, meta(4096), None, 0.99, 0.95)
+
+
+def gae_packed() -> None:
+    tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, with_moments=True)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextlib.contextmanager
+def float32_matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
