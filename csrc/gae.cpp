@@ -51,7 +51,7 @@ struct Portable {
 };
 
 template <typename T>
-GaeScan<T> scan_for(Isa isa) {
+GaeScan<T> scan_for([[maybe_unused]] Isa isa) {
 #ifdef FASTPPO_X86
     if (isa >= Isa::avx512) return gae_scan_avx512<T>;
     if (isa == Isa::avx2) return gae_scan_avx2<T>;

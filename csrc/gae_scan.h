@@ -4,7 +4,8 @@
 //
 // Bytes: 16 a float32 token, and no less: rewards and values are read once, advantages and returns written once, past
 // the cache where they would not stay in it (`stream`). mask and dones add 1 each. A copy of two such arrays moves as
-// many. FLOPs: 3 (log2 W + 2) a token for vectors of W; about 1 cycle a token against 2 or more for the memory.
+// many. FLOPs: 2 log2 W + 6 a token for vectors of W, 14 in AVX-512: 0.2 ns a token on a Zen 4 core, less than the
+// memory takes for the bytes.
 //
 // The recursion is serial, but with a constant q = gamma lam a block of W tokens is a prefix sum in log2 W steps,
 //
@@ -12,7 +13,8 @@
 //     A_t  = a_t + q^(W-t) A_W                              (A_W: the block after this one)
 //
 // so that only the last line, one multiply-add a block, waits for the block after. Nothing is transposed, one row is as
-// fast as many, and the order of the sums depends on the sequence alone: results don't change with the threads.
+// fast as many, and the order of the sums depends on where the sequence lies, not on the threads: the same bits for any
+// number of them.
 //
 // Padding is squeezed out of the block in registers, the packed tokens are scanned (n of them: the last line has
 // q^(n-t)), and the results are spread back; blocks of padding alone are only zeroed. What padding holds is never used
@@ -26,7 +28,6 @@
 // compiled for a newer machine must never be what the linker picks for an older one.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -46,6 +47,7 @@ class Scan {
     using Vec = typename V::Vec;
     using Bits = std::uint32_t;  // bit i belongs to lane i
     static constexpr int W = V::W;
+    static constexpr double kLeastNormal = std::numeric_limits<T>::min();
     static constexpr Bits kAll = static_cast<Bits>((std::uint64_t{1} << W) - 1);
 
     struct Carry {  // of the real token after the block; lane 0 counts
@@ -59,7 +61,7 @@ public:
         for (int k = 1; k <= W; ++k) {
             power *= args.gamma * args.lam;
             // A subnormal factor would slow every multiplication by it and contribute nothing.
-            powers_[W - k] = power < double(std::numeric_limits<T>::min()) ? T(0) : T(power);
+            powers_[W - k] = power < kLeastNormal ? T(0) : T(power);
             powers_[W + k - 1] = T(0);
         }
     }
@@ -87,7 +89,7 @@ private:
         if (kMask && real == 0) return write<kWhole>(at, n, V::set1(T(0)), V::set1(T(0)));
         const Vec rewards = kWhole ? V::load(args_.rewards + at) : V::load_first(args_.rewards + at, n);
         const Vec values = kWhole ? V::load(args_.values + at) : V::load_first(args_.values + at, n);
-        const Bits dones = kDone ? V::bits(args_.dones + at, n) & real : 0;
+        const Bits dones = kDone ? V::bits(args_.dones + at, n) : 0;
         if (kMask && real != inside) {
             const Vec packed = V::pack(values, real);
             scan<false>(V::pack(rewards, real), packed, V::pack_bits(dones, real), V::count(real), carry);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,18 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastppo {fastppo.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # An abbreviation of an option could as well be a misspelt key.
+    section = {"epilog": _OVERRIDES, "allow_abbrev": False}
 
-    train = commands.add_parser(
-        "train", help="train a policy", description="Train a policy with PPO.", epilog=_OVERRIDES
-    )
+    train = commands.add_parser("train", help="train a policy", description="Train a policy with PPO.", **section)
     train.add_argument("config", help="YAML file; see examples/")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in output_dir")
     train.add_argument("--plain", action="store_true", help="one plain line a step, also on a terminal")
 
     evaluate = commands.add_parser(
-        "eval", help="evaluate a policy on held-out prompts", description="Sample held-out prompts and score them.",
-        epilog=_OVERRIDES,
-    )  # fmt: skip
+        "eval", help="evaluate a policy", description="Sample held-out prompts and score them.", **section
+    )
     evaluate.add_argument("config", help="the run's YAML file")
     evaluate.add_argument("--model", help="a policy to evaluate in place of the configuration's, e.g. runs/x/final")
     evaluate.add_argument("--samples", type=int, default=8, help="completions to show (default: 8)")
@@ -49,12 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("keys", help="every key of the configuration, its type and default")
 
     arguments, rest = parser.parse_known_args(argv)
+    try:
+        return _dispatch(parser, arguments, rest)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Python flushes on its way out
+        return 0
+
+
+def _dispatch(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> int:
     if rest and arguments.command not in ("train", "eval"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "doctor":
         from fastppo.doctor import report
 
-        print(report())
+        try:
+            print(report())
+        except ValueError as error:
+            print(f"fastppo: {error}", file=sys.stderr)
+            return 2
         return 0
     if missing := [name for name in ("transformers", "pydantic", "rich", "yaml") if not importlib.util.find_spec(name)]:
         print(f"fastppo: {', '.join(missing)} missing; pip install 'fastppo[train]'", file=sys.stderr)
@@ -66,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
     """A command with what may go wrong for a person turned into one line each."""
+    # It warns on import of 4-bit kernels that it could not load; nothing here multiplies in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fastppo.models import ModelError
     from fastppo.training.checkpoint import CheckpointError
     from fastppo.training.config import ConfigError, load_config
@@ -89,13 +104,15 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, config) -> int:
+    import transformers
+
     from fastppo.training.progress import ProgressDisplay
     from fastppo.training.trainer import Trainer
 
+    transformers.utils.logging.disable_progress_bar()
     trainer = Trainer(config, resume=arguments.resume)
-    trainer.progress = ProgressDisplay(
-        config.total_steps, start_step=trainer.step, enabled=False if arguments.plain else None
-    )
+    if arguments.plain:
+        trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)
     result = trainer.train()
     if result.final is not None:
         print(f"policy: {result.final}")
@@ -120,9 +137,20 @@ def _evaluate(arguments: argparse.Namespace, config) -> int:
 
 
 def _keys() -> int:
+    import textwrap
+
+    import yaml
+
     from fastppo.training.config import documented_keys
 
-    for name, kind, default in documented_keys():
-        shown = "null" if default is None else default
-        print(f"{name:36} {kind:60} {shown}" if len(kind) < 60 else f"{name:36} {kind}\n{'':97} {shown}")
+    section = ""
+    for key in documented_keys():
+        head = key.name.rpartition(".")[0]
+        if head != section:
+            section = head
+            print()
+        default = "required" if key.default in ("required", "") else yaml.safe_dump(key.default).split("\n")[0]
+        print(f"{key.name}: {default}  ({key.type})")
+        for line in textwrap.wrap(key.help, 96):
+            print(f"    {line}")
     return 0

@@ -32,7 +32,8 @@ _PACKAGES = (
 
 def report() -> str:
     """Several lines for a person."""
-    lines = [f"fastppo {fastppo.__version__}, Python {platform.python_version()}, {platform.platform()}", "", "Packages"]
+    lines = [f"fastppo {fastppo.__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
+    lines += ["Packages"]
     lines += [f"  {name:16} {_version(name) or f'not installed (only for: {purpose})'}" for name, purpose in _PACKAGES]
     lines += ["", "Devices", f"  cpu              {_cpu()}, {torch.get_num_threads()} threads"]
     devices = [torch.device("cpu")]

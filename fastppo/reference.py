@@ -158,10 +158,9 @@ def clipped_loss(
         def mean(x: Tensor) -> Tensor:
             return (token_weights * x.to(token_weights.dtype).masked_fill(~mask, 0.0)).sum()
 
-        token_ratio = probability_ratio(logprobs, old_logprobs, mask, "token")
         metrics = {
             "policy_loss": (weights * surrogate.masked_fill(~mask, 0.0)).sum(),
-            "approx_kl": mean(token_ratio - 1 - token_ratio.log()),
+            "approx_kl": mean(sampled_kl(old_logprobs, logprobs, "k3")),
             "clip_fraction": mean(clipped),
             "dual_clip_fraction": mean(dual_clipped),
             "ratio_mean": mean(ratio),
@@ -172,6 +171,12 @@ def clipped_loss(
         if kl is not None:
             metrics["kl"] = mean(kl)
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def metric_names(*, has_kl: bool) -> list[str]:
+    """The keys of `clipped_loss`'s metrics with entropy, in order: a compiled graph hands on their values alone."""
+    names = ["policy_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean", "ratio_min", "ratio_max"]
+    return [*names, "entropy", *(["kl"] if has_kl else [])]
 
 
 def clipped_surrogate(

@@ -600,3 +600,77 @@ def test_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("FASTPPO_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FASTPPO_BACKEND"):
         select("linear_logprob", cpu, torch.float32)
+
+
+def test_the_estimator_decides_which_kl_the_loss_has():
+    """With both kinds of reference given, value and gradient are those of `kl_estimator`, on every backend."""
+    x = ppo_inputs()
+    both = {"ref_logprobs": x["ref"], "ref_hidden": x["ref_hidden"], "ref_weight": x["ref_weight"]}
+    for estimator in ("k3", "exact"):
+        case = {"kl_coef": 0.5, "kl_estimator": estimator}
+        want, want_grads = oracle_ppo(x, case)
+        for backend in BACKENDS:
+            h, w, bias = leaves(x["hidden"], x["weight"], x["bias"])
+            out = fastppo.linear_ppo_loss(
+                h,
+                w,
+                x["targets"],
+                x["old"],
+                x["advantages"],
+                mask=x["mask"],
+                bias=bias,
+                backend=backend,
+                **both,
+                **case,
+            )
+            out.loss.backward()
+            torch.testing.assert_close(out.loss.detach().double(), want, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(h.grad.double(), want_grads[0], atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_rollouts_go_with_float32_models(backend):
+    x = ppo_inputs()
+    h, w = leaves(x["hidden"], x["weight"])
+    out = fastppo.linear_ppo_loss(
+        h, w, x["targets"], x["old"].double(), x["advantages"].double(), mask=x["mask"],
+        ref_logprobs=x["ref"].double(), kl_coef=0.1, backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.dtype == h.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reference_is_a_constant(backend):
+    hidden, weight, bias = random_head(6, 5, 31, bias=True)
+    ref = leaves(hidden * 1.2, weight, bias)
+    h, w, b = leaves(hidden, weight, bias)
+    fastppo.linear_kl(h, w, ref[0], ref[1], bias=b, ref_bias=ref[2], backend=backend).sum().backward()
+    assert all(leaf.grad is None for leaf in ref)
+    assert h.grad.abs().sum() > 0
+
+
+def test_small_divergences_keep_their_digits():
+    """As accurate as the naive path, also where the models all but agree."""
+    hidden, weight, _ = random_head(200, 16, 501, scale=2.0)
+    for distance in (1e-1, 1e-2, 1e-3):
+        other = hidden + distance * torch.randn_like(hidden)
+        args = (hidden, weight, other, weight)
+        exact = fastppo.linear_kl(*(x.double() for x in args), backend="reference")
+        errors = [(fastppo.linear_kl(*args, backend=b).double() - exact).square().mean().sqrt() for b in BACKENDS]
+        assert errors[1] <= 1.5 * errors[0]
+
+
+def test_a_target_outside_the_vocabulary_never_passes_for_a_probability():
+    hidden, weight, _ = random_head(3, 4, 11)
+    compiled = torch.compile(lambda t: fastppo.linear_logprob(hidden, weight, t).logprobs, backend="eager")
+    assert compiled(torch.tensor([1, 99, 2])).isnan().tolist() == [False, True, False]
+
+
+def test_the_gradients_are_handed_over_once():
+    x = ppo_inputs()
+    h, w = leaves(x["hidden"], x["weight"])
+    loss = fastppo.linear_ppo_loss(h, w, x["targets"], x["old"], x["advantages"]).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over by the first backward"):
+        loss.backward()

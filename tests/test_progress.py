@@ -186,8 +186,10 @@ def test_leaving_shows_the_cursor_and_gives_stdout_back(error, word):
 def test_ctrl_c_on_a_real_terminal():
     program = textwrap.dedent(
         """
-        import time
+        import signal, time
         from fastppo.training.progress import ProgressDisplay
+        # A shell that runs the tests in the background has SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with ProgressDisplay(10) as display:
             display.phase("rollout")
             display.update(1, {"reward/mean": 0.5})

@@ -47,6 +47,10 @@ class Experience:
         """[B, T] the sampled tokens."""
         return self.sequences[:, -self.mask.shape[1] :]
 
+    def token_share(self, whole: Experience) -> float:
+        """How many of `whole`'s sampled tokens are these, from 0 to 1."""
+        return self.mask.sum().item() / max(whole.mask.sum().item(), 1)
+
     def select(self, rows: Tensor) -> Experience:
         """The sequences `rows` [b] (int64 indices)."""
         fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))

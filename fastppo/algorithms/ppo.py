@@ -151,7 +151,7 @@ class PPO:
         Token means count tokens, sequence means count sequences that have one.
         """
         if self.config.loss_agg == "token-mean":
-            return part.mask.sum().item() / max(whole.mask.sum().item(), 1)
+            return part.token_share(whole)
         weight = part.mask.any(1).sum().item() / max(whole.mask.any(1).sum().item(), 1)
         if self.config.loss_agg == "seq-mean-token-sum-norm":
             # The norm is the longest completion that is allowed, not the longest of this batch.

@@ -95,8 +95,6 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     if source.gguf_file:
         arguments |= _dense_gguf(name)
     model = load_pretrained(AutoModelForCausalLM, source, config, **arguments)
-    if source.gguf_file:
-        _forget_quantization(model)
     if config.attn_implementation == "auto" and _flash_attention_fits(model, config, torch.device(device)):
         model.set_attn_implementation("flash_attention_2")
     disable_dropout(model)
@@ -122,6 +120,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if source.gguf_file:
         _require_gguf(config.name_or_path)
     tokenizer = load_pretrained(AutoTokenizer, source, config)
+    if source.gguf_file:
+        _check_gguf_eos(tokenizer, Path(source.path, source.gguf_file))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{config.name_or_path}: the tokenizer has no eos token, so a completion could never end")
     if tokenizer.pad_token_id is None:
@@ -271,22 +271,32 @@ def _require_gguf(name: str) -> None:
         raise ModelError(f"{name}: reading a GGUF file needs gguf (pip install gguf)")
 
 
+def _check_gguf_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Refuse what transformers up to 5.0 at least make of a GGUF file: bos for eos, so that no completion ends."""
+    if tokenizer.eos_token_id != tokenizer.bos_token_id:
+        return
+    import gguf
+
+    field = gguf.GGUFReader(path).get_field("tokenizer.ggml.eos_token_id")
+    if field is not None and field.contents() != tokenizer.eos_token_id:
+        raise ModelError(
+            f"{path}: this transformers takes token {tokenizer.eos_token_id} for its eos, but the file says "
+            f"{field.contents()} (pip install --upgrade transformers; 5.24 reads it right)"
+        )
+
+
 def _dense_gguf(name: str) -> dict[str, Any]:
-    """Arguments that make transformers unpack a GGUF file's weights, whatever kernels for packed ones it finds."""
+    """Arguments that make transformers unpack a GGUF file's weights for good.
+
+    By default 5.x keeps them packed where it finds kernels for that, and even where it does not, it takes the model for
+    a quantized one, which it refuses to cast, train or save. 4.x knows no packed ones.
+    """
     _require_gguf(name)
     try:
         from transformers import GgufConfig
-    except ImportError:  # before 5.x there was no other way
+    except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are dense now, but transformers still refuses to cast, train or save what came from a GGUF file."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(name, None)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        vars(model.config).pop(name, None)
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are always checked. Values (a target outside the vocabulary, a NaN advantage) are checked
 where that is free, on CPU tensors; on an accelerator it would stall the stream, so it is done there only with
-FASTPPO_CHECK=1.
+FASTPPO_CHECK=1, and under torch.compile not at all. A target outside the vocabulary then gives a log-prob of NaN.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def check_head(
 ) -> None:
     """hidden [..., D], weight [V, D] and bias [V] that can be multiplied; `prefix` names the reference model's."""
     check_floating(f"{prefix}hidden", hidden, device)
+    if hasattr(hidden, "full_tensor"):
+        raise TypeError(f"{prefix}hidden: expected a plain tensor, got a DTensor; take .to_local() or .full_tensor()")
+    if hidden.is_meta:
+        raise ValueError(f"{prefix}hidden: a meta tensor holds no values to compute with")
     check_floating(f"{prefix}weight", weight, hidden.device)
     if hidden.dim() < 1:
         raise ValueError(f"{prefix}hidden: expected [..., D], got a scalar")
@@ -52,8 +56,8 @@ def check_head(
             f"{prefix}weight: expected [V, {hidden.shape[-1]}] to go with {prefix}hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight: the vocabulary is empty")
+    if weight.numel() == 0:
+        raise ValueError(f"{prefix}weight: expected a vocabulary and a hidden size above 0, got {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(
             f"{prefix}weight: expected {hidden.dtype} like {prefix}hidden, got {weight.dtype}; cast one of them, "
@@ -80,7 +84,7 @@ def check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int, device: t
 
 
 def check_mask(mask: Tensor | None, like: Tensor, name: str = "mask") -> Tensor:
-    """A boolean mask of `like`'s shape; all True if none is given. 0/1 of any dtype are taken."""
+    """A boolean mask of `like`'s shape and device; all True if none is given. 0/1 of any dtype are taken."""
     if mask is None:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device)
     check_tensor(name, mask, like.device)
@@ -88,14 +92,11 @@ def check_mask(mask: Tensor | None, like: Tensor, name: str = "mask") -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def check_per_token(name: str, tensor: Tensor, mask: Tensor) -> Tensor:
-    """A finite per-token quantity: float32 (or float64), detached, 0 on padding, whatever stood there."""
+def check_per_token(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finite per-token quantity in `dtype`, detached, 0 on padding, whatever stood there."""
     check_floating(name, tensor, mask.device)
     check_shape(name, tensor, tuple(mask.shape), "one for each token")
-    tensor = tensor.detach()
-    if tensor.dtype != torch.float64:
-        tensor = tensor.float()
-    tensor = tensor.masked_fill(~mask, 0.0)
+    tensor = tensor.detach().to(dtype).masked_fill(~mask, 0.0)
     if looks_at_values(tensor) and not torch.isfinite(tensor).all():
         where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
         raise ValueError(f"{name}: expected finite values, got {tensor[where].item()} at {where}")

@@ -6,7 +6,8 @@
     pass 2  for each vocabulary tile, for each block of rows that still has a gradient:
                 z recomputed, turned into ∂z in place, then ∂W[tile] += ∂zᵀ h  and  ∂h += ∂z W[tile]
 
-Cost: 2NDV FLOPs for pass 1 and 6NDV for pass 2. Memory: tiles that fit `budget` bytes, plus ∂h in float32. Rows that
+Cost: 2NDV FLOPs for pass 1 and 6NDV for pass 2. Memory: tiles that fit `budget` bytes; beyond them a copy of the rows
+that contribute and ∂h in float32, [N, D] each. Rows that
 cannot contribute are left out of both passes: ignored targets of the first, rows with zero upstream of the second.
 
 Both passes are custom operators, opaque to torch.compile, since which rows are left out depends on the data.
@@ -23,10 +24,10 @@ from fastppo.ops.transform import LogitTransform
 
 # Rows in a block: enough for a matrix product to run at full speed, few enough for wide vocabulary tiles.
 ROWS = 1024
-# exp(−1e4) is 0 in every precision, and 0 times it is still 0, where 0 · (−inf) would be NaN.
+# A logit further below its row's maximum counts as this far below: exp(−1e4) is 0 in every precision, and 0 times it is
+# still 0, where 0 · (−inf) would be NaN. A divergence from a reference that gives no mass at all to a token is then
+# large, and so is its gradient, but neither is infinite.
 VERY_NEGATIVE = -1e4
-# A reference model may give −inf to a token that the policy can sample; the divergence then is huge, not NaN.
-NO_MASS = -1e30
 
 
 @torch.library.custom_op("fastppo::chunked_statistics", mutates_args=())
@@ -204,18 +205,18 @@ def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tenso
         if q is None:
             p.fold(z)
         elif kl_kind == "forward":
-            p.fold_beside(q, z, reference.tile(lo, hi), weights_from_other=True)
+            q.fold_beside(p, reference.tile(lo, hi), z)
         else:
-            p.fold_beside(q, z, reference.tile(lo, hi), weights_from_other=False)
+            p.fold_beside(q, z, reference.tile(lo, hi))
     statistics = [p.logprobs(), p.entropy(vocab), p.row_max, p.log_sum()]
     if q is not None:
         if kl_kind == "jsd":
             divergence, center = _jsd(policy, reference, p, q, width)
         elif kl_kind == "forward":
-            divergence = q.negative_entropy() - (q.cross / q.sum - p.log_sum())
+            divergence = q.divergence_from(p)
             center = torch.zeros_like(divergence)
         else:
-            divergence = p.negative_entropy() - (p.cross / p.sum - q.log_sum())
+            divergence = p.divergence_from(q)
             center = divergence
         statistics += [divergence.clamp(min=0.0), center, q.row_max, q.log_sum()]
     return torch.stack(statistics)
@@ -228,8 +229,9 @@ class _Online:
         self.row_max = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
         self.sum = self.row_max.new_zeros(rows)  # Σ eᶻ⁻ᵐ
         self.weighted = self.sum.clone()  # Σ eᶻ⁻ᵐ (z − m)
-        self.cross = self.sum.clone()  # Σ eᶻ⁻ᵐ (z' − m') of the other model's logits
-        self.target = self.sum.clone()
+        self.difference = self.sum.clone()  # Σ eᶻ⁻ᵐ ((z − m) − (z' − m')), z' the other model's
+        # A target that no tile has is outside the vocabulary, and must not pass for a probability.
+        self.target = torch.full_like(self.sum, torch.nan)
 
     def see_target(self, z: Tensor, targets: Tensor, lo: int, hi: int) -> None:
         here = (targets >= lo) & (targets < hi)
@@ -245,17 +247,22 @@ class _Online:
         self.sum = self.sum * scale + exp.sum(1)
         return exp
 
-    def fold_beside(self, other: _Online, z: Tensor, ref_z: Tensor, *, weights_from_other: bool) -> None:
-        """Take in a tile of both models, and the mean of one's logits under the other's weights."""
-        weighting, weighted = (other, self) if weights_from_other else (self, other)
-        inner, outer = (ref_z, z) if weights_from_other else (z, ref_z)
-        sum_before, max_before = weighting.sum, weighting.row_max
-        exp = weighting.fold(inner)
-        scale = (max_before - weighting.row_max).clamp_(min=VERY_NEGATIVE).exp()
-        other_max = weighted.row_max
-        weighted.fold(outer)  # outer is now outer − its max, at least VERY_NEGATIVE
-        shift = (other_max - weighted.row_max).clamp_(min=VERY_NEGATIVE)
-        weighting.cross = (weighting.cross + sum_before * shift) * scale + _row_dot(exp, outer)
+    def fold_beside(self, other: _Online, z: Tensor, other_z: Tensor) -> None:
+        """Take in a tile of both models, and the mean of the difference of their logits under this one's weights.
+
+        One sum of small differences: the difference of two large sums would lose a small divergence in rounding.
+        """
+        sum_before, max_before, other_max_before = self.sum, self.row_max, other.row_max
+        exp = self.fold(z)
+        other.fold(other_z)
+        shift = (max_before - self.row_max).clamp_(min=VERY_NEGATIVE)
+        other_shift = (other_max_before - other.row_max).clamp_(min=VERY_NEGATIVE)
+        before = (self.difference + sum_before * (shift - other_shift)) * shift.exp()
+        self.difference = before + _row_dot(exp, z.sub_(other_z))
+
+    def divergence_from(self, other: _Online) -> Tensor:
+        """KL(this ‖ other), after `fold_beside` of every tile."""
+        return self.difference / self.sum - self.log_sum() + other.log_sum()
 
     def _raise_max(self, z: Tensor) -> Tensor:
         """Move the running maximum up to z's; z becomes z − m. Returns the shift, at most 0, of the sums so far."""
@@ -268,11 +275,8 @@ class _Online:
     def log_sum(self) -> Tensor:
         return self.sum.log()
 
-    def negative_entropy(self) -> Tensor:
-        return self.weighted / self.sum - self.log_sum()
-
     def entropy(self, vocab: int) -> Tensor:
-        return (-self.negative_entropy()).clamp_(0.0, math.log(vocab))
+        return (self.log_sum() - self.weighted / self.sum).clamp_(0.0, math.log(vocab))
 
     def logprobs(self) -> Tensor:
         return ((self.target - self.row_max) - self.log_sum()).clamp_(max=0.0)
@@ -347,7 +351,7 @@ def _log_mean(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
     """z becomes log p, in place; the two subtractions stay apart for the sake of logits with a large common offset."""
-    return z.sub_(row_max.unsqueeze(1)).sub_(log_sum.unsqueeze(1)).clamp_(min=NO_MASS)
+    return z.sub_(row_max.unsqueeze(1)).clamp_(min=VERY_NEGATIVE).sub_(log_sum.unsqueeze(1))
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo import reference
 from fastppo.ops.checks import check_mask
@@ -65,6 +66,7 @@ def open_reference(
 ) -> Head:
     """Check the reference model's head against the policy's."""
     ref = open_head(ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device)
+    ref = ref._replace(bias=None if ref.bias is None else ref.bias.detach())
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden: expected {tuple(hidden.shape[:-1])} tokens like hidden, got {tuple(ref_hidden.shape[:-1])}"
@@ -86,6 +88,7 @@ class _LinearKL(torch.autograd.Function):
         return saved[4].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_kl):
         head, (targets, *rest) = Head(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
         ref, saved = Head(*rest[:3]), list(rest[3:])

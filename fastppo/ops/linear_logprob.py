@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo import reference
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
@@ -69,6 +70,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprobs.clone(), entropy.clone(), row_max + log_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         gradients = backward_rows(

@@ -5,13 +5,14 @@
     pass 2   tiles recomputed        ->  ∂z in place  ->  ∂weight tile, ∂hidden                          6NDV
 
 Rows whose scalars are all zero (clipped tokens with no entropy or KL term, zero advantages) are left out of pass 2.
-Scratch memory is `scratch_bytes()`, whatever N and V are; the gradients themselves are the only [V, D] tensor.
+Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradient itself is the only [V, D] tensor.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo import reference
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
@@ -71,8 +72,9 @@ def linear_ppo_loss(
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
-        PPOLossOutput(loss, logprobs, entropy, metrics). `loss.backward()` gives hidden.grad, weight.grad, bias.grad;
-        the other fields are detached. With no real token the loss is 0 and the gradients are zeros.
+        PPOLossOutput(loss, logprobs, entropy, metrics). `loss.backward()` gives hidden.grad, weight.grad, bias.grad,
+        once: the gradients are handed over, not copied. The other fields are detached. With no real token the loss is
+        0 and the gradients are zeros.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together, a target outside the vocabulary, a NaN
@@ -87,7 +89,8 @@ def linear_ppo_loss(
     head = open_head(hidden, weight, bias)
     targets_rows = open_targets(targets, hidden, weight.shape[0], IGNORED)
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
-    rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, targets)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
     ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
@@ -95,8 +98,9 @@ def linear_ppo_loss(
 
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
+    names = reference.metric_names(has_kl=ref is not None or ref_logprobs is not None)
     loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(*head, rows, ref, rollout, options, loss_options)
-    return PPOLossOutput(loss, logprobs, entropy, dict(zip(_metric_names(rollout, ref), metric_values, strict=True)))
+    return PPOLossOutput(loss, logprobs, entropy, dict(zip(names, metric_values, strict=True)))
 
 
 def _reference_loss(
@@ -113,20 +117,6 @@ def _reference_loss(
         kl = reference.exact_kl(z, ref_z).view(shape)
     loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
     return PPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
-
-
-def _metric_names(rollout: Rollout, ref: Head | None) -> list[str]:
-    names = [
-        "policy_loss",
-        "approx_kl",
-        "clip_fraction",
-        "dual_clip_fraction",
-        "ratio_mean",
-        "ratio_min",
-        "ratio_max",
-        "entropy",
-    ]
-    return [*names, "kl"] if ref is not None or rollout.ref_logprobs is not None else names
 
 
 class _LinearPPOLoss(torch.autograd.Function):
@@ -166,17 +156,25 @@ class _LinearPPOLoss(torch.autograd.Function):
             else:
                 gradients = engine.vjp(*arguments, *needs)
             ctx.save_for_backward(*gradients)
-        ctx.needs = needs
+        ctx.needs, ctx.handed_over = needs, False
         outputs = (
             logprobs.clone(),
             entropy.clone(),
-            torch.stack([metrics[name] for name in _metric_names(rollout, ref)]),
+            torch.stack(list(metrics.values())),
         )
         ctx.mark_non_differentiable(*outputs)
-        return (loss.to(torch.promote_types(hidden.dtype, torch.float32)), *outputs)
+        return (loss, *outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss, *_):
+        if not torch.compiler.is_compiling():
+            if ctx.handed_over:
+                raise RuntimeError(
+                    "linear_ppo_loss: its gradients were handed over by the first backward; compute the loss once "
+                    "more, or add what else you need to it before the one backward"
+                )
+            ctx.handed_over = True
         gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
         return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None)
 

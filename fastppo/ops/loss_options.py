@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastppo import reference
@@ -35,6 +36,9 @@ class LossOptions(NamedTuple):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", *(["dual_clip"] if self.dual_clip else [])):
+            if not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name}: expected a number, got {getattr(self, name)!r}")
         for name in ("clip_low", "clip_high"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
@@ -45,8 +49,8 @@ class LossOptions(NamedTuple):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         if self.kl_coef != 0.0 and self.kl_estimator == "exact" and not has_ref_model:
             raise ValueError(
-                "kl_estimator: 'exact' needs the reference model's own distribution, and only one was not given "
-                "(ref_hidden and ref_weight, or ref_logits)"
+                "kl_estimator: 'exact' needs the reference's whole distribution (ref_hidden and ref_weight, or "
+                "ref_logits), which was not given"
             )
         if self.kl_coef != 0.0 and self.kl_estimator != "exact" and not has_ref_logprobs:
             raise ValueError(f"ref_logprobs: needed for kl_coef={self.kl_coef} with kl_estimator={self.kl_estimator!r}")
@@ -67,22 +71,34 @@ class Rollout(NamedTuple):
 
     @classmethod
     def open(
-        cls, mask: Tensor | None, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor | None, like: Tensor
+        cls,
+        mask: Tensor | None,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        ref_logprobs: Tensor | None,
+        *,
+        like: Tensor,
+        dtype: torch.dtype,
     ) -> Rollout:
+        """Check everything against `like` [..., T]; `dtype` is that of the model's statistics."""
         mask = check_mask(mask, like)
         return cls(
             mask,
-            check_per_token("old_logprobs", old_logprobs, mask),
-            check_per_token("advantages", advantages, mask),
-            None if ref_logprobs is None else check_per_token("ref_logprobs", ref_logprobs, mask),
+            check_per_token("old_logprobs", old_logprobs, mask, dtype),
+            check_per_token("advantages", advantages, mask, dtype),
+            None if ref_logprobs is None else check_per_token("ref_logprobs", ref_logprobs, mask, dtype),
         )
 
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, exact_kl: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped loss of these tokens; a KL to the reference is reported even where its coefficient is 0."""
+        """The clipped loss of these tokens.
+
+        The KL is that of `kl_estimator`. Where it is only reported (kl_coef 0) and what it needs was not given, what
+        was given stands in.
+        """
         kl = exact_kl
-        if kl is None and self.ref_logprobs is not None:
+        if self.ref_logprobs is not None and (exact_kl is None or options.kl_estimator != "exact"):
             estimator = "k3" if options.kl_estimator == "exact" else options.kl_estimator
             kl = reference.sampled_kl(logprobs, self.ref_logprobs, estimator)
         rest = options._asdict()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops.checks import check_floating, check_shape
+from fastppo.ops.checks import check_floating, check_shape, check_targets
 from fastppo.ops.head import IGNORED
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
@@ -60,14 +61,17 @@ def ppo_loss(
         raise ValueError("logprobs, logits: give exactly one of them")
     if ref_logits is not None and (logits is None or inplace_backward):
         raise ValueError("ref_logits: only together with logits, and without inplace_backward")
+    if (logits is None) != (targets is None):
+        raise ValueError("targets: given with logits, to pick the sampled tokens' log-probabilities, and only then")
     exact_kl = None
     if logits is not None:
-        if targets is None:
-            raise ValueError("targets: needed with logits, to pick the sampled tokens' log-probabilities")
+        check_floating("logits", logits)
+        check_targets(targets, tuple(logits.shape[:-1]), logits.shape[-1], logits.device, IGNORED)
         options.check(
             has_ref_logprobs=ref_logprobs is not None, has_ref_model=ref_logits is not None, dims=targets.dim()
         )
-        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, targets)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
         rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
         logprobs, entropy, _ = selective_logprob(
             logits,
@@ -90,7 +94,8 @@ def ppo_loss(
         options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=False, dims=logprobs.dim())
         if entropy_coef != 0.0 and entropy is None:
             raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
-        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, logprobs)
+        dtype = torch.promote_types(logprobs.dtype, torch.float32)
+        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
         logprobs = reference.upcast(logprobs).masked_fill(~rollout.mask, 0.0)
         if entropy is not None:
             check_floating("entropy", entropy, logprobs.device)

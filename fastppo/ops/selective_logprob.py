@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo import reference
 from fastppo.ops import cpu, extension
@@ -78,6 +79,7 @@ class _SelectiveLogprob(torch.autograd.Function):
         return logprobs.clone(), entropy.clone(), row_max + log_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
         logits, targets, *saved = ctx.saved_tensors
         arguments = (targets, saved, d_logprobs, d_entropy, d_logsumexp, *ctx.transform, scratch_bytes(), ctx.backend)

@@ -44,7 +44,8 @@ def value_loss(
     """
     check_floating("values", values)
     mask = check_mask(mask, values)
-    returns = check_per_token("returns", returns, mask)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    returns = check_per_token("returns", returns, mask, dtype)
     if loss_agg not in LOSS_AGGS:
         raise ValueError(f"loss_agg: expected one of {', '.join(LOSS_AGGS)}, got {loss_agg!r}")
     if loss_agg != "token-mean" and values.dim() < 2:
@@ -54,7 +55,7 @@ def value_loss(
             raise ValueError(f"cliprange_value: expected a number above 0, or None, got {cliprange_value}")
         if old_values is None:
             raise ValueError("old_values: needed to clip around; pass them, or cliprange_value=None")
-        old_values = check_per_token("old_values", old_values, mask)
+        old_values = check_per_token("old_values", old_values, mask, dtype)
     values = reference.upcast(values).masked_fill(~mask, 0.0)
     loss, clip_fraction = reference.value_loss(
         values, returns, mask, old_values=old_values, cliprange_value=cliprange_value, loss_agg=loss_agg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastppo import reference
@@ -24,4 +25,5 @@ def whiten(x: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True) ->
     """
     check_floating("x", x)
     mask = check_mask(mask, x)
-    return reference.whiten(check_per_token("x", x, mask), mask, shift_mean=shift_mean)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return reference.whiten(check_per_token("x", x, mask, dtype), mask, shift_mean=shift_mean)

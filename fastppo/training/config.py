@@ -17,13 +17,18 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True)
+# The strings below the fields are their help texts: `fastppo keys` prints them.
+_STRICT = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
 
 
 class ConfigError(ValueError):
@@ -45,9 +50,9 @@ class ModelConfig:
 
     name_or_path: str = ""
     """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the parameters. Training below float32 loses small updates."""
-    autocast: Literal["bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the parameters. In bfloat16 small updates are lost to rounding."""
+    autocast: Literal["bfloat16"] | None = None
     """Precision of matrix products while parameters stay in `dtype`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
@@ -96,10 +101,11 @@ class RewardConfig:
     model: str | None = None
     """A sequence-classification model; its one logit, or that of class `label`, is the reward."""
     label: NonNegativeInt | None = None
-    weight: float = 1.0
+    weight: FiniteFloat = 1.0
     normalize: bool = False
     """Divide by a running standard deviation and subtract a running mean."""
     batch_size: PositiveInt = 32
+    """Of a reward model; functions get all completions of a step at once."""
 
 
 @dataclass(config=_STRICT)
@@ -111,7 +117,6 @@ class RolloutConfig:
     num_generations: PositiveInt = 4
     """Completions of each prompt."""
     max_new_tokens: PositiveInt = 32
-    min_new_tokens: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
     """Also divides the logits that log-probabilities, entropy and KL are computed from."""
     generation_batch_size: PositiveInt = 64
@@ -134,7 +139,7 @@ class PPOConfig:
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
-    entropy_coef: float = 0.0
+    entropy_coef: FiniteFloat = 0.0
     vf_coef: NonNegativeFloat = 0.1
     cliprange_value: PositiveFloat | None = 0.2
     gamma: UnitFloat = 1.0
@@ -167,13 +172,14 @@ class OptimConfig:
     value_learning_rate: PositiveFloat | None = None
     """For the value head or value model; `learning_rate` if not given."""
     weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: UnitFloat = 0.9
-    adam_beta2: UnitFloat = 0.999
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat | None = 1.0
-    lr_scheduler_type: str = "constant"
-    """One of transformers' schedules that need no further arguments: constant, linear, cosine, ..."""
+    lr_scheduler_type: Schedule = "constant"
+    """One of transformers' schedules, over the training steps."""
     warmup_steps: NonNegativeInt = 0
+    """Training steps over which the rate rises to `learning_rate`."""
 
 
 @dataclass(config=_STRICT)
@@ -202,7 +208,7 @@ class Config:
 
     output_dir: str = "runs/default"
     total_steps: PositiveInt = 100
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
@@ -241,13 +247,15 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         try:
             tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}); the configuration file comes first"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
-    for key, value in _parse_overrides(list(overrides)):
-        _set(tree, key, value)
+    for key, text in _parse_overrides(list(overrides)):
+        _set(tree, key, _override_value(key, text))
     return build_config(tree)
 
 
@@ -257,7 +265,7 @@ def build_config(tree: dict[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-    _check_consistency(config)
+    check_consistency(config)
     return config
 
 
@@ -266,12 +274,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def documented_keys() -> list[tuple[str, str, Any]]:
-    """Every key as (dotted name, type, default), for the help page."""
+class Key(typing.NamedTuple):
+    """One key of the configuration, for the help page."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def documented_keys() -> list[Key]:
+    """Every key, dotted, in the order of the file."""
     return list(_walk(Config, ""))
 
 
-def _walk(cls: type, prefix: str) -> typing.Iterator[tuple[str, str, Any]]:
+def _walk(cls: type, prefix: str) -> typing.Iterator[Key]:
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         name, hint = f"{prefix}{item.name}", hints[item.name]
@@ -283,7 +300,8 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[tuple[str, str, Any]]:
             yield from _walk(LoraConfig, f"{name}.")
         else:
             default = item.default if item.default is not dataclasses.MISSING else "required"
-            yield name, _type_name(hint), default
+            described = cls.__pydantic_fields__[item.name].description or ""
+            yield Key(name, _type_name(hint), default, " ".join(described.split()))
 
 
 def _type_name(hint: Any) -> str:
@@ -296,7 +314,7 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+def _parse_overrides(words: list[str]) -> list[tuple[str, str]]:
     pairs = []
     while words:
         word = words.pop(0)
@@ -307,12 +325,25 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ConfigError(f"--{key}: needs a value")
             text = words.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        pairs.append((key.replace("-", "_"), value))
+        pairs.append((key.replace("-", "_"), text))
     return pairs
+
+
+def _override_value(dotted: str, text: str) -> Any:
+    """A value from the command line: text for a key that holds text, as it stands; YAML for any other."""
+    hint: Any = Config
+    for part in dotted.split("."):
+        if part.isdigit():
+            hint = typing.get_args(hint)[0] if typing.get_args(hint) else None
+        else:
+            section = next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
+            hint = typing.get_type_hints(section).get(part) if section else None
+    if hint is str or (hint == (str | None) and text != "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _set(tree: Any, dotted: str, value: Any) -> None:
@@ -380,22 +411,24 @@ def _keys_beside(path: list[str]) -> list[str]:
     return [item.name for item in dataclasses.fields(cls)]
 
 
-def _check_consistency(config: Config) -> None:
-    """What no single field can know."""
+def check_consistency(config: Config) -> None:
+    """What no single field can know.
+
+    Raises:
+        ConfigError: fields that are missing or don't go together.
+    """
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path: required, but not given")
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
-    if not config.rewards:
-        raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
     names = [reward.name for reward in config.rewards]
+    if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
+        raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")
     for index, reward in enumerate(config.rewards):
         if (reward.function is None) == (reward.model is None):
             raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")
         if names.count(reward.name) > 1:
             raise ConfigError(f"rewards.{index}.name: {reward.name!r} is used twice; metrics are kept by name")
-    if config.rollout.min_new_tokens > config.rollout.max_new_tokens:
-        raise ConfigError("rollout.min_new_tokens: greater than rollout.max_new_tokens")
     sequences = config.rollout.num_prompts * config.rollout.num_generations
     parts = config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps
     if sequences < parts:
@@ -403,6 +436,8 @@ def _check_consistency(config: Config) -> None:
             f"ppo.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made of "
             f"{sequences} sequences (rollout.num_prompts x rollout.num_generations)"
         )
+    if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
+        raise ConfigError("optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup")
     if config.model.reference == "none" and config.ppo.kl_coef > 0:
         raise ConfigError("ppo.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
     if config.ppo.kl_estimator == "exact" and config.ppo.kl_in == "loss" and config.ppo.kl_coef == 0:

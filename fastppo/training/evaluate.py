@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastppo.models import load_causal_lm, load_tokenizer
+from fastppo.models import ModelError, backbone_and_head, load_causal_lm, load_tokenizer
 from fastppo.training.actor_critic import ActorCritic, choose_device
 from fastppo.training.config import Config
 from fastppo.training.data import DataError, load_prompts
@@ -31,7 +31,14 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
     models = ActorCritic(dataclasses.replace(config.model, lora=None), device=device)
     if model is not None:
-        models.policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
+        policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
+        sizes = [backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy)]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{model}: has a vocabulary of {sizes[0]}, but {config.model.name_or_path}, whose tokenizer and "
+                f"reference are used, one of {sizes[1]}"
+            )
+        models.policy = policy
     data = load_prompts(
         config.data,
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -43,17 +44,15 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """One of transformers' schedules, stepped once a training step.
 
-    Raises:
-        ConfigError: no such schedule, or one that needs arguments that the configuration does not have.
+    Their rates begin (with a warm-up) and end (with a decay) at 0. A training step at a rate of 0 would be wasted, so
+    the first one here is the schedule's second.
     """
-    from transformers import SchedulerType, get_scheduler
+    from transformers import get_scheduler
 
-    try:
-        return get_scheduler(
-            config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
-        )
-    except (ValueError, TypeError) as error:
-        known = ", ".join(kind.value for kind in SchedulerType)
-        raise ConfigError(
-            f"optim.lr_scheduler_type: {config.lr_scheduler_type!r} cannot be used ({error}); one of {known}"
-        ) from None
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps + 1
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        scheduler.step()
+    return scheduler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -41,6 +43,9 @@ def sample(
 
     Nothing but the temperature changes that distribution, so the log-probabilities that are computed of the tokens
     later are those they were sampled with.
+
+    Raises:
+        FloatingPointError: the policy's probabilities are not finite.
     """
     eos = _eos_ids(policy, tokenizer)
     generation = GenerationConfig(
@@ -48,9 +53,7 @@ def sample(
         temperature=config.temperature,
         top_k=0,
         top_p=1.0,
-        repetition_penalty=1.0,
         max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens or None,
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -63,10 +66,16 @@ def sample(
     ids, prompt_mask = ids.to(device), prompt_mask.to(device)
 
     parts = []
-    for start in range(0, len(prompts), config.generation_batch_size):
-        rows = slice(start, start + config.generation_batch_size)
-        out = policy.generate(input_ids=ids[rows], attention_mask=prompt_mask[rows], generation_config=generation)
-        parts.append(out[:, width:])
+    with _own_defaults(policy, generation):
+        for start in range(0, len(prompts), config.generation_batch_size):
+            rows = slice(start, start + config.generation_batch_size)
+            try:
+                out = policy.generate(input_ids=ids[rows], attention_mask=prompt_mask[rows])
+            except RuntimeError as error:
+                if "probability tensor contains" in str(error):  # torch.multinomial's word for it
+                    raise FloatingPointError("the policy's probabilities are not finite") from error
+                raise
+            parts.append(out[:, width:])
     longest = max(part.shape[1] for part in parts)
     tokens = torch.cat([F.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id) for part in parts])
 
@@ -80,6 +89,25 @@ def sample(
         completions=tokenizer.batch_decode(tokens.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True),
         ended=(is_eos & mask).any(1),
     )
+
+
+@contextmanager
+def _own_defaults(policy: nn.Module, generation: GenerationConfig) -> Iterator[None]:
+    """`generation` in the place of the model's own generation config, adapters or not.
+
+    Passing it to generate() is not enough: what it leaves at a default is filled in from the model's, and a model that
+    ships with top-p or a repetition penalty would be sampled from another distribution than it is scored with.
+    """
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    owners = {id(owner): owner for owner in (policy, base)}.values()
+    before = [(owner, owner.generation_config) for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = generation
+        yield
+    finally:
+        for owner, own in before:
+            owner.generation_config = own
 
 
 def _eos_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

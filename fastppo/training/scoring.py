@@ -47,10 +47,11 @@ class Scorer:
         return self.rewards([prompt.text for prompt in prompts], rollout.completions, columns, update=update)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, scores: Tensor) -> Experience:
+    def score(self, rollout: Rollout, scores: Tensor, *, with_values: bool = True) -> Experience:
         """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
         parts = [
-            self._score_part(rollout, rows) for rows in torch.arange(len(scores)).split(micro_batch_size(self.config))
+            self._score_part(rollout, rows, with_values)
+            for rows in torch.arange(len(scores)).split(micro_batch_size(self.config))
         ]
 
         def join(name: str) -> Tensor | None:
@@ -64,7 +65,7 @@ class Scorer:
             **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
         )
 
-    def _score_part(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor | None]:
+    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool) -> dict[str, Tensor | None]:
         ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
         length, config = mask.shape[1], self.config.ppo
         targets = ids[:, -length:].masked_fill(~mask, -100)
@@ -72,7 +73,9 @@ class Scorer:
         with self.models.autocast():
             hidden, head = self.models.hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
-            result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
+            result["old_values"] = torch.zeros_like(result["old_logprobs"])
+            if with_values:
+                result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
             if self.models.has_reference:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
                 result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
@@ -129,7 +132,7 @@ class Scorer:
             seed_everything(self.config.seed)
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
-            experience = self.score(rollout, rewards.total)
+            experience = self.score(rollout, rewards.total, with_values=False)
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")

@@ -28,6 +28,7 @@ from torch import Tensor
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
 from fastppo.models import ValueHead, load_tokenizer
+from fastppo.ops.dispatch import select
 from fastppo.training.actor_critic import ActorCritic, choose_device
 from fastppo.training.checkpoint import (
     Checkpoint,
@@ -38,9 +39,9 @@ from fastppo.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from fastppo.training.config import Config, ConfigError, to_dict
+from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.data import PromptSampler, load_prompts
-from fastppo.training.metrics import MetricsLogger, atomic_write, write_samples
+from fastppo.training.metrics import METRICS_FILE, MetricsLogger, atomic_write, read_metrics, write_samples
 from fastppo.training.optim import build_optimizer, build_scheduler
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
@@ -92,10 +93,18 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         resume: bool = False,
     ) -> None:
+        if not (rewards or config.rewards):
+            raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
+        check_consistency(config)
         self.config = config
-        self.output_dir = Path(config.output_dir)
+        self.output_dir = Path(config.output_dir).expanduser()
         self.device = choose_device(config.device)
         _check_writable(self.output_dir)
+        for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):
+            try:
+                select(op, self.device, torch.float32, config.backend_name)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         checkpoint = self._open_output(resume)
 
         seed_everything(config.seed)
@@ -109,6 +118,8 @@ class Trainer:
             max_new_tokens=config.rollout.max_new_tokens,
             allow_download=config.model.allow_download,
         )
+        for prompts in (self.data.train, self.data.eval):
+            self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.algorithm = PPO(config.ppo, temperature=config.rollout.temperature, backend=config.backend_name)
         self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards)
@@ -117,10 +128,13 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, self.policy_parameters.values(), self.value_parameters.values())
         self.scheduler = build_scheduler(config.optim, self.optimizer, config.total_steps)
         self.step = 0
+        self._saved_step: int | None = None
+        self._evaluated: set[int] = set()
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.progress = progress or ProgressDisplay(config.total_steps, start_step=self.step)
+        self.progress = progress
         self._signal: int | None = None
+        # What a checkpoint of the steps that are done would hold; None once an update has begun to change parameters.
         self._at_step_start: dict[str, Any] | None = None
 
     # The run
@@ -131,21 +145,29 @@ class Trainer:
         SIGINT and SIGTERM let the current step finish, write a checkpoint and return; a second one stops at once.
 
         Raises:
-            NonFiniteError: a NaN or Inf in a loss or gradient, with `on_nonfinite: stop`.
+            NonFiniteError: a NaN or Inf in a loss, gradient or probability, with `on_nonfinite: stop`.
             RewardError: a reward function failed. The steps before it are saved.
             CheckpointError: a checkpoint could not be written; older ones are whole.
         """
         config = self.config
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        if self.progress is None:
+            self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
         resume_step = self.step if self._resumed else None
         with (
             MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=resume_step) as logger,
             self._signals(),
             self.progress,
         ):
+            if logger.earlier_run is not None:
+                self.progress.print(f"what an earlier run left here was moved to {logger.earlier_run}")
+            if self._nothing_to_resume:
+                self.progress.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+            for count, fate in ((self.data.num_dropped, "left out"), (self.data.num_truncated, "cut to their end")):
+                if count:
+                    self.progress.print(f"{count} prompts too long: {fate}")
             try:
-                if self.step == 0:
-                    self._evaluate(logger, "before")
+                self._evaluate_if_due(logger)
                 while self.step < config.total_steps and self._signal is None:
                     self._run_step(logger)
             except CheckpointError:
@@ -153,33 +175,37 @@ class Trainer:
             except Exception:
                 self._save_whole_steps()
                 raise
-            finished = self.step >= config.total_steps
+            if self._signal is not None and self._saved_step != self.step:
+                self._checkpoint()
             final = None
-            if finished:
-                self._evaluate(logger, "after")
+            if self.step >= config.total_steps:
                 self.progress.phase("saving")
                 final = self.save_policy(self.output_dir / FINAL)
-            elif config.checkpoint.every:
-                self._checkpoint()
+                self._evaluate_if_due(logger)
             self.progress.phase("report")
-        return TrainResult(self.step, None if finished else self._signal, write_report(self.output_dir), final)
+        return TrainResult(self.step, None if final else self._signal, write_report(self.output_dir), final)
 
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
         began = time.perf_counter()
         self._at_step_start = self._snapshot()
-        metrics = self.train_step()
-        self._at_step_start = None
+        try:
+            metrics = self.train_step()
+        except FloatingPointError as error:
+            raise NonFiniteError(f"step {self.step + 1}: {error}") from error
         self.step += 1
+        self._at_step_start = self._snapshot()
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
         logger.log(self.step, metrics)
         self.progress.update(self.step, metrics)
         last = self.step == config.total_steps
+        if not last:
+            # Before the checkpoint, so that a run that is killed after it has lost nothing. The last evaluation comes
+            # once the policy is saved.
+            self._evaluate_if_due(logger)
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or last):
             self._checkpoint()
-        if config.eval.every and self.step % config.eval.every == 0 and not last:
-            self._evaluate(logger, f"step-{self.step:06d}")
 
     def train_step(self) -> dict[str, float]:
         """One rollout and the updates made of it. Returns the step's metrics."""
@@ -198,6 +224,7 @@ class Trainer:
             shaped = self.algorithm.estimate_advantages(experience)
         with _clock(metrics, "update"):
             updates = self.update(experience)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
 
         sequence_kl = experience.kl.sum(1).mean().item() if experience.kl is not None else None
@@ -207,7 +234,7 @@ class Trainer:
             "completion/length": rollout.mask.sum(1).float().mean().item(),
             "completion/ended": rollout.ended.float().mean().item(),
             "kl/coef": self.algorithm.kl_controller.value,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": learning_rate,
             "tokens": rollout.mask.sum().item(),
         }
         if sequence_kl is not None:
@@ -239,12 +266,13 @@ class Trainer:
         return _summary(history) | ({"policy/stopped_early": 0.0} if config.target_kl is not None else {})
 
     def _accumulate_gradients(self, mini_batch: Experience) -> dict[str, float]:
-        """Gradients of one mini-batch's loss, a micro-batch at a time. Returns its metrics, weighted as the loss is."""
+        """Gradients of one mini-batch's loss, a micro-batch at a time. Returns its metrics."""
         totals: dict[str, float] = defaultdict(float)
         for rows in torch.arange(len(mini_batch)).split(micro_batch_size(self.config)):
             batch = mini_batch.select(rows.to(self.device))
             weight = self.algorithm.part_weight(batch, mini_batch, self.config.rollout.max_new_tokens)
-            if weight == 0.0:
+            share = batch.token_share(mini_batch)
+            if share == 0.0:
                 continue
             with self.models.autocast():
                 length = batch.mask.shape[1]
@@ -254,22 +282,24 @@ class Trainer:
                 loss, metrics = self.algorithm.loss(batch, hidden, head, values, ref_head)
             (weight * loss).backward()
             for name, value in metrics.items():
-                _fold(totals, name, value.item(), weight)
+                _fold(totals, name, value.item(), weight if name.startswith("loss/") else share)
         return totals
 
     def _optimizer_step(self, history: dict[str, list[float]], epoch: int) -> None:
         """Clip and step, unless a loss or gradient is not finite: then stop or skip, as configured."""
         parameters = [*self.policy_parameters.values(), *self.value_parameters.values()]
-        limit = self.config.optim.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         losses = {name: history[name][-1] for name in ("loss/policy", "loss/value") if history[name]}
         if math.isfinite(norm) and all(math.isfinite(value) for value in losses.values()):
-            self.optimizer.step()
+            if self.config.optim.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.max_grad_norm, norm)
             # From here on the parameters are no longer those of the last whole step.
             self._at_step_start = None
-            history["grad_norm"].append(norm)
+            self.optimizer.step()
+            history["grad_norm"].append(norm.item())
         else:
-            where = self._nonfinite_report(losses, norm, epoch)
+            where = self._nonfinite_report(losses, norm.item(), epoch)
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteError(where)
             self.progress.print(f"{where}; this optimizer step is skipped")
@@ -281,11 +311,21 @@ class Trainer:
         first = next((n for n, p in names.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         gradient = f", first non-finite gradient in {first}" if first else ""
-        return f"step {self.step + 1}, epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient})"
+        saved = "none" if self._saved_step is None else f"step {self._saved_step}"
+        return (
+            f"step {self.step + 1}, epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient}); "
+            f"newest checkpoint: {saved}"
+        )
 
-    def _evaluate(self, logger: MetricsLogger, name: str) -> None:
-        if not self.data.eval:
+    def _evaluate_if_due(self, logger: MetricsLogger) -> None:
+        """Evaluate before the first step, after the last, and every `eval.every`; each once, also across resumes."""
+        step, every = self.step, self.config.eval.every
+        last = step == self.config.total_steps
+        due = step == 0 or last or (every and step % every == 0)
+        if not due or step in self._evaluated or not self.data.eval:
             return
+        self._evaluated.add(step)
+        name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
         self.progress.phase("evaluate")
         metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
         logger.log(self.step, metrics)
@@ -352,17 +392,21 @@ class Trainer:
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
         )
+        self._saved_step = self.step
 
     def _save_whole_steps(self) -> None:
         """On the way out of a step that failed before it changed any parameter: keep what the steps before it made."""
-        if self._at_step_start is not None and self.step > 0 and self.config.checkpoint.every:
+        parameters = [*self.policy_parameters.values(), *self.value_parameters.values()]
+        if self._at_step_start is None or self.step in (0, self._saved_step):
+            return
+        if all(torch.isfinite(parameter).all() for parameter in parameters):
             self._checkpoint(self._at_step_start)
             self.progress.print(f"saved a checkpoint of step {self.step}")
 
     def _open_output(self, resume: bool) -> Checkpoint | None:
         """The checkpoint to go on from; refuses to mix two runs in one folder."""
         root = self.output_dir / CHECKPOINTS
-        self._resumed = False
+        self._resumed = self._nothing_to_resume = False
         if not resume:
             if any(root.glob("step-*")) or (self.output_dir / FINAL).exists():
                 raise CheckpointError(
@@ -370,9 +414,12 @@ class Trainer:
                 )
             return None
         checkpoint = find_checkpoint(root)
+        if checkpoint is None and any(root.glob("step-*")):
+            raise CheckpointError(f"{root}: none of the checkpoints is whole; start a new run with another output_dir")
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_dict(self.config))
             self._resumed = True
+        self._nothing_to_resume = checkpoint is None
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -390,7 +437,10 @@ class Trainer:
         self.algorithm.load_state_dict(state["algorithm"])
         self.rewards.load_state_dict(state["rewards"])
         set_rng_state(checkpoint.tensors("rng"), state["rng"])
-        self.step = checkpoint.step
+        self.step = self._saved_step = checkpoint.step
+        metrics = self.output_dir / METRICS_FILE
+        rows = read_metrics(metrics) if metrics.exists() else []
+        self._evaluated = {row["step"] for row in rows if "eval/reward" in row and row["step"] <= self.step}
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,0 +1,119 @@
+"""The `fastppo` command: exit codes, one clear line for whatever is wrong, and the README's own words."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastppo.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_run.py", folder], check=True, capture_output=True)
+    return folder
+
+
+def test_train_eval_and_resume(tiny, tmp_path, capsys):
+    config, out = str(tiny / "config.yaml"), str(tmp_path / "run")
+    assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--tensorboard", "false"]) == 0
+    printed = capsys.readouterr().out
+    assert "step=2/2" in printed
+    assert f"policy: {out}/final" in printed
+    assert main(["eval", config, "--model", f"{out}/final", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["metrics"]) >= {"eval/reward", "eval/vowels", "eval/kl", "eval/length"}
+    assert len(result["samples"]) == 8
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["metrics"]["eval/reward"] == pytest.approx(last["eval/reward"])
+    assert main(["eval", config, "--model", f"{out}/final", "--samples", "2"]) == 0
+    assert len(re.findall(r"^[+-]\d", capsys.readouterr().out, re.M)) == 2
+    # Again into the same folder, and with another configuration: refused; longer: goes on.
+    assert main(["train", config, "--output_dir", out]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", config, "--output_dir", out, "--resume", "--ppo.gamma", "0.5"]) == 1
+    assert "ppo.gamma was 1.0, is now 0.5" in capsys.readouterr().err
+    arguments = ["--output_dir", out, "--total_steps", "3", "--tensorboard", "false", "--resume"]
+    assert main(["train", config, *arguments]) == 0
+    assert "step=3/3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--ppo.kl_coeff", "1"], 2, "ppo.kl_coeff: unknown key; did you mean 'ppo.kl_coef'?"),
+        (["--model.name_or_path", "/no/model"], 1, "/no/model"),
+        (["--model.name_or_path", "package:llm_smollm3/x.gguf"], 1, "llm_smollm3"),
+        (["--data.train", "/no/prompts.jsonl"], 1, "/no/prompts.jsonl"),
+        (["--rewards.0.function", "nowhere:f"], 1, "vowels"),
+        (["--output_dir", "/proc/x"], 2, "output_dir"),
+        (["--device", "quantum"], 2, "device"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, message):
+    if "--output_dir" not in words:
+        words = ["--output_dir", str(tmp_path / "run"), *words]
+    assert main(["train", str(tiny / "config.yaml"), *words]) == status
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("fastppo: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_missing_config(capsys):
+    assert main(["train", "nothing.yaml"]) == 2
+    assert "nothing.yaml" in capsys.readouterr().err
+
+
+def test_doctor_and_keys(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch" in printed
+    assert "linear_ppo_loss" in printed
+    assert main(["keys"]) == 0
+    printed = capsys.readouterr().out
+    assert "ppo.kl_coef: 0.05  (float)" in printed
+    assert "nats a completion" in printed  # the keys' help texts
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    assert "fastppo" in capsys.readouterr().out
+
+
+def test_the_drop_in_example_runs():
+    path = ROOT / "examples" / "drop_in.py"
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'policy_loss'") == 2
+    assert len(path.read_text().splitlines()) < 50
+
+
+def test_the_example_configuration_is_valid():
+    from fastppo.training.config import load_config
+
+    config = load_config(ROOT / "examples" / "sentiment.yaml")
+    for path in (config.data.train, config.data.eval):
+        assert (ROOT / path).exists()
+
+
+def test_the_package_needs_only_torch_to_import():
+    """The operators drop into any trainer: none of the trainer's dependencies is imported with them."""
+    code = (
+        "import sys, fastppo\n"
+        "bad = {'transformers', 'pydantic', 'rich', 'datasets', 'matplotlib', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr

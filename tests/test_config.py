@@ -1,0 +1,100 @@
+"""The configuration: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from fastppo.training.config import ConfigError, build_config, documented_keys, load_config, to_dict
+
+BASE = {
+    "model": {"name_or_path": "m"},
+    "data": {"train": "d"},
+    "rewards": [{"name": "a", "function": "f"}],
+}
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_round_trip(tmp_path):
+    config = load_config(write(tmp_path, BASE), ["--ppo.kl_coef", "1e-3", "--model.lora.r", "4"])
+    assert config.ppo.kl_coef == 1e-3
+    assert config.model.lora.r == 4
+    assert build_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--ppo.kl_coeff", "1"], "ppo.kl_coeff: unknown key; did you mean 'ppo.kl_coef'?"),
+        (["--modle.dtype", "float32"], "modle: unknown key; did you mean 'model'?"),
+        (["--rewards.0.wieght", "2"], "rewards.0.wieght: unknown key; did you mean 'rewards.0.weight'?"),
+        (["--model.lora.rank", "2"], "model.lora.rank: unknown key"),
+        (["--ppo.kl_coef", "much"], "ppo.kl_coef: input should be a valid number"),
+        (["--ppo.lam", "1.5"], "ppo.lam: input should be less than or equal to 1, got 1.5"),
+        (
+            ["--ppo.ratio_level", "sequnce"],
+            "ppo.ratio_level: 'sequnce' is not one of its values; did you mean 'sequence'?",
+        ),
+        (["--ppo.kl_coef"], "--ppo.kl_coef: needs a value"),
+        (["ppo.kl_coef", "1"], "expected --section.key value"),
+        (["--rewards.3.weight", "2"], "is not an index of a list of 1"),
+        (["--seed.x", "2"], "seed: input should be a valid integer"),
+        (["--model.reference", "none"], "ppo.kl_coef: must be 0 when model.reference is none"),
+        (["--ppo.num_mini_batches", "64"], "ppo.num_mini_batches: 64 parts"),
+        (["--rewards.0.model", "x"], "rewards.0: give exactly one of"),
+        (["--total_steps", "0"], "total_steps"),
+        (["--optim.lr_scheduler_type", "cosin"], "did you mean 'cosine'?"),
+        (["--optim.warmup_steps", "3"], "take constant_with_warmup"),
+        (["--ppo.entropy_coef", ".nan"], "ppo.entropy_coef"),
+        (["--optim.adam_beta1", "1.0"], "optim.adam_beta1"),
+        (["--rewards.0.weight", ".inf"], "rewards.0.weight"),
+        (["--rewards.0.name", "mean"], "is the name of a metric already"),
+    ],
+)
+def test_one_clear_line(tmp_path, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, BASE), overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_what_every_run_needs(section):
+    tree = copy.deepcopy(BASE)
+    del tree[section]
+    with pytest.raises(ConfigError, match=section):
+        build_config(tree)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="expected `key: value` lines"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_every_key_is_listed_once():
+    names = [key.name for key in documented_keys()]
+    assert len(names) == len(set(names))
+    assert {"ppo.kl_coef", "rewards.N.function", "model.lora.r", "total_steps"} <= set(names)
+
+
+def test_text_from_the_command_line_stays_as_it_is(tmp_path):
+    words = ["--output_dir", "runs/a #1", "--data.system_prompt", "You are: kind # always", "--data.eval", "null"]
+    config = load_config(write(tmp_path, BASE), [*words, "--rewards.0.name", "007", "--model.lora", "{r: 3}"])
+    assert config.output_dir == "runs/a #1"
+    assert config.data.system_prompt == "You are: kind # always"
+    assert config.data.eval is None
+    assert config.rewards[0].name == "007"
+    assert config.model.lora.r == 3
