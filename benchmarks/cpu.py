@@ -6,8 +6,8 @@
 
 The floor is the plain matrix products alone: h Wᵀ, ∂zᵀ h and ∂z W one after the other, into memory that is there
 already. Contenders take turns within a round, so that whatever else the machine does strikes all of them; what counts
-is the median and its ratio to the floor. Memory is the peak above what was resident before the call, the gradients
-(56 MiB in the first case) included; scratch that a backend holds on to between calls is not in it, but is in its budget.
+is the median and its ratio to the floor. Memory is the peak above what was resident before the call, the last call's
+gradients among it; scratch that a backend holds on to between calls is not seen there, but is within its budget.
 """
 
 from __future__ import annotations
@@ -153,8 +153,13 @@ def peers(hidden, weight, targets, old, advantages) -> dict[str, Callable[[], ob
             fresh()
             mask = torch.ones_like(targets).unsqueeze(0)
             loss, _ = liger_loss(
-                hidden.unsqueeze(0), weight, targets.unsqueeze(0), mask, advantages[:1], old_per_token_logps=old.unsqueeze(0)
-            )  # fmt: skip
+                hidden.unsqueeze(0),
+                weight,
+                targets.unsqueeze(0),
+                mask,
+                advantages[:1],
+                old_per_token_logps=old.unsqueeze(0),
+            )
             loss.backward()
 
         calls["Liger GRPO (no entropy), loss"] = liger
