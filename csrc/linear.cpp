@@ -6,9 +6,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "parallel.h"
 
@@ -111,6 +115,44 @@ void for_each(Index items, int threads, const Body& body) {
         for (Index item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(worker, item);
     });
 }
+
+// Phases of items one after the other: an item begins when all of the phases before its own are done. The threads meet
+// at a counter, not in the pool: to wake a thread costs as much as a block of logits, and there are hundreds of phases.
+class Phases {
+public:
+    template <class Body>
+    void add(Index items, Body body) {
+        if (items == 0) return;
+        starts_.push_back(total_);
+        bodies_.emplace_back(std::move(body));
+        total_ += items;
+    }
+
+    // body(worker, item) for all of them; a worker number is in use by one thread at a time.
+    void run(int threads) const {
+        alignas(kLine) std::atomic<Index> next{0};
+        alignas(kLine) std::atomic<Index> done{0};
+        parallel_for(threads, threads, [&](int worker) {
+            std::size_t phase = 0;
+            for (Index item; (item = next.fetch_add(1, std::memory_order_relaxed)) < total_;) {
+                while (phase + 1 < starts_.size() && starts_[phase + 1] <= item) ++phase;
+                // Those ahead are at work, or have lost their processor to someone who would like this one's.
+                for (int tries = 0; done.load(std::memory_order_acquire) < starts_[phase]; ++tries) {
+                    if (tries > kPatience) std::this_thread::yield();
+                }
+                bodies_[phase](worker, item - starts_[phase]);
+                done.fetch_add(1, std::memory_order_release);
+            }
+        });
+    }
+
+private:
+    static constexpr int kPatience = 10000;  // loads of a shared cache line: tens of microseconds
+
+    std::vector<Index> starts_;
+    std::vector<std::function<void(int, Index)>> bodies_;
+    Index total_ = 0;
+};
 
 const char* row(const Matrix& m, Index r) {
     return static_cast<const char*>(m.data) + r * m.stride * size_of(m.type);
@@ -297,10 +339,11 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
         if (both) reference.pack_weight(lo, hi, item, width, ref_packed[tile % 2], nullptr, w.rows, w.spare);
     };
     const auto each_row = [&](const auto& visit) {
-        for_each(panels(0), p.threads, [&](int worker, Index item) { pack(workers[worker], 0, item); });
+        Phases phases;
+        phases.add(panels(0), [&](int worker, Index item) { pack(workers[worker], 0, item); });
         for (Index tile = 0; tile < tiles; ++tile) {
             const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
-            for_each(blocks + panels(tile + 1), p.threads, [&](int worker, Index item) {
+            phases.add(blocks + panels(tile + 1), [&, tile, lo, hi, width](int worker, Index item) {
                 const WorkerScratch& w = workers[worker];
                 if (item >= blocks) return pack(w, tile + 1, item - blocks);
                 const Index first = item * rows, count = std::min(rows, p.n - first);
@@ -317,6 +360,7 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
                 }
             });
         }
+        phases.run(p.threads);
     };
 
     if (kept.whole) {
@@ -453,7 +497,8 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
     };
 
     if (g.d_weight) prefer_huge_pages(g.d_weight, vocab * weight.cols * size_of(weight.type));
-    for_each(panels(0), p.threads, [&](int worker, Index item) { pack(workers[worker], 0, item); });
+    Phases phases;
+    phases.add(panels(0), [&](int worker, Index item) { pack(workers[worker], 0, item); });
     for (Index tile = 0; tile < tiles; ++tile) {
         const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
         const char* const tile_slot = tile_slot_of(tile);
@@ -462,7 +507,7 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
             const Index start = stretch * p.block, n = std::min(p.block, p.n - start), all = padded(n, rows);
             const bool repack = g.d_weight && (stretches > 1 || tile == 0);
 
-            for_each(all / rows, p.threads, [&](int worker, Index block) {
+            phases.add(all / rows, [&, tile_slot, lo, hi, width, start, n, all, repack](int worker, Index block) {
                 const WorkerScratch& w = workers[worker];
                 const Index inside = block * rows, first = start + inside, count = std::min(rows, n - inside);
                 if (repack) {
@@ -507,7 +552,8 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
             const bool begins = stretch == 0, ends = stretch + 1 == stretches;
             const Index blocks = columns ? width / kPanel : 0;
             // The tile's own panels have been read: the next tile's are packed alongside.
-            for_each(blocks + (ends ? panels(tile + 1) : 0), p.threads, [&](int worker, Index item) {
+            phases.add(blocks + (ends ? panels(tile + 1) : 0), [&, tile, lo, hi, all, begins, ends, blocks](int worker,
+                                                                                                            Index item) {
                 if (item >= blocks) return pack(workers[worker], tile + 1, item - blocks);
                 const Index first = lo + item * kPanel, count = std::min(Index{kPanel}, hi - first);
                 const char* const a = dzt + item * kPanel * dzt_stride * size;
@@ -531,6 +577,7 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
             });
         }
     }
+    phases.run(p.threads);
 }
 
 namespace {

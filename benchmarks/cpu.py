@@ -1,0 +1,255 @@
+"""The CPU backend beside its floor and its rivals, in one run: time and peak memory of the PPO loss and of log-probs.
+
+    python benchmarks/cpu.py                                   # SmolLM2's head: 1,024 tokens, D 576, V 49,152, bfloat16
+    python benchmarks/cpu.py --dim 2048 --dtype float32 --rounds 5
+    python benchmarks/cpu.py --output benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+
+The floor is the plain matrix products alone: h Wᵀ, ∂zᵀ h and ∂z W one after the other, into memory that is there
+already. Contenders take turns within a round, so that whatever else the machine does strikes all of them; what counts
+is the median and its ratio to the floor. Memory is the peak above what was resident before the call, the last call's
+gradients among it; scratch that a backend holds on to between calls is not seen there, but is within its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastppo
+from fastppo.ops import cpu, extension
+
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--dim", type=int, default=576)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", help="comma-separated contenders; default: all")
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here")
+    args = parser.parse_args()
+
+    machine = describe_machine()
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    if machine["load_average"] > 0.5:
+        print("other processes are at work on this machine: the ratios mean little")
+
+    everything = contenders(args.tokens, args.dim, args.vocab, getattr(torch, args.dtype))
+    wanted = args.only.split(",") if args.only else list(everything)
+    chosen = {name: everything[name] for name in wanted}
+    results = measure(chosen, args.rounds)
+    machine["load_average_after"] = os.getloadavg()[0]
+    print_table(results)
+
+    if args.output:
+        settings = {k: v for k, v in vars(args).items() if k not in ("output", "plot", "only")}
+        args.output.write_text(json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1))
+    if args.plot:
+        plot(results, args)
+
+
+def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Name -> one call. Names end in the pass they are measured against: loss or forward."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) / d**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, v, (n,), generator=generator)
+    advantages = torch.randn(n, generator=generator)
+    with torch.no_grad():
+        old = fastppo.linear_logprob(hidden, weight, targets).logprobs
+    old = old + 0.05 * torch.randn(n, generator=generator)
+    h, w = hidden.detach(), weight.detach()
+    z, dh, dw = torch.empty(n, v, dtype=dtype), torch.empty_like(h), torch.empty_like(w)
+
+    def products() -> None:
+        torch.mm(h, w.t(), out=z)
+        torch.mm(z.t(), h, out=dw)
+        torch.mm(z, w, out=dh)
+
+    def loss(backend: str, budget: int | None = None) -> Callable[[], None]:
+        def call() -> None:
+            hidden.grad = weight.grad = None
+            with fastppo.scratch_budget(budget) if budget else contextlib.nullcontext():
+                out = fastppo.linear_ppo_loss(
+                    hidden, weight, targets, old, advantages, entropy_coef=0.01, backend=backend
+                )
+                out.loss.backward()
+
+        return call
+
+    def forward(backend: str) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return fastppo.linear_logprob(h, w, targets, return_entropy=True, backend=backend)
+
+        return call
+
+    def naive_loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        log_p = torch.log_softmax((hidden @ weight.t()).float(), -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        ratio = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - old).exp()
+        surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        return (surrogate - 0.01 * entropy).mean()
+
+    compiled_loss = torch.compile(naive_loss)
+
+    def compiled() -> None:
+        hidden.grad = weight.grad = None
+        compiled_loss(hidden, weight).backward()
+
+    calls: dict[str, Callable[[], object]] = {
+        "three products": products,
+        "one product": lambda: torch.mm(h, w.t(), out=z),
+        "naive, loss": loss("reference"),
+        "torch.compile of naive, loss": compiled,
+        "chunked, loss": loss("chunked"),
+    }
+    if extension.load() and cpu.PRODUCTS:
+        calls |= {
+            "cpu, loss": loss("cpu"),
+            "cpu 64 MiB, loss": loss("cpu", 64 * MIB),
+            "cpu, forward": forward("cpu"),
+        }
+    calls |= {"naive, forward": forward("reference"), "chunked, forward": forward("chunked")}
+    return calls | peers(hidden, weight, targets, old, advantages)
+
+
+def peers(hidden, weight, targets, old, advantages) -> dict[str, Callable[[], object]]:
+    """Those that are installed. None of them has the whole loss: what they leave out is named."""
+    calls: dict[str, Callable[[], object]] = {}
+
+    def fresh() -> None:
+        hidden.grad = weight.grad = None
+
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        def cut_cross_entropy() -> None:
+            fresh()
+            linear_cross_entropy(hidden, weight, targets, impl="torch_compile").backward()
+
+        calls["cut-cross-entropy torch_compile (no entropy), loss"] = cut_cross_entropy
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        liger_loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+
+        def liger() -> None:
+            fresh()
+            mask = torch.ones_like(targets).unsqueeze(0)
+            loss, _ = liger_loss(
+                hidden.unsqueeze(0),
+                weight,
+                targets.unsqueeze(0),
+                mask,
+                advantages[:1],
+                old_per_token_logps=old.unsqueeze(0),
+            )
+            loss.backward()
+
+        calls["Liger GRPO (no entropy), loss"] = liger
+    return calls
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> list[dict]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    memory = {}
+    for name, call in calls.items():  # warm up: compilation, first touches
+        call()
+        call()
+        memory[name] = extra_memory(call)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    results = []
+    for name, seconds in times.items():
+        floor = "one product" if name.endswith("forward") or name == "one product" else "three products"
+        results.append(
+            {
+                "name": name,
+                "median_s": median[name],
+                "min_s": min(seconds),
+                "floor": floor,
+                "ratio": median[name] / median[floor] if floor in median else None,
+                "extra_mib": memory[name],
+            }
+        )
+    return results
+
+
+def extra_memory(call: Callable[[], object]) -> float | None:
+    """MiB that one call adds to the resident memory at its peak; None where the system does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    gc.collect()
+
+    def kib(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+    reset.write_text("5")  # the peak starts anew
+    before = kib("VmRSS")
+    call()
+    return (kib("VmHWM") - before) / 1024
+
+
+def print_table(results: list[dict]) -> None:
+    print(f"\n{'':52}{'median s':>10}{'min s':>10}{'/ floor':>9}{'peak + MiB':>12}")
+    for r in results:
+        ratio = f"{r['ratio']:.2f}" if r["ratio"] else ""
+        memory = f"{r['extra_mib']:.0f}" if r["extra_mib"] is not None else ""
+        print(f"{r['name']:52}{r['median_s']:10.4f}{r['min_s']:10.4f}{ratio:>9}{memory:>12}")
+
+
+def plot(results: list[dict], args: argparse.Namespace) -> None:
+    import matplotlib.pyplot as plt
+
+    shown = [r for r in results if r["ratio"]]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(shown) + 1))
+    axes.barh([r["name"] for r in shown], [r["ratio"] for r in shown])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time / plain matrix products  (N {args.tokens}, D {args.dim}, V {args.vocab}, {args.dtype})")
+    figure.tight_layout()
+    figure.savefig(args.plot)
+
+
+def describe_machine() -> dict:
+    """What the figures depend on."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in info if ":" in line}
+    flags = fields.get("flags", "").split()
+    module = extension.load()
+    return {
+        "processor": fields.get("model name", platform.processor()),
+        "features": " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastppo": fastppo.__version__ if hasattr(fastppo, "__version__") else "",
+        "instruction set": module.instruction_sets()[0] if module else "extension not built",
+        "products": " ".join(cpu.PRODUCTS),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()
