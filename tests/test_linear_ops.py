@@ -15,6 +15,7 @@ from fastppo.ops import extension
 
 BUILT = pytest.mark.skipif(extension.load() is None, reason=extension.why_missing() or "")
 BACKENDS = ["reference", "chunked", pytest.param("cpu", marks=BUILT)]
+USABLE = ["reference", "chunked", "cpu"] if extension.load() else ["reference", "chunked"]
 TINY_BUDGET = 2**14  # forces several blocks of rows and many vocabulary tiles at test sizes
 
 
@@ -610,7 +611,7 @@ def test_the_estimator_decides_which_kl_the_loss_has():
     for estimator in ("k3", "exact"):
         case = {"kl_coef": 0.5, "kl_estimator": estimator}
         want, want_grads = oracle_ppo(x, case)
-        for backend in BACKENDS:
+        for backend in USABLE:
             h, w, bias = leaves(x["hidden"], x["weight"], x["bias"])
             out = fastppo.linear_ppo_loss(
                 h,
@@ -658,8 +659,8 @@ def test_small_divergences_keep_their_digits():
         other = hidden + distance * torch.randn_like(hidden)
         args = (hidden, weight, other, weight)
         exact = fastppo.linear_kl(*(x.double() for x in args), backend="reference")
-        errors = [(fastppo.linear_kl(*args, backend=b).double() - exact).square().mean().sqrt() for b in BACKENDS]
-        assert errors[1] <= 1.5 * errors[0]
+        errors = [(fastppo.linear_kl(*args, backend=b).double() - exact).square().mean().sqrt() for b in USABLE]
+        assert max(errors[1:]) <= 1.5 * errors[0]
 
 
 def test_a_target_outside_the_vocabulary_never_passes_for_a_probability():
