@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -255,8 +256,11 @@ Index block_rows(Index n) { return n <= 32 ? 32 : kRowBlock; }
 // Online softmax sums of a row; every sum is kept relative to the running maximum.
 struct RowSums {
     float max, sum, weighted, target;
-    float ref_max, ref_sum, ref_weighted, cross;
+    float ref_max, ref_sum, difference;  // difference: of the model that weights from the other
 };
+
+// A target that no tile has is outside the vocabulary, and must not pass for a probability.
+constexpr float kNoTarget = std::numeric_limits<float>::quiet_NaN();
 
 // Moves a running maximum up to `high`: what was summed before is to be shifted by at most 0 and scaled by exp of that.
 float raise(float& max, float high) {
@@ -271,12 +275,12 @@ void add(float& sum, float& weighted, float shift, const Sums& tile) {
     sum = sum * scale + tile.sum;
 }
 
-// The model whose probabilities weight the other's logits: the policy's, but the reference's in a forward KL.
+// The policy's probabilities weight the difference of the models' logits, but the reference's in a forward KL.
 void add_both(RowSums& r, const BothSums& tile, float shift, float ref_shift, bool forward) {
-    const float sum = forward ? r.ref_sum : r.sum, scale = std::exp(forward ? ref_shift : shift);
-    r.cross = (r.cross + sum * (forward ? shift : ref_shift)) * scale + tile.cross;
+    const float sum = forward ? r.ref_sum : r.sum, own = forward ? ref_shift : shift, other = forward ? shift : ref_shift;
+    r.difference = (r.difference + sum * (own - other)) * std::exp(own) + tile.difference;
     add(r.sum, r.weighted, shift, forward ? tile.other : tile.weighting);
-    add(r.ref_sum, r.ref_weighted, ref_shift, forward ? tile.weighting : tile.other);
+    r.ref_sum = r.ref_sum * std::exp(ref_shift) + (forward ? tile.weighting : tile.other).sum;
 }
 
 char* slot(const Kept& kept, Index tile, Index bytes) {
@@ -327,7 +331,7 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
             take_worker(s, p, std::max(policy.dim(), reference.dim()), both, false, workers[w]);
         }
     });
-    for (Index i = 0; i < p.n; ++i) sums[i] = {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0, 0};
+    for (Index i = 0; i < p.n; ++i) sums[i] = {-FLT_MAX, 0, 0, kNoTarget, -FLT_MAX, 0, 0};
 
     // pass over all tiles: visit(tile, lo, hi, row number, z, maximum, ref_z, its maximum)
     const auto panels = [&](Index tile) {
@@ -423,9 +427,9 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
         const float ref_log_sum = std::log(r.ref_sum);
         float divergence = 0, center = 0;
         if (forward) {
-            divergence = (r.ref_weighted / r.ref_sum - ref_log_sum) - (r.cross / r.ref_sum - log_sum);
+            divergence = r.difference / r.ref_sum - ref_log_sum + log_sum;
         } else if (p.divergence == Divergence::reverse) {
-            center = divergence = (r.weighted / r.sum - log_sum) - (r.cross / r.sum - ref_log_sum);
+            center = divergence = r.difference / r.sum - log_sum + ref_log_sum;
         } else {
             divergence = 0.5f * (jsd[2 * i] + jsd[2 * i + 1]);
             center = jsd[2 * i];
@@ -593,7 +597,7 @@ void selective_statistics(const Matrix& logits, const Index* rows, Index n, cons
     for_each(n, threads, [&](int, Index i) {
         alignas(64) float z[kSegment];
         const Index target = targets[rows[i]];
-        float max = -FLT_MAX, sum = 0, weighted = 0, taken = 0;
+        float max = -FLT_MAX, sum = 0, weighted = 0, taken = kNoTarget;
         for (Index lo = 0; lo < logits.cols; lo += kSegment) {
             const Index count = std::min(kSegment, logits.cols - lo);
             const float high = k.transform(row(logits, rows[i]) + lo * size_of(logits.type), logits.type, count, nullptr,

@@ -31,10 +31,9 @@ struct Transform {
 
 enum class Divergence { none, reverse, forward, jsd };
 
-// eᶻ⁻ᵐ is 0 far above this, and 0 times it is still 0, where 0 · (−inf) would be NaN.
+// A logit further below its row's maximum counts as this far below: eᶻ⁻ᵐ is 0 far above it, and 0 times it is still 0,
+// where 0 · (−inf) would be NaN. The divergence from a reference that gives no mass to a token is large, not infinite.
 constexpr float kVeryNegative = -1e4f;
-// A reference may give −inf to a token that the policy can sample; the divergence then is huge, not NaN.
-constexpr float kNoMass = -1e30f;
 
 struct Sums {
     float sum, weighted;  // Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m)
@@ -42,7 +41,9 @@ struct Sums {
 
 struct BothSums {
     Sums weighting, other;
-    float cross;  // Σ eᶻ⁻ᵐ (z' − m'): the other model's logits under the weights of `weighting`
+    // Σ eᶻ⁻ᵐ ((z − m) − (z' − m')), z' the other's: one sum of small differences, where the difference of two large sums
+    // would lose a small divergence in rounding.
+    float difference;
 };
 
 // One row of ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term).

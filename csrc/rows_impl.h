@@ -141,22 +141,22 @@ Sums fold(const float* z, std::int64_t n, float m) {
 
 BothSums fold_both(const float* z, float m, const float* other, float other_m, std::int64_t n) {
     const F row_max = S::set1(m), other_max = S::set1(other_m);
-    F sum = S::set1(0.0f), weighted = sum, other_sum = sum, other_weighted = sum, cross = sum;
+    F sum = S::set1(0.0f), weighted = sum, other_sum = sum, other_weighted = sum, difference = sum;
     for (std::int64_t i = 0; i < padded(n); i += W) {
         const F d = below_max(z + i, row_max), other_d = below_max(other + i, other_max);
         const F e = exp(d), other_e = exp(other_d);
         sum = S::add(sum, e);
         weighted = S::fma(e, d, weighted);
-        cross = S::fma(e, other_d, cross);
+        difference = S::fma(e, S::sub(d, other_d), difference);
         other_sum = S::add(other_sum, other_e);
         other_weighted = S::fma(other_e, other_d, other_weighted);
     }
-    return {{S::sum(sum), S::sum(weighted)}, {S::sum(other_sum), S::sum(other_weighted)}, S::sum(cross)};
+    return {{S::sum(sum), S::sum(weighted)}, {S::sum(other_sum), S::sum(other_weighted)}, S::sum(difference)};
 }
 
 // log p = (z − m) − log Σ; the two subtractions stay apart for the sake of logits with a large common offset.
 FASTPPO_ALWAYS_INLINE F log_probability(const float* z, F m, F log_sum) {
-    return S::max(S::set1(kNoMass), S::sub(S::sub(S::load(z), m), log_sum));
+    return S::sub(below_max(z, m), log_sum);
 }
 
 // log ½ (p + q)
