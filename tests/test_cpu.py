@@ -154,9 +154,10 @@ def test_kept_logits_give_the_gradients_of_recomputed_ones(dtype, n, d, budget, 
     exact = ppo(hidden.double(), weight.double(), targets, old, advantages, backend="reference", **options)
     naive = ppo(hidden, weight, targets, old, advantages, backend="reference", **options)
     got = ppo(hidden, weight, targets, old, advantages, budget=budget, **options)
-    for fused, plain, truth in zip(got, naive, exact, strict=True):
-        scale = truth.abs().max()
-        slack = 1e-5 if dtype == torch.float32 else 4e-3
+    # The loss is a mean of terms as large as the advantages that all but cancel: its rounding is theirs.
+    scales = (advantages.abs().max(), exact[1].abs().max(), exact[2].abs().max())
+    slack = 1e-5 if dtype == torch.float32 else 4e-3
+    for fused, plain, truth, scale in zip(got, naive, exact, scales, strict=True):
         assert (fused.double() - truth).abs().max() <= 1.5 * (plain.double() - truth).abs().max() + slack * scale
 
 
