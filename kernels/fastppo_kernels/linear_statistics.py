@@ -132,7 +132,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def make(cls, memory: torch.Tensor, num_rows: int, weight: torch.Tensor, *, softcap: bool) -> Kept:
-        """In `memory`, flat and of the products' dtype, with room for `kept_stride(V)` columns a row."""
+        """In `memory`: flat, of the products' dtype, `kept_stride(V)` elements a row; for N rows at most."""
         vocab, dim = weight.shape
         tile = gemm_config("linear_statistics_kept", memory.dtype, weight, dim, softcap=softcap).block_n
         stride = kept_stride(vocab)
