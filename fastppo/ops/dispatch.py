@@ -20,6 +20,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_kl": ("cpu", "chunked", "reference", "triton"),
     "linear_ppo_loss": ("cpu", "chunked", "reference", "triton"),
     "selective_logprob": ("cpu", "chunked", "reference", "triton"),
+    "ppo_loss": ("cpu", "chunked", "reference", "triton"),
     "gae": ("cpu", "reference", "triton"),
 }
 NAMES = ("reference", "chunked", "cpu", "triton")

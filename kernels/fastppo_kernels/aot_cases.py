@@ -46,6 +46,11 @@ class LinearCase(NamedTuple):
         with float32_matmul_precision("high" if self.tf32 else "highest"):
             linear.statistics(*arguments, *options)
             linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
+            if not self.kind:
+                linear.row_chunks(
+                    *arguments[:4], lambda saved, span: (saved[0, span], saved[1, span]), *options, N, 128, True, True,
+                    self.bias,
+                )  # fmt: skip
 
 
 LINEAR_CASES = (
@@ -81,8 +86,10 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
 
 def selective_case(dtype: torch.dtype) -> None:
     logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
-    saved = selective.statistics(logits, targets, *CAPPED.values())
-    selective.vjp_into(logits, logits, targets, saved, meta(N), meta(N), None, *CAPPED.values())
+    saved = selective.statistics(logits, None, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, None, targets, saved, meta(N), meta(N), None, None, *CAPPED.values())
+    saved = selective.statistics(logits, logits, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *CAPPED.values())
 
 
 def gae_padded() -> None:

@@ -169,7 +169,6 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "selective_statistics": Elementwise(rows=1, block=4096, warps=8),
     "selective_statistics_kl": Elementwise(rows=1, block=2048, warps=8),
     "selective_gradient": Elementwise(rows=1, block=4096, warps=8),
-    "selective_gradient_kl": Elementwise(rows=1, block=4096, warps=8),
 }
 
 # Nominal, from the makers' data sheets (A100, H100, B200, MI300X, MI355X: dense bfloat16, memory): only their quotient

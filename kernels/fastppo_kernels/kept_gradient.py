@@ -1,6 +1,6 @@
 """∂loss/∂logits over the exponentials that `linear_statistics` kept, in place: no product, one read and one write.
 
-    kept eᶻ⁻ᵐ [R, V], m [tiles, N]   a few scalars a row
+    kept eᶻ⁻ᵐ [R, V], m [N, tiles]   a few scalars a row
          \\                             /
       log p = (m − row_max) − log_sum + log eᶻ⁻ᵐ,   p = eᶻ⁻ᵐ · exp((m − row_max) − log_sum)
       ∂z = p (a + b log p) + c [v = target], then the transform's derivative, over eᶻ⁻ᵐ
@@ -38,7 +38,6 @@ def kept_gradient_kernel(
     d_logprobs,
     d_entropy,
     scale,
-    num_rows,
     vocab,
     stride,
     inner,
@@ -66,7 +65,7 @@ def kept_gradient_kernel(
         return
     a = a - c + b * tl.load(entropy + row)
     top, normalizer = tl.load(row_max + row), tl.load(log_sum + row)
-    moment = tl.load(kept_max + tile.to(tl.int64) * num_rows + m, mask=tile * TILE < vocab, other=0.0)
+    moment = tl.load(kept_max + m * tl.cdiv(vocab, TILE) + tile, mask=tile * TILE < vocab, other=0.0)
     base = (moment - top) - normalizer
     e = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     is_target = column == tl.load(targets + row)
@@ -120,7 +119,6 @@ def kept_gradient(
         d_logprobs,
         d_entropy,
         scale,
-        kept.maxima.shape[1],
         vocab,
         kept.values.stride(0),
         inner,

@@ -109,7 +109,7 @@ def linear_statistics_kernel(
                 exists = (m < real_rows)[:, None] & (columns < vocab)[None, :]
                 place = kept + m.to(tl.int64)[:, None] * kept_stride + columns[None, :]
                 tl.store(place, e.to(kept.dtype.element_ty), mask=exists)
-                tl.store(kept_max + tile.to(tl.int64) * num_rows + m, row_max, mask=m < real_rows)
+                tl.store(kept_max + m.to(tl.int64) * tiles + tile, row_max, mask=m < real_rows)
         inside = m < real_rows
         out = partial + split * num_rows + m
         tl.store(out, row_max, mask=inside)
@@ -122,7 +122,7 @@ class Kept(NamedTuple):
     """What `linear_statistics` wrote down of each logit, by compacted row: eᶻ⁻ᵐ, and m for each tile of columns.
 
     Attributes:
-        values: [R, ≥ V] in the dtype of the products, rows 32-byte aligned; maxima: [tiles, N] float32.
+        values: [R, ≥ V] in the dtype of the products, rows 32-byte aligned; maxima: [N, tiles] float32.
         tile: columns that share a maximum.
     """
 
@@ -136,7 +136,7 @@ class Kept(NamedTuple):
         vocab, dim = weight.shape
         tile = gemm_config("linear_statistics_kept", memory.dtype, weight, dim, softcap=softcap).block_n
         stride = kept_stride(vocab)
-        maxima = torch.empty(triton.cdiv(vocab, tile), num_rows, dtype=torch.float32, device=memory.device)
+        maxima = torch.empty(num_rows, triton.cdiv(vocab, tile), dtype=torch.float32, device=memory.device)
         return cls(memory[: memory.numel() // stride * stride].view(-1, stride), maxima, tile)
 
 
