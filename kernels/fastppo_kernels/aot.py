@@ -182,7 +182,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def amd_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers, bytes of private memory and 4 a spilled register) a thread, from the code object's metadata."""
+    """(vector registers, private memory and spilled registers in bytes) a thread, from the code object's metadata."""
     registers, spilled, scalars_spilled, private = (
         max(map(int, re.findall(rf"\.{key}:\s*(\d+)", assembly)), default=0)
         for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")

@@ -85,6 +85,14 @@ _ONE = {
         },
         "odd",
     ),
+    **_for_each(
+        {
+            "half": Gemm(64, 64, 32, warps=4, stages=2),
+            "mixed": Gemm(64, 64, 32, warps=4, stages=2),
+            "ieee": Gemm(64, 64, 16, warps=4, stages=2),
+        },
+        "gfx odd",
+    ),
     **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
 }
 
@@ -119,6 +127,14 @@ _TWO = {
         },
         "odd",
     ),
+    **_for_each(
+        {
+            "half": Gemm(64, 32, 32, warps=8, stages=2),
+            "mixed": Gemm(64, 32, 32, warps=8, stages=2),
+            "ieee": Gemm(32, 32, 16, warps=4, stages=2),
+        },
+        "gfx odd",
+    ),
     **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
 }
 
@@ -132,8 +148,9 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
     # The statistics that also write exponentials down: an output tile leaves through shared memory.
     "linear_statistics_kept": {
         **_ONE,
-        ("sm_90", "half"): Gemm(128, 256, 64, warps=8, stages=2, tma=True),
-        ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4),
+        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=4, tma=True),
+        ("sm_90", "tf32"): Gemm(128, 64, 32, warps=8, stages=4),
+        ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
     },
     "logit_gradient": {
         **_ONE,

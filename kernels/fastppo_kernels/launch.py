@@ -99,8 +99,8 @@ def gemm_config(
         if weight.element_size() > compute_dtype.itemsize:
             kind = "mixed"
         if any(dim % 16 for dim in dims):
-            arch = "odd"
-    table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items() if arch != "odd"}
+            arch = "gfx odd" if arch.startswith("gfx") else "odd"
+    table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items() if "odd" not in arch}
     plain = table[arch, kind]
     return table.get((arch, f"{kind} capped"), plain) if softcap else plain
 

@@ -208,8 +208,9 @@ def test_rounded_exponentials_cost_no_more_than_a_rounded_gradient(device, stora
     statistics = torch.stack([log_p[torch.arange(n), targets], entropy, row_max, torch.logsumexp(z, 1) - row_max])
     on_device = [y.float().to(device) for y in (statistics, g, e)]
     rows, count = compact_rows(targets.to(device))
+    rounded = Kept(kept.to(device, storage), so_far.T.contiguous().float().to(device), tile)
     dz = kept_gradient(
-        Kept(kept.to(device, storage), so_far.T.contiguous().float().to(device), tile), rows, count, targets.to(device), *on_device,
+        rounded, rows, count, targets.to(device), *on_device,
         num_rows=n, vocab=v, inner=1.0, outer=1.0, softcap=False, scale=None,
     )  # fmt: skip
     error = (dz.double().cpu() - want).abs()
