@@ -99,7 +99,7 @@ def gae_padded() -> None:
 
 def gae_packed() -> None:
     tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
-    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, with_moments=True)
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, whiten=True)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
