@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, cpu, triton_engine
+from fastppo.ops import chunked, cpu, gradient_filter, triton_engine
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_head, check_targets
 from fastppo.ops.dispatch import select
+from fastppo.ops.gradient_filter import FilteredEngine
 from fastppo.ops.transform import LogitTransform, check_transform
 
 IGNORED = -100  # what a row that is left out carries as its target inside the library
@@ -32,14 +33,17 @@ class Options(NamedTuple):
     transform: LogitTransform
     compute_dtype: torch.dtype
     budget: int
+    filter_mass: float = 0.0
 
     def flat(self) -> tuple:
         """The trailing arguments of an engine's operators."""
         return (*self.transform, self.compute_dtype, self.budget)
 
     @property
-    def engine(self) -> ModuleType:
-        """The module whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
+    def engine(self) -> ModuleType | FilteredEngine:
+        """What has the `statistics` and `vjp` that do the work; the contract is that of `fastppo.ops.chunked`."""
+        if self.filter_mass > 0 and self.backend in gradient_filter.ENGINES:
+            return FilteredEngine(self.backend, self.filter_mass)
         return ENGINES[self.backend]
 
 
@@ -63,11 +67,19 @@ def open_targets(targets: Tensor, hidden: Tensor, vocab: int, ignore_index: int)
 
 
 def open_options(
-    op: str, backend: str | None, hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None
+    op: str,
+    backend: str | None,
+    hidden: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    filter_mass: float = 0.0,
 ) -> Options:
+    if not 0.0 <= filter_mass < 1.0:
+        raise ValueError(f"filter_mass: expected a probability in [0, 1), got {filter_mass}")
     name = select(op, hidden.device, hidden.dtype, backend)
     transform = check_transform(temperature, logit_scale, softcap)
-    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device))
+    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), filter_mass)
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

@@ -26,6 +26,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    filter_mass: float = 0.0,
     backend: str | None = None,
 ) -> LogprobOutput:
     """log p(target) under softmax(transform(hidden @ weight.T + bias)), without materializing the logits.
@@ -36,6 +37,9 @@ def linear_logprob(
         targets: [...] int64 or int32 token ids, or `ignore_index`.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
         return_entropy: also the entropy of the whole distribution, in nats.
+        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
+            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
+            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -47,7 +51,7 @@ def linear_logprob(
     """
     head = open_head(hidden, weight, bias)
     rows = open_targets(targets, hidden, weight.shape[0], ignore_index)
-    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap)
+    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap, filter_mass)
     if options.backend == "reference":
         z = reference.logits(*head, options.transform, rows != IGNORED)
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
@@ -66,7 +70,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*head, targets, *saved)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        logprobs, entropy, row_max, log_sum = saved
+        logprobs, entropy, row_max, log_sum = saved[:4]
         return logprobs.clone(), entropy.clone(), row_max + log_sum
 
     @staticmethod

@@ -48,6 +48,7 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    filter_mass: float = 0.0,
     backend: str | None = None,
 ) -> PPOLossOutput:
     """PPO's clipped loss with entropy bonus and KL penalty, without materializing the logits.
@@ -72,6 +73,9 @@ def linear_ppo_loss(
         entropy_coef: weight of the entropy bonus.
         loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
+        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
+            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
+            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -97,7 +101,7 @@ def linear_ppo_loss(
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
     ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
-    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap)
+    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, filter_mass)
 
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
