@@ -69,6 +69,8 @@ def architecture(device: torch.device) -> str:
         return _recording[0]
     if INTERPRETED:
         return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
