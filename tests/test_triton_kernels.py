@@ -34,7 +34,7 @@ def test_the_kernels_agree_with_float64_in_the_interpreter():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter multiplies in float32 always")
 def test_float32_is_multiplied_as_pytorch_is_told_to():
-    """In a process of its own: PyTorch's older and newer switches, used one after the other here, exclude each other."""
+    """In a process of its own: PyTorch's older and newer switches exclude each other."""
     code = """
 import torch
 from fastppo_kernels import launch

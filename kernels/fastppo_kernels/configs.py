@@ -71,7 +71,7 @@ _ONE = {
     **_for_each(
         {
             "half": Gemm(128, 128, 64, warps=8, stages=2),
-            "mixed": Gemm(128, 128, 32, warps=8, stages=2),
+            "mixed": Gemm(128, 64, 32, warps=8, stages=2),
             "ieee": Gemm(128, 64, 32, warps=8, stages=2),
         },
         *_AMD,
