@@ -50,7 +50,7 @@ def open_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", device: torch.device | None = None
 ) -> Head:
     """Check one model's head and flatten its hidden states to rows; a sharded (DTensor) weight is gathered."""
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = whole(weight), whole(bias)
     check_head(hidden, weight, bias, prefix=prefix, device=device)
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
@@ -70,7 +70,7 @@ def open_options(
     return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device))
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
+def whole(tensor: Tensor | None) -> Tensor | None:
     """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
