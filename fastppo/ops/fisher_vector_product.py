@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops import chunked_fisher
+from fastppo.ops import chunked_fisher, triton_fisher
 from fastppo.ops.checks import check_floating, check_mask, check_per_token, check_shape
 from fastppo.ops.head import open_head, open_options, whole
 from fastppo.ops.outputs import FisherOutput
 
-ENGINES = {"chunked": chunked_fisher.fisher_vector_product}
+ENGINES = {"chunked": chunked_fisher.fisher_vector_product, "triton": triton_fisher.fisher_vector_product}
 
 
 @torch.no_grad()
