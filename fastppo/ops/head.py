@@ -110,8 +110,28 @@ def open_options(
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
-    """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """FSDP2 leaves a DTensor where the lm_head weight was; gathered, it is a plain tensor."""
+    return _Gathered.apply(tensor) if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Gathered(torch.autograd.Function):
+    """All rows of a sharded parameter; a rank's gradient is that of its own tokens, and the ranks' mean is scattered.
+
+    So does FSDP2. Where the ranks have the same tokens, they have the same gradient, which is its own mean.
+    """
+
+    @staticmethod
+    def forward(ctx, sharded):
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return sharded.full_tensor()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        from torch.distributed.tensor import DTensor, Partial
+
+        each = [Partial()] * ctx.mesh.ndim
+        share = DTensor.from_local(gradient / ctx.mesh.size(), ctx.mesh, each, run_check=False)
+        return share.redistribute(placements=ctx.placements)
 
 
 def compute_dtype_for(hidden: Tensor) -> torch.dtype:

@@ -93,7 +93,8 @@ def combine(
     logprobs, entropy, row_max, log_sum = statistics[:4]
     top, total, log_mass = _masses(row_max, log_sum)
     mass = log_mass.exp()
-    taken = torch.where(owned != 0, logprobs + log_mass, 0.0).sum(0)
+    # Without the bound on the mass: a token of a slice that has none keeps its log-probability.
+    taken = torch.where(owned != 0, logprobs + (row_max - top) + (log_sum - total), 0.0).sum(0)
     taken = torch.where(owned.any(0), taken, torch.nan)
     whole_entropy = (mass * (entropy - log_mass)).sum(0).clamp(min=0.0)
     out = [taken.clamp(max=0.0), torch.minimum(whole_entropy, vocab.to(mass.dtype).log()), top, total]
@@ -133,7 +134,7 @@ def local_slice(name: str, tensor: Tensor | None, group: ProcessGroup) -> Tensor
 
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """x of every rank, stacked."""
-    x = x.contiguous()
-    out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group=group)
-    return out.view(-1, *x.shape)
+    ranks = dist.get_world_size(group)
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out.view(ranks, *x.shape)
