@@ -133,7 +133,8 @@ GEMM["fisher_statistics"] = {
     ("sm_90", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
     ("sm_90", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
     ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=3, tma=True),
-    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
+    # Triton 3.6 cannot pipeline two products that share a weight tile which is cast on its way.
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=1),
     ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
     ("sm_100", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
     ("odd", "half"): Gemm(64, 32, 32, warps=4, stages=3),
@@ -142,7 +143,13 @@ GEMM["fisher_statistics"] = {
     ("odd", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
     ("interpreter", "ieee"): Gemm(32, 32, 16, warps=1, stages=1, group_m=2),
 }
-GEMM["fisher_gradient"] = GEMM["fisher_statistics_weight"] = GEMM["fisher_gradient_weight"] = GEMM["fisher_statistics"]
+GEMM["fisher_gradient"] = GEMM["fisher_statistics"]
+GEMM["fisher_statistics_weight"] = GEMM["fisher_gradient_weight"] = {
+    **GEMM["fisher_statistics"],
+    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=3, tma=True),
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
+    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=3),
+}
 
 GEMM["linear_jsd"] = {**GEMM["linear_divergence"], ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3)}
 

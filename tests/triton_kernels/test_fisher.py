@@ -66,7 +66,7 @@ def test_any_budget_gives_the_same(device, budget):
     check(random_problem(140, 16, 600, device, bias=True), row_weights, budget)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     n=st.integers(0, 70),
     d=st.integers(1, 40),
@@ -101,6 +101,22 @@ def test_weights_of_any_strides_and_padding_of_any_content(device):
     got = product([hidden, weight, None, d_hidden, d_weight, None], row_weights, "triton")
     assert torch.equal(got.hidden, want.hidden)
     assert torch.equal(got.weight, want.weight)
+
+
+def test_operands_through_tensor_descriptors(device, monkeypatch):
+    from fastppo_kernels.configs import GEMM
+    from fastppo_kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("the GPU's own configurations use descriptors where the chip has them")
+    for kernel in ("fisher_statistics", "fisher_gradient", "fisher_statistics_weight", "fisher_gradient_weight"):
+        config = GEMM[kernel]["interpreter", "ieee"]._replace(tma=True)
+        monkeypatch.setitem(GEMM[kernel], ("interpreter", "ieee"), config)
+    problem = random_problem(50, 20, 75, device, bias=True)
+    row_weights = torch.rand(50, device=device)
+    row_weights[3:20] = 0
+    check(problem, row_weights, softcap=3.0)
+    check([*problem[:4], None, None], row_weights)
 
 
 def test_opcheck(device):
