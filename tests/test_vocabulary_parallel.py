@@ -176,6 +176,27 @@ def low_precision(generator, backend):
     assert (fused - exact).abs().max() <= 1.5 * (naive - exact).abs().max() + 0.01 * exact.abs().max()
 
 
+def compiled(generator, backend):
+    hidden, weight, _ = head(6, 4, generator, bias=False)
+    weight, targets = mine(weight), torch.randint(0, VOCAB, (2, 3), generator=generator)
+    old = torch.full((2, 3), -math.log(VOCAB))
+
+    def step(h, w):
+        tokens = h.view(2, 3, -1)
+        options = {"group": dist.group.WORLD, "backend": backend}
+        out = fastppo.linear_ppo_loss(tokens, w, targets, old, old, entropy_coef=0.1, **options)
+        return out.loss + fastppo.linear_logprob(tokens, w, targets, **options).logprobs.sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        h, w = leaf(hidden), leaf(weight)
+        total = function(h, w)
+        total.backward()
+        results.append((total, h.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def nothing_to_do(generator, backend):
     for n in (0, 5):
         h, w = torch.randn(n, 4, requires_grad=True), torch.randn(SPLIT[dist.get_rank()], 4, requires_grad=True)
@@ -254,6 +275,7 @@ CASES = {
     **{f"loss {e}": (loss, e, {}) for e in ENGINES},
     **{f"low precision {e}": (low_precision, e, {}) for e in ENGINES},
     **{f"nothing to do {e}": (nothing_to_do, e, {}) for e in ENGINES},
+    "compiled": (compiled, "chunked", {}),
     "sharded with group": (sharded_with_group, "chunked", {}),
     "sharded without group": (sharded_without_group, "chunked", {}),
     "bad input": (bad_input, "chunked", {}),

@@ -134,7 +134,7 @@ def local_slice(name: str, tensor: Tensor | None, group: ProcessGroup) -> Tensor
 
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """x of every rank, stacked."""
-    ranks = dist.get_world_size(group)
-    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out.view(ranks, *x.shape)
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.stack(parts)

@@ -146,9 +146,9 @@ GEMM["fisher_statistics"] = {
 GEMM["fisher_gradient"] = GEMM["fisher_statistics"]
 GEMM["fisher_statistics_weight"] = GEMM["fisher_gradient_weight"] = {
     **GEMM["fisher_statistics"],
-    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=3, tma=True),
+    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
     ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
-    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=3),
+    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=4),
 }
 
 GEMM["linear_jsd"] = {**GEMM["linear_divergence"], ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3)}
