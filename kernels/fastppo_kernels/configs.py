@@ -138,6 +138,56 @@ _TWO = {
     **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
 }
 
+# Two accumulators, and four operands in flight with a direction for the weight, three without.
+_FISHER = {
+    **_for_each(
+        {
+            "half": Gemm(128, 128, 64, warps=8, stages=3, tma=True),
+            "mixed": Gemm(64, 64, 32, warps=4, stages=3),
+            "tf32": Gemm(128, 64, 32, warps=8, stages=3),
+            "ieee": Gemm(32, 64, 16, warps=4, stages=3),
+        },
+        *_NVIDIA,
+    ),
+    ("sm_80", "half"): Gemm(128, 64, 32, warps=8, stages=4),
+    ("sm_80", "mixed"): Gemm(64, 64, 32, warps=8, stages=3),
+    ("sm_80", "tf32"): Gemm(64, 64, 32, warps=8, stages=3),
+    # Triton 3.6 cannot pipeline two products that share a weight tile which is cast on its way.
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=1),
+    **_for_each(
+        {
+            "half": Gemm(64, 64, 64, warps=8, stages=2),
+            "mixed": Gemm(64, 64, 32, warps=8, stages=2),
+            "ieee": Gemm(64, 64, 16, warps=8, stages=2),
+        },
+        *_AMD,
+    ),
+    **_for_each(
+        {
+            "half": Gemm(64, 32, 32, warps=4, stages=3),
+            "mixed": Gemm(64, 32, 32, warps=4, stages=3),
+            "tf32": Gemm(64, 32, 32, warps=4, stages=3),
+            "ieee": Gemm(32, 64, 16, warps=4, stages=3),
+        },
+        "odd",
+    ),
+    **_for_each(
+        {
+            "half": Gemm(64, 32, 32, warps=8, stages=2),
+            "mixed": Gemm(64, 32, 32, warps=8, stages=2),
+            "ieee": Gemm(32, 32, 16, warps=4, stages=2),
+        },
+        "gfx odd",
+    ),
+    **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
+}
+_FISHER_WEIGHT = {
+    **_FISHER,
+    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
+    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=4),
+}
+
 GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
     "linear_statistics": {
         **_ONE,
@@ -165,6 +215,10 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
         ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=3),
     },
     "linear_jsd": {**_TWO, ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4)},
+    "fisher_statistics": dict(_FISHER),
+    "fisher_statistics_weight": dict(_FISHER_WEIGHT),
+    "fisher_gradient": dict(_FISHER),
+    "fisher_gradient_weight": dict(_FISHER_WEIGHT),
     "logit_gradient_kl": {
         **_TWO,
         **_for_each({"ieee": Gemm(64, 32, 16, warps=4, stages=3)}, *_NVIDIA, "odd"),
@@ -180,6 +234,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "combine_statistics": Elementwise(rows=64, block=1, warps=2),
     "combine_divergence": Elementwise(rows=64, block=1, warps=2),
     "combine_jsd": Elementwise(rows=64, block=1, warps=2),
+    "combine_fisher": Elementwise(rows=64, block=1, warps=2),
     "gae": Elementwise(rows=1, block=1024, warps=4),
     "gae_whiten": Elementwise(rows=1, block=2048, warps=4),
     "kept_gradient": Elementwise(rows=1, block=4096, warps=8),

@@ -23,6 +23,9 @@ import torch
 
 from fastppo_kernels.compact_rows import compact_rows
 from fastppo_kernels.configs import GEMM, Ceilings, Gemm
+from fastppo_kernels.fisher_gradient import fisher_gradient
+from fastppo_kernels.fisher_statistics import fisher_statistics
+from fastppo_kernels.fisher_tile import Tangent
 from fastppo_kernels.launch import INTERPRETED, architecture, device_name, precision, unusable
 from fastppo_kernels.linear_divergence import linear_divergence
 from fastppo_kernels.linear_jsd import linear_jsd
@@ -78,7 +81,18 @@ def runs(
             **PLAIN,
         )  # fmt: skip
 
+    fixed_weight = Tangent(hidden, hidden, weight, None, None, None)
+    moving_weight = fixed_weight._replace(d_weight=weight)
+
+    def fisher(tangent: Tangent) -> None:
+        scale = torch.ones(1, device=device)
+        fisher_gradient(tangent, count, pair[:3], ones, scale, dz, first_row=0, first_column=0, **PLAIN)
+
     return {
+        "fisher_statistics": lambda: fisher_statistics(fixed_weight, count, **PLAIN),
+        "fisher_statistics_weight": lambda: fisher_statistics(moving_weight, count, **PLAIN),
+        "fisher_gradient": lambda: fisher(fixed_weight),
+        "fisher_gradient_weight": lambda: fisher(moving_weight),
         "linear_statistics": lambda: linear_statistics(*head, targets, rows, count, **options),
         "linear_statistics_kept": kept,
         "logit_gradient": lambda: gradient(""),
