@@ -176,7 +176,7 @@ class Algorithm:
         if config.missing_eos_penalty is not None:
             scores = scores - config.missing_eos_penalty * (~experience.ended).to(rewards.dtype)
         if config.length_penalty:
-            scores = scores - config.length_penalty * mask.sum(1)
+            scores = scores - config.length_penalty * mask.sum(1).to(rewards.dtype)
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
         if experience.objective_token_scores is not None:
