@@ -43,8 +43,8 @@ def test_gradient_estimates_converge_to_the_exact_gradient(name):
     models = TabularModels(tree, with_values=needs_values(config))
     algorithm, learner = make_learner(models, config)
     with torch.no_grad():  # elsewhere than the reference, but where no token is rare: standard errors need many of each
-        models.weight += 0.4 * torch.randn(models.weight.shape, generator=tree.generator, dtype=torch.float64)
-    assert tree.probabilities(models.logits()).min() > 0.01
+        models.weight.mul_(0.3).add_(0.3 * torch.sin(torch.arange(models.weight.numel())).view(models.weight.shape))
+    assert tree.probabilities(models.logits()).min() > 0.02
     tree.generator.seed()  # the problem is always the same, its samples are fresh
     logits = models.logits()
     objective = tree.objective(logits) - kl_coef * tree.kl(logits, models.reference_logits())
