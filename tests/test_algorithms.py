@@ -229,6 +229,39 @@ def inputs(experience):
     return experience.sequences, experience.attention_mask, experience.mask.shape[1]
 
 
+def test_the_critic_can_be_trained_alone():
+    tree = Tree(depth=3, eos=True)
+    models = TabularModels(tree, features=4)
+    algorithm, learner = make_learner(models, make_config("ppo", 16, 3, cliprange_value=None), lr=2.0)
+    policy = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
+    experience = models.experience(tree.sample(models.logits(), 16))
+    algorithm.estimate_advantages(experience)
+    losses = [
+        learner.descend_values(experience, algorithm.value_loss, num_epochs=10, num_mini_batches=2)["loss/value"]
+        for _ in range(2)
+    ]
+    assert losses[1] < losses[0]
+    assert all(torch.equal(p, policy[name]) for name, p in models.policy_parameters().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({}, "old_values"),
+        ({"missing_eos_penalty": 1.0}, "ended"),
+        ({"adv_estimator": "rloo"}, "groups"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "kl_coef": 0.0}, "objective_scores"),
+    ],
+)
+def test_what_an_experience_lacks_is_named(options, field):
+    tree = Tree()
+    models = TabularModels(tree)
+    algorithm, _ = make_learner(models, make_config("ppo", 8, 2, groups_of=2, **options))
+    experience = models.experience(tree.sample(models.logits(), 8, groups_of=2), groups_of=2)
+    with pytest.raises(ValueError, match=rf"{field}: needed"):
+        algorithm.estimate_advantages(dataclasses.replace(experience, **{field: None}))
+
+
 def test_baselines_against_loops():
     groups = torch.tensor([7, 2, 2, 7, 7, 2, 5, 5])
     returns = torch.randn(8) * 10 ** torch.randint(-3, 4, (8,))
@@ -312,7 +345,7 @@ def test_normalized_objectives_do_not_drown_each_other(estimator):
 
 def test_a_multiplier_finds_the_price_of_its_constraint():
     """max E[R] + τ H  s.t. E[C] ≥ d on a bandit: the policy is softmax((R + λ C)/τ), and at the right λ E[C] = d."""
-    reward, cost = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    reward, cost = torch.rand(6, dtype=torch.float64), torch.linspace(0, 1, 6, dtype=torch.float64)[torch.randperm(6)]
     temperature = 0.5
 
     def mean_cost(multiplier):
