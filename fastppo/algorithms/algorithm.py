@@ -159,7 +159,8 @@ class Algorithm:
     def _advantages_by_objective(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ_k w_k A_k with each objective's advantages normalized first, so that no reward's scale drowns another's
         (GDPO: Liu et al., 2026, arXiv:2601.05242, there for groups)."""
-        mask, values, by_token = experience.mask, experience.old_values, experience.objective_token_scores
+        mask, by_token = experience.mask, experience.objective_token_scores
+        values = experience.old_values if self.needs_values else None  # [B, T, K]
         total, returns, metrics = torch.zeros_like(experience.old_logprobs), [], {}
         for k, (name, weight) in enumerate(experience.objectives.items()):
             rewards = torch.zeros_like(total) if by_token is None else by_token[..., k].to(total.dtype)
