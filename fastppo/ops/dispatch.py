@@ -19,6 +19,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu", "chunked", "reference", "triton"),
     "linear_kl": ("cpu", "chunked", "reference", "triton"),
     "linear_ppo_loss": ("cpu", "chunked", "reference", "triton"),
+    "fisher_vector_product": ("chunked", "reference", "triton"),
     "selective_logprob": ("cpu", "chunked", "reference", "triton"),
     "gae": ("cpu", "reference", "triton"),
 }

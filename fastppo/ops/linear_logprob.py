@@ -6,13 +6,18 @@ backward  upstream scalars a row        ->  ∂hidden, ∂weight, ∂bias       
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
 from fastppo.ops.outputs import LogprobOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_logprob(
@@ -26,6 +31,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LogprobOutput:
     """log p(target) under softmax(transform(hidden @ weight.T + bias)), without materializing the logits.
@@ -36,6 +42,10 @@ def linear_logprob(
         targets: [...] int64 or int32 token ids, or `ignore_index`.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
         return_entropy: also the entropy of the whole distribution, in nats.
+        group: the ranks that hold the vocabulary's rows between them, in rank order; weight (and bias) then are this
+            rank's slice, of any size, or a DTensor of Shard(0) over the group, and every rank gives the same tokens.
+            ∂hidden is summed over the ranks. Without a group a DTensor weight is gathered, and its gradient averaged
+            over the mesh as FSDP2 does.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -45,9 +55,10 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.
     """
-    head = open_head(hidden, weight, bias)
-    rows = open_targets(targets, hidden, weight.shape[0], ignore_index)
-    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap)
+    head = open_head(hidden, weight, bias, group=group)
+    slices = open_slices(head, group)
+    rows = open_targets(targets, hidden, head, ignore_index, slices)
+    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap, slices)
     if options.backend == "reference":
         z = reference.logits(*head, options.transform, rows != IGNORED)
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)

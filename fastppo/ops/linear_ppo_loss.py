@@ -10,15 +10,20 @@ Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradien
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
 from fastppo.ops.linear_kl import open_reference
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_ppo_loss(
@@ -45,6 +50,7 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PPOLossOutput:
     """PPO's clipped loss with entropy bonus and KL penalty, without materializing the logits.
@@ -69,6 +75,8 @@ def linear_ppo_loss(
         entropy_coef: weight of the entropy bonus.
         loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
+        group: the ranks that hold the vocabulary's rows between them; see `linear_logprob`. ref_weight is then a slice
+            of the same rows.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -86,15 +94,16 @@ def linear_ppo_loss(
     has_ref_model = ref_hidden is not None and ref_weight is not None
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden, ref_weight: give both or neither")
-    head = open_head(hidden, weight, bias)
-    targets_rows = open_targets(targets, hidden, weight.shape[0], IGNORED)
+    head = open_head(hidden, weight, bias, group=group)
+    slices = open_slices(head, group)
+    targets_rows = open_targets(targets, hidden, head, IGNORED, slices)
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
-    ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
-    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap)
+    ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
+    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)

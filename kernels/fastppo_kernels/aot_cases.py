@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels import gae, linear, selective
+from fastppo_kernels import fisher, gae, linear, selective
 
 N, D, V = 8192, 4096, 128256
 BUDGET = 256 * 2**20
@@ -66,10 +66,42 @@ LINEAR_CASES = (
 )
 
 
+class FisherCase(NamedTuple):
+    """A call of `fisher.fisher_vector_product`, with the weight constant and with a direction for it."""
+
+    label: str
+    dtype: torch.dtype
+    dim: int = D
+    bias: bool = False
+    transform: dict = PLAIN
+    weight_dtype: torch.dtype | None = None
+    tf32: bool = False
+
+    def run(self) -> None:
+        weights = [meta(V, self.dim, dtype=self.weight_dtype or self.dtype) for _ in range(2)]
+        rows = [meta(N, self.dim, dtype=weights[0].dtype) for _ in range(2)]
+        bias = meta(V, dtype=weights[0].dtype) if self.bias else None
+        options = (meta(N), *self.transform.values(), self.dtype, BUDGET)
+        with float32_matmul_precision("high" if self.tf32 else "highest"):
+            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], None, None, *options)
+            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], weights[1], bias, *options)
+
+
+FISHER_CASES = (
+    FisherCase("bf16 fisher", torch.bfloat16),
+    FisherCase("fp16 fisher bias softcap", torch.float16, bias=True, transform=CAPPED),
+    FisherCase("bf16 fisher ragged D", torch.bfloat16, dim=4112),
+    FisherCase("bf16 fisher odd D", torch.bfloat16, dim=4097),
+    FisherCase("bf16 fisher autocast", torch.bfloat16, weight_dtype=torch.float32),
+    FisherCase("fp32 fisher ieee", torch.float32),
+    FisherCase("fp32 fisher tf32", torch.float32, tf32=True),
+)
+
+
 def cases() -> list[tuple[str, Callable[[], None]]]:
     """(label, call) pairs."""
     return [
-        *((case.label, case.run) for case in LINEAR_CASES),
+        *((case.label, case.run) for case in (*LINEAR_CASES, *FISHER_CASES)),
         *(
             (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
             for d in (torch.bfloat16, torch.float32)

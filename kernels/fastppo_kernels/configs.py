@@ -122,6 +122,35 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
     },
 }
 
+# Two accumulators, and four operands in flight with a direction for the weight, three without.
+GEMM["fisher_statistics"] = {
+    ("sm_80", "half"): Gemm(128, 64, 32, warps=8, stages=4),
+    ("sm_80", "mixed"): Gemm(64, 64, 32, warps=8, stages=3),
+    ("sm_80", "tf32"): Gemm(64, 64, 32, warps=8, stages=3),
+    ("sm_80", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
+    ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=3, tma=True),
+    ("sm_90", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
+    ("sm_90", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
+    ("sm_90", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
+    ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=3, tma=True),
+    # Triton 3.6 cannot pipeline two products that share a weight tile which is cast on its way.
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=1),
+    ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3),
+    ("sm_100", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
+    ("odd", "half"): Gemm(64, 32, 32, warps=4, stages=3),
+    ("odd", "mixed"): Gemm(64, 32, 32, warps=4, stages=3),
+    ("odd", "tf32"): Gemm(64, 32, 32, warps=4, stages=3),
+    ("odd", "ieee"): Gemm(32, 64, 16, warps=4, stages=3),
+    ("interpreter", "ieee"): Gemm(32, 32, 16, warps=1, stages=1, group_m=2),
+}
+GEMM["fisher_gradient"] = GEMM["fisher_statistics"]
+GEMM["fisher_statistics_weight"] = GEMM["fisher_gradient_weight"] = {
+    **GEMM["fisher_statistics"],
+    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
+    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
+    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=4),
+}
+
 GEMM["linear_jsd"] = {**GEMM["linear_divergence"], ("sm_100", "tf32"): Gemm(128, 64, 32, warps=8, stages=3)}
 
 ELEMENTWISE: dict[str, Elementwise] = {
@@ -131,6 +160,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "combine_statistics": Elementwise(rows=64, block=1, warps=2),
     "combine_divergence": Elementwise(rows=64, block=1, warps=2),
     "combine_jsd": Elementwise(rows=64, block=1, warps=2),
+    "combine_fisher": Elementwise(rows=64, block=1, warps=2),
     "gae": Elementwise(rows=1, block=1024, warps=4),
     "selective_statistics": Elementwise(rows=1, block=4096, warps=8),
     "selective_gradient": Elementwise(rows=1, block=4096, warps=8),
