@@ -28,7 +28,7 @@ from fastppo.ops.transform import check_transform
 SUPPORTED = ">=4.57,<6"
 IGNORED = -100  # transformers' own
 
-_SLOT = "_fastppo_patch"
+SLOT = "_fastppo_patch"  # the attribute of a patched model that holds what its new forward needs
 
 
 class CausalLMLogprobs(NamedTuple):
@@ -81,7 +81,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         RuntimeError: the model is not patched by fastppo, or another library has patched over it since.
     """
     causal = _causal(model)
-    patch = vars(causal).get(_SLOT)
+    patch = vars(causal).get(SLOT)
     if patch is None:
         raise RuntimeError(f"{type(causal).__name__} is not patched by fastppo")
     if (other := _not_ours(causal)) is not None:
@@ -90,7 +90,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         del causal.forward
     else:
         causal.forward = patch.replaced
-    delattr(causal, _SLOT)
+    delattr(causal, SLOT)
     return model
 
 
@@ -117,7 +117,7 @@ def install(
     check_transform(temperature, 1.0, None)
     causal = _causal(model)
     name = type(causal).__name__
-    earlier = vars(causal).get(_SLOT)
+    earlier = vars(causal).get(SLOT)
     if earlier is not None:
         raise RuntimeError(f"{name} is already patched by fastppo ({earlier.keyword}=True); call unpatch_model first")
     if (other := _foreign_forward(causal)) is not None:
@@ -146,7 +146,7 @@ def install(
         positional=tuple(inspect.signature(type(causal).forward).parameters)[1:],
         no_cache={"use_cache": False} if "use_cache" in accepted else {},
     )
-    setattr(causal, _SLOT, patch)
+    setattr(causal, SLOT, patch)
     causal.forward = _make_forward(type(causal)).__get__(causal)
     try:
         _check(causal)
@@ -178,7 +178,7 @@ def _make_forward(model_class: type[nn.Module]) -> Callable:
 
     @functools.wraps(own)  # generate() and Trainer read the signature
     def forward(self, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        patch = getattr(self, _SLOT)
+        patch = getattr(self, SLOT)
         targets = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         if not kwargs.pop(patch.keyword, False):
             kwargs |= {name: value for name, value in targets.items() if value is not None}
@@ -323,7 +323,7 @@ def _check(causal: nn.Module) -> None:
     """Score a few tokens with and without logits: architectures scale and cap them under many names."""
     if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
         return  # no values, or shards of them; a forward here would be a collective call
-    patch, name = getattr(causal, _SLOT), type(causal).__name__
+    patch, name = getattr(causal, SLOT), type(causal).__name__
     ids = _probe_ids(causal)
     with torch.no_grad(), _evaluating(causal), _converted_by(patch, lambda out: out):
         try:
