@@ -300,7 +300,9 @@ def test_another_patch_of_the_head_is_refused():
 
 def test_liger_is_named():
     model = _random_model()
-    liger = pytest.importorskip("liger_kernel.transformers", reason="needs liger-kernel, to be refused")
+    liger = pytest.importorskip(
+        "liger_kernel.transformers", reason="needs liger-kernel, to be refused", exc_type=ImportError
+    )
     liger.apply_liger_kernel_to_llama(
         rope=False, rms_norm=False, swiglu=False, fused_linear_cross_entropy=True, model=model
     )

@@ -235,7 +235,9 @@ def _without_logits(
             backend=patch.backend,
         )
     keep = slice(None, -1) if shift_labels is None else slice(None)
-    logprobs, entropy, mask = scored.logprobs[..., keep], scored.entropy[..., keep], (shifted != IGNORED)[..., keep]
+    mask = (shifted != IGNORED)[..., keep]
+    # Copies: FSDP2 would lose its hook on a view that somebody changes in place.
+    logprobs, entropy = scored.logprobs[..., keep].clone(), scored.entropy[..., keep].clone()
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):
         count = count.to(logprobs.device)
