@@ -71,8 +71,17 @@ def open_options(
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """FSDP2 leaves a DTensor where the lm_head weight was: gathered here, and its gradient averaged and scattered back.
+
+    Each process has a gradient of its own, from its own rows. Without a word of it DTensor takes them for the same and
+    keeps this process's; their mean is what FSDP makes of every other parameter (and, where all see the same rows, as
+    under tensor parallelism, it is the same).
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def compute_dtype_for(hidden: Tensor) -> torch.dtype:
