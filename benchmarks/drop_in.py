@@ -164,7 +164,6 @@ def measure_loss(args: argparse.Namespace) -> list[dict]:
 
     torch.manual_seed(0)
     b, t, d, v = args.sequences, args.tokens, args.dim, args.vocab
-    layers = {"num_hidden_layers": 0, "intermediate_size": d, "tie_word_embeddings": True}
     config = LlamaConfig(
         vocab_size=v, hidden_size=d, intermediate_size=d, num_hidden_layers=0, tie_word_embeddings=True
     )
@@ -217,11 +216,9 @@ def measure_step(args: argparse.Namespace) -> list[dict]:
         per_device_train_batch_size=args.sequences,
         num_generations=args.sequences // 2,
         max_completion_length=args.completion,
-        beta=0.04,
         learning_rate=1e-5,
         bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu",
-        gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
