@@ -186,7 +186,7 @@ def test_best_model_is_kept_and_loaded(tiny, tmp_path):
         save_steps=1,
         eval_strategy="steps",
         eval_steps=1,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_objective/scores",
     )

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from fastppo import reference as formulas
@@ -75,18 +76,14 @@ class PolicyAndValue(nn.Module):
         self.config = policy.config
         self._keys_to_ignore_on_save = None  # Trainer asks for it
 
-    def hidden(self, batch: Experience | Rollout) -> tuple[Tensor, LMHead]:
-        """The policy's states [b, T, D] that predict the completions' tokens, and its head."""
-        return _completion_hidden(self.policy, batch)
-
-    def values(self, batch: Experience | Rollout) -> Tensor:
+    def values(self, batch: Experience | _Sequences) -> Tensor:
         """[b, T] float32 values of the states before each token of the completions."""
         backbone, score = _classifier(self.value_model)
         hidden = token_hidden(backbone, batch.sequences, batch.attention_mask)
         return score(hidden[:, -batch.mask.shape[1] - 1 : -1]).squeeze(-1).float()
 
     def forward(self, batch: Experience, algorithm: PPO) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, head = self.hidden(batch)
+        hidden, head = _completion_hidden(self.policy, batch)
         loss, metrics = algorithm.loss(batch, hidden, head, self.values(batch), None)
         return loss, metrics
 
@@ -176,6 +173,14 @@ class PPOTrainer(Trainer):
         self._stop_ids = [] if eos is None else [eos]
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Of whole rollouts only; held-out prompts are all taken."""
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = before
 
     # A step
 
@@ -272,7 +277,7 @@ class PPOTrainer(Trainer):
         for rows in torch.arange(len(rollout.mask), device=rollout.mask.device).split(size):
             part = _Sequences(rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows])
             with self.compute_loss_context_manager():
-                logprobs = self._logprobs(part, *self.model.hidden(part))
+                logprobs = self._logprobs(part, *_completion_hidden(self.model.policy, part))
                 with self._reference() as reference:
                     ref_logprobs = self._logprobs(part, *_completion_hidden(reference, part))
                 values = self.model.values(part).masked_fill(~part.mask, 0.0)
@@ -373,8 +378,12 @@ class PPOTrainer(Trainer):
         """
         totals: dict[str, list[Tensor]] = defaultdict(list)
         for experience in self._held_out(eval_dataset):
-            values = (experience.scores, experience.kl.sum(1), experience.mask.sum(1).float())
-            for name, gathered in zip(("scores", "kl", "length"), self.accelerator.gather(values), strict=True):
+            values = {
+                "scores": experience.scores,
+                "kl": experience.kl.sum(1),
+                "length": experience.mask.sum(1).float(),
+            }
+            for name, gathered in self.accelerator.gather_for_metrics(values).items():
                 totals[name].append(gathered)
         if not totals:
             raise ValueError("eval_dataset: no prompts")
@@ -416,14 +425,14 @@ class PPOTrainer(Trainer):
             if self.state.global_step % every == 0:
                 self.generate_completions(sampling=True)
 
-    def _held_out(self, eval_dataset: Any, num_batches: int | None = None) -> list[Experience]:
-        """A rollout of each batch of held-out prompts, leaving the run's own random numbers as they were."""
+    def _held_out(self, eval_dataset: Any, num_batches: int | None = None) -> Iterator[Experience]:
+        """A rollout of each batch of held-out prompts; once they are through, the run's random numbers are back."""
         self.model.eval()
         state = rng_state()
         try:
             set_seed(self.args.seed, device_specific=True)
-            batches = itertools.islice(self.get_eval_dataloader(eval_dataset), num_batches)
-            return [self._experience(self._sample(self._prepare_inputs(inputs))) for inputs in batches]
+            for inputs in itertools.islice(self.get_eval_dataloader(eval_dataset), num_batches):
+                yield self._experience(self._sample(self._prepare_inputs(inputs)))
         finally:
             set_rng_state(*state)
 
@@ -455,6 +464,8 @@ class PPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but written aside and then renamed: a run killed meanwhile leaves the older ones, whole."""
+        if self.args.push_to_hub:  # which reads the folder in the background
+            return super()._save_checkpoint(model, trial)
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = str(run / _STAGING)
@@ -520,7 +531,8 @@ class _Collator:
         return self.pad([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
 
 
-def _completion_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, LMHead]:
+def _completion_hidden(model: nn.Module, batch: Experience | _Sequences) -> tuple[Tensor, LMHead]:
+    """The states [b, T, D] that predict the completions' tokens, and the head."""
     backbone, head = backbone_and_head(model)
     hidden = token_hidden(backbone, batch.sequences, batch.attention_mask)
     return hidden[:, -batch.mask.shape[1] - 1 : -1], head

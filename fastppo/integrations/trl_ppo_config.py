@@ -85,17 +85,15 @@ def a_rollout_a_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
     rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if rollout < args.num_mini_batches:
         raise ValueError(f"num_mini_batches: {args.num_mini_batches}, but a rollout has {rollout} completions")
-    if len(train_dataset) < rollout * args.world_size:
-        raise ValueError(
-            f"train_dataset: {len(train_dataset)} prompts, fewer than a rollout's {rollout * args.world_size}"
-        )
+    needed = rollout * args.world_size
+    if len(train_dataset) < needed:
+        raise ValueError(f"train_dataset: {len(train_dataset)} prompts, fewer than the {needed} of a rollout")
     args = copy.copy(args)
     if args.max_steps <= 0:
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
-        args.max_steps = math.ceil(episodes / (rollout * args.world_size))
+        args.max_steps = math.ceil(episodes / needed)
     args.per_device_train_batch_size = rollout
     args.gradient_accumulation_steps = 1
-    args.dataloader_drop_last = True
     args.remove_unused_columns = False
     args.gradient_checkpointing = False  # it is on already, in both models
     return args
