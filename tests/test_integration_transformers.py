@@ -511,4 +511,4 @@ def test_two_hundred_steps_follow_the_plain_curve(half):
         curves.append(torch.tensor(curve))
     fall = curves[1][0] - curves[1][-1]
     assert fall > 0.1
-    assert (curves[0] - curves[1]).abs().max() < (0.1 if half else 0.01) * fall
+    assert (curves[0] - curves[1]).abs().max() < (0.02 if half else 0.002) * fall
