@@ -74,7 +74,12 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value_model = value_model
         self.config = policy.config
-        self._keys_to_ignore_on_save = None  # Trainer asks for it
+        # Trainer asks for both when it loads a policy whose file leaves out tied weights.
+        named = {name for tensors in (policy.named_parameters(), policy.named_buffers()) for name, _ in tensors}
+        self._keys_to_ignore_on_save = sorted(policy.state_dict().keys() - named)
+
+    def tie_weights(self) -> None:
+        self.policy.tie_weights()
 
     def values(self, batch: Experience | _Sequences) -> Tensor:
         """[b, T] float32 values of the states before each token of the completions."""
