@@ -1,4 +1,4 @@
-"""Two gloo processes: a patched model under DDP and FSDP2 against one that sees the whole batch; PPOTrainer under DDP."""
+"""Two gloo processes: patched models under DDP and FSDP2 against one that sees the whole batch; PPOTrainer under DDP"""
 
 from __future__ import annotations
 
