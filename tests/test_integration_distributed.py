@@ -1,12 +1,14 @@
-"""A patched model under DDP and FSDP2: two gloo processes against one process that sees both halves of the batch."""
+"""Two gloo processes: patched models under DDP and FSDP2 against one that sees the whole batch; PPOTrainer under DDP"""
 
 from __future__ import annotations
 
 import copy
+import os
 import socket
 
 import pytest
 import torch
+from tiny import make_tiny_model
 from torch import nn
 
 import fastppo
@@ -80,9 +82,49 @@ _CASES = [
 ]
 
 
-def _worker(rank: int, port: int, seed: int) -> None:
+def _worker(rank: int, port: int, seed: int, tiny: str, output_dir: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()}  # for accelerate
+    distributed.init_process_group("gloo")
+    _check_patched_models(rank, seed)
+    _check_ppo_trainer(tiny, output_dir)
+    distributed.destroy_process_group()
+
+
+def _check_ppo_trainer(tiny: str, output_dir: str) -> None:
+    """Each process samples prompts of its own; the parameters stay the same in both."""
+    from test_integration_trl_ppo import _trainer
+
+    trainer = _trainer(tiny, output_dir, per_device_train_batch_size=2, save_strategy="steps", save_steps=1)
+    before = nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+    sampled = []
+    sample = trainer._sample
+
+    def watched(inputs):
+        rollout = sample(inputs)
+        sampled.append(rollout.sequences.flatten()[-5:])
+        return rollout
+
+    trainer._sample = watched
+    trainer.train()
+    assert trainer.state.global_step == 4  # 32 episodes in rollouts of 2 · 2 · 2
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    after = nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+    assert not after.equal(before)
+    for value, same in ((after, True), (sampled[0], False)):
+        both = [torch.empty_like(value) for _ in range(2)]
+        distributed.all_gather(both, value)
+        assert both[0].equal(both[1]) is same
+    evaluated = [None, None]
+    distributed.all_gather_object(evaluated, trainer.evaluate())
+    assert evaluated[0] == evaluated[1]
+    resumed = _trainer(tiny, output_dir, per_device_train_batch_size=2)
+    resumed.train(resume_from_checkpoint=f"{output_dir}/checkpoint-3")
+    assert nn.utils.parameters_to_vector(resumed.model.parameters()).equal(after)
+
+
+def _check_patched_models(rank: int, seed: int) -> None:
     for how, options in _CASES:
         torch.manual_seed(seed)  # the same models and batches in both processes
         plain = _model(**options)
@@ -112,15 +154,16 @@ def _worker(rank: int, port: int, seed: int) -> None:
             for parameters in (model.parameters(), plain.parameters()):
                 for parameter in parameters:
                     parameter.grad = None
-    distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_ddp_and_fsdp2_keep_loss_and_gradients():
-    if any(options["adapters"] for _, options in _CASES):
-        pytest.importorskip("peft", reason="some cases have adapters")
+def test_two_processes(tmp_path):
+    for name in ("peft", "accelerate", "datasets"):
+        pytest.importorskip(name, reason="some cases have adapters, and PPOTrainer takes a dataset")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     seed = int(torch.randint(2**31, ()))
-    torch.multiprocessing.spawn(_worker, (port, seed), nprocs=2)
+    tiny = make_tiny_model(tmp_path / "tiny")
+    # In one go: most of the time goes into starting processes.
+    torch.multiprocessing.spawn(_worker, (port, seed, str(tiny), str(tmp_path / "ppo")), nprocs=2)

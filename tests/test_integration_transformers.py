@@ -478,3 +478,37 @@ def test_quantized_base_with_adapters(bits, tmp_path):
     assert ours
     for name in own:
         torch.testing.assert_close(ours[name], own[name], rtol=1e-2, atol=1e-3 * own[name].abs().max().item())
+
+
+# ---- two hundred steps
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_two_hundred_steps_follow_the_plain_curve(half):
+    """Errors too small to see in one step would add up: sums in low precision bias training."""
+    torch.manual_seed(0)  # the curve's shape is what is compared, so it is always the same one
+    plain = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_SMALL | {"tie_word_embeddings": True, "initializer_range": 0.1})
+    )
+    model = fastppo.patch_model(copy.deepcopy(plain), temperature=0.8)
+    batch = _batch(8, 12)
+    advantages = torch.randn(8, 11)
+    curves = []
+    for policy in (model, plain):
+        optimizer, curve = torch.optim.AdamW(policy.parameters(), lr=1e-3), []
+        for _ in range(200):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                if policy is model:
+                    _, logprobs, entropy, *_ = policy(**batch, return_logprobs=True)
+                else:
+                    _, logprobs, entropy = _plain(policy, batch, temperature=0.8)
+            # A policy gradient that pulls some tokens up, pushes some down, and is held by an entropy bonus.
+            loss = -(advantages * logprobs.exp()).mean() - 0.02 * entropy.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    fall = curves[1][0] - curves[1][-1]
+    assert fall > 0.1
+    assert (curves[0] - curves[1]).abs().max() < (0.02 if half else 0.002) * fall
