@@ -46,6 +46,11 @@ class LinearCase(NamedTuple):
         with float32_matmul_precision("high" if self.tf32 else "highest"):
             linear.statistics(*arguments, *options)
             linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
+            if not self.kind:
+                linear.row_chunks(
+                    *arguments[:4], lambda saved, span: (saved[0, span], saved[1, span]), *options, N, 128, True, True,
+                    self.bias,
+                )  # fmt: skip
 
 
 LINEAR_CASES = (
@@ -113,8 +118,10 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
 
 def selective_case(dtype: torch.dtype) -> None:
     logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
-    saved = selective.statistics(logits, targets, *CAPPED.values())
-    selective.vjp_into(logits, logits, targets, saved, meta(N), meta(N), None, *CAPPED.values())
+    saved = selective.statistics(logits, None, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, None, targets, saved, meta(N), meta(N), None, None, *CAPPED.values())
+    saved = selective.statistics(logits, logits, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *CAPPED.values())
 
 
 def gae_padded() -> None:
@@ -124,7 +131,7 @@ def gae_padded() -> None:
 
 def gae_packed() -> None:
     tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
-    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, with_moments=True)
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, whiten=True)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -21,9 +21,10 @@ from fastppo_kernels.fisher_statistics import fisher_statistics
 from fastppo_kernels.fisher_tile import Tangent
 from fastppo_kernels.gather_rows import gather_rows
 from fastppo_kernels.launch import interpreted_dtype
-from fastppo_kernels.linear import _power_of_two_scale, _product, _RowCount, _unit_stride, tiling
+from fastppo_kernels.linear import _power_of_two_scale, _product, _RowCount, _unit_stride
 from fastppo_kernels.scatter_rows import scatter_rows
 from fastppo_kernels.tile import transform_factors
+from fastppo_kernels.tiling import tile_of_columns
 
 
 def fisher_vector_product(
@@ -71,7 +72,7 @@ def fisher_vector_product(
     # float16 has few exponents and g is as small as w p dz; a power of two is exact to undo.
     scale = _power_of_two_scale([weights * peak])
 
-    block, width = tiling(num_rows, vocab, dim if need_weight else 0, compute_dtype.itemsize, budget)
+    block, width = tile_of_columns(num_rows, vocab, dim if need_weight else 0, compute_dtype.itemsize, budget)
     product = torch.zeros(num_rows, dim, dtype=torch.float32, device=device)
     scratch = torch.empty(block * width, dtype=compute_dtype, device=device)
     accumulator = torch.empty(width if need_weight else 0, dim, dtype=torch.float32, device=device)

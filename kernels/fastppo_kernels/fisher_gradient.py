@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastppo_kernels.fisher_tile import Tangent, tangent_tile
-from fastppo_kernels.launch import TRITON_DTYPE, dot_precision, even, gemm_config, launch, precision
+from fastppo_kernels.launch import gemm_config, gemm_options, launch
 from fastppo_kernels.tile import exp, grouped_order, log_softmax, transform_gradient
 
 
@@ -137,14 +137,6 @@ def fisher_gradient(
         inner,
         outer,
         SOFTCAP=softcap,
-        EVEN_K=even(dim, config.block_k),
-        COMPUTE=TRITON_DTYPE[compute_dtype],
-        PRECISION=dot_precision(precision(compute_dtype)),
         TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **gemm_options(config, compute_dtype, tangent.weight.device, dim),
     )

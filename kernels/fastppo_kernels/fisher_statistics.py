@@ -19,16 +19,7 @@ import triton.language as tl
 
 from fastppo_kernels.combine_fisher import combine_fisher
 from fastppo_kernels.fisher_tile import Tangent, tangent_tile
-from fastppo_kernels.launch import (
-    TRITON_DTYPE,
-    balanced_splits,
-    dot_precision,
-    even,
-    gemm_config,
-    launch,
-    precision,
-    processors,
-)
+from fastppo_kernels.launch import balanced_splits, gemm_config, gemm_options, launch, processors
 from fastppo_kernels.linear_statistics import MAX_SPLITS
 from fastppo_kernels.tile import LOWEST, exp, grouped_order, raise_max
 
@@ -129,15 +120,7 @@ def fisher_statistics(
         inner,
         outer,
         SOFTCAP=softcap,
-        EVEN_K=even(dim, config.block_k),
-        COMPUTE=TRITON_DTYPE[compute_dtype],
-        PRECISION=dot_precision(precision(compute_dtype)),
         TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **gemm_options(config, compute_dtype, tangent.weight.device, dim),
     )
     return combine_fisher(partial, count)
