@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastppo import models
 from fastppo.models import LMHead, ValueHead, ValueModel, backbone_and_head, token_hidden
+from fastppo.models.packing import can_pack, pack, packed_hidden
 from fastppo.training.config import ConfigError, ModelConfig
 
 
@@ -40,6 +41,7 @@ class ActorCritic:
         elif config.reference == "frozen":
             self._reference = models.freeze_copy(policy)
         self.policy = policy
+        self._packs = can_pack(backbone_and_head(policy)[0])
 
     @property
     def has_reference(self) -> bool:
@@ -52,7 +54,7 @@ class ActorCritic:
     def hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
         """The policy's states [B, T, D] that predict the last T = `num_completion` tokens, and its head."""
         backbone, head = backbone_and_head(self.policy)
-        return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+        return self._completion_hidden(backbone, sequences, attention_mask, num_completion), head
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [B, T] float32 of the states before each completion token; `hidden` is the policy's there."""
@@ -65,7 +67,15 @@ class ActorCritic:
         """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
         with self._as_reference() as model:
             backbone, head = backbone_and_head(model)
-            return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+            return self._completion_hidden(backbone, sequences, attention_mask, num_completion), head
+
+    def _completion_hidden(
+        self, backbone: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    ) -> Tensor:
+        packed = pack(sequences, attention_mask, num_completion, backbone.config.hidden_size) if self._packs else None
+        if packed is not None:
+            return packed_hidden(backbone, packed)
+        return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1]
 
     def reference_head(self) -> LMHead:
         """The reference's head alone."""
