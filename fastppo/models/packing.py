@@ -13,6 +13,7 @@ accept, and layers that mix tokens by attention over the whole sequence and noth
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -154,13 +155,22 @@ def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 
 
-@torch.no_grad()
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def can_pack(backbone: nn.Module) -> bool:
-    """Whether packed sequences give this model's hidden states: tried out, on a few tokens.
+    """Whether packed sequences give this model's hidden states: tried out once, on a few tokens.
 
     Only on a CPU: on a GPU the fused kernels that take no dense mask are worth more. Only for parameters in float32:
     in half precision the rounding of a deep model is too near to what a wrong mask does to tell them apart.
     """
+    if backbone not in _tried:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            _tried[backbone] = _try_to_pack(backbone)
+    return _tried[backbone]
+
+
+def _try_to_pack(backbone: nn.Module) -> bool:
     config = backbone.config
     parameter = next(backbone.parameters())
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
