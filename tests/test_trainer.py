@@ -20,6 +20,7 @@ from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError, build_config
 from fastppo.training.data import DataError
 from fastppo.training.learner import NonFiniteError
+from fastppo.training.progress import ProgressDisplay
 from fastppo.training.rewards import RewardError, RewardOutput
 from fastppo.training.trainer import Trainer
 
@@ -296,6 +297,39 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
             gradients.append({n: p.grad for n, p in trainer.policy_parameters.items()})
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=f"{agg} {name}")
+
+
+def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch):
+    """With one part a step its forward is kept: a pass less, and the gradient of a pass anew."""
+    passes, gradients = {}, {}
+    for name in ("kept", "anew"):
+        settings = config(world, tmp_path / name, ppo__num_ppo_epochs=2, ppo__num_mini_batches=1)
+        trainer = Trainer(settings, progress=ProgressDisplay(4))
+        trainer.models.value.weight.data.fill_(0.1)  # so that it has a say in the backbone's gradient
+        if name == "anew":
+            monkeypatch.setattr(trainer.models, "hidden_before_update", trainer.models.hidden)
+        counted, steps = [], []
+        trainer.models.policy.model.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        step = trainer.optimizer.step
+        parameters = trainer.learner.parameters()
+
+        def keep_gradients(steps=steps, parameters=parameters, step=step):
+            steps.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+            step()
+
+        trainer.optimizer.step = keep_gradients
+        prompts = [trainer.data.train[i] for i in (0, 1, 2, 0) for _ in range(2)]
+        rollout = trainer.scorer.sample(prompts)
+        counted.clear()
+        experience = trainer.scorer.score(rollout, trainer.scorer.reward(prompts, rollout))
+        trainer.algorithm.estimate_advantages(experience)
+        trainer.algorithm.update(trainer.learner, experience)
+        passes[name], gradients[name] = len(counted), steps
+    assert passes == {"kept": 2, "anew": 3}
+    kept, anew = (steps[0] for steps in gradients.values())
+    for name, gradient in kept.items():
+        scale = anew[name].abs().max().item()
+        torch.testing.assert_close(gradient, anew[name], rtol=0, atol=1e-3 * scale + 1e-7)
 
 
 def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
