@@ -3,6 +3,9 @@
 The operators here need only torch. `fastppo.training` is the trainer behind the `fastppo` command.
 """
 
+import importlib
+from typing import Any
+
 from fastppo.ops.budget import scratch_budget
 from fastppo.ops.dispatch import FastPPOWarning
 from fastppo.ops.fisher_vector_product import fisher_vector_product
@@ -34,9 +37,23 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "linear_ppo_loss",
+    "patch_model",
     "ppo_loss",
     "scratch_budget",
     "selective_logprob",
+    "unpatch_model",
     "value_loss",
     "whiten",
 ]
+
+# What belongs to other libraries is loaded on first use, so that `import fastppo` needs only torch.
+_LAZY = {
+    "patch_model": "fastppo.integrations.transformers",
+    "unpatch_model": "fastppo.integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

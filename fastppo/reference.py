@@ -281,7 +281,8 @@ def value_loss(
     squared = (values - returns).square()
     clipped_fraction = values.new_zeros(())
     if cliprange_value is not None:
-        clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+        # Bounds, not old + clip(v − old): that is not v to the last bit within them, and would count as clipped.
+        clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
         clipped_squared = (clipped_values - returns).square()
         token_weights = aggregation_weights(mask, "token-mean", values.dtype)
         clipped_fraction = (token_weights * ((clipped_squared > squared) & mask)).sum().detach()

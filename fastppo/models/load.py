@@ -97,6 +97,10 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     model = load_pretrained(AutoModelForCausalLM, source, config, **arguments)
     if config.attn_implementation == "auto" and _flash_attention_fits(model, config, torch.device(device)):
         model.set_attn_implementation("flash_attention_2")
+    if config.attn_implementation == "auto" and torch.device(device).type == "cpu" and _chose_sdpa(model):
+        from fastppo.models import attention
+
+        model.set_attn_implementation(attention.NAME)
     disable_dropout(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -297,6 +301,10 @@ def _dense_gguf(name: str) -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _chose_sdpa(model: PreTrainedModel) -> bool:
+    return model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from fastppo import models
 from fastppo.models import LMHead, ValueHead, ValueModel, backbone_and_head, token_hidden
+from fastppo.models.packing import Packed, can_pack, pack, packed_hidden
 from fastppo.training.config import ConfigError, ModelConfig
 
 
@@ -20,30 +22,32 @@ class ActorCritic:
     Args:
         config: the model section of the configuration.
         device: where everything goes.
-        with_values: make the critic; without one `value` is None.
+        num_values: how many values the critic gives a state: K, or None for one that needs no dimension of its own;
+            0 makes no critic, and `value` is None.
 
     Raises:
         ModelError: a model cannot be had.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device, with_values: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, device: torch.device, num_values: int | None = None) -> None:
         self.config, self.device = config, device
         policy = models.load_causal_lm(config, device=device)
         self.context_length = models.context_length(policy)
         self.value: ValueHead | ValueModel | None = None
-        if not with_values:
+        if num_values == 0:
             pass
         elif config.value_model == "separate":
-            self.value = _separate_value_model(config, policy, device)
+            self.value = _separate_value_model(config, policy, device, num_values)
         else:
             _, head = backbone_and_head(policy)
-            self.value = ValueHead(head.weight.shape[1]).to(device)
+            self.value = ValueHead(head.weight.shape[1], num_values).to(device)
         self._reference: nn.Module | None = None
         if config.lora is not None:
             policy = models.apply_lora(policy, config.lora)
         elif config.reference == "frozen":
             self._reference = models.freeze_copy(policy)
         self.policy = policy
+        self._kept: _KeptPass | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -64,14 +68,35 @@ class ActorCritic:
 
         With `parameters`, by the names of `policy_parameters`, these stand in for the policy's own.
         """
-        arguments = (sequences, attention_mask, num_completion)
+        if parameters is None and torch.is_grad_enabled() and self._kept is not None:
+            kept, self._kept = self._kept, None
+            states = kept.states(self._versions(), sequences, attention_mask)
+            if states is not None:
+                return states, backbone_and_head(self.policy)[1]
+        layout = _layout(self.policy, sequences, attention_mask, num_completion)
+        arguments = (sequences, attention_mask, num_completion, layout)
         if parameters is None:
             return _states_and_head(self.policy, *arguments)
         named = {f"policy.{name}": value for name, value in parameters.items()}
         return functional_call(_StatesAndHead(self.policy), named, arguments)
 
+    def hidden_before_update(
+        self, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    ) -> tuple[Tensor, LMHead]:
+        """As `hidden`, detached; but the pass is kept, with its activations, for the first `hidden` of these sequences
+        (in any order) under these parameters: a forward pass less in every step whose update begins with all of them.
+        """
+        with torch.enable_grad():
+            states, head = self.hidden(sequences, attention_mask, num_completion)
+        self._kept = _KeptPass(self._versions(), sequences, attention_mask, states)
+        return states.detach(), head
+
+    def _versions(self) -> int:
+        """Grows whenever a parameter of the policy is changed in place."""
+        return sum(parameter._version for parameter in self.policy.parameters())
+
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Values [B, T] float32 of the states before each completion token; `hidden` is the policy's there."""
+        """Values [B, T] or [B, T, K] float32 before each completion token; `hidden` is the policy's there."""
         if self.value is None:
             return None
         if isinstance(self.value, ValueHead):
@@ -82,7 +107,8 @@ class ActorCritic:
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
         """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
         with self._as_reference() as model:
-            return _states_and_head(model, sequences, attention_mask, num_completion)
+            layout = _layout(model, sequences, attention_mask, num_completion)
+            return _states_and_head(model, sequences, attention_mask, num_completion, layout)
 
     def reference_head(self) -> LMHead:
         """The reference's head alone."""
@@ -108,6 +134,7 @@ class ActorCritic:
         try:
             yield
         finally:
+            self._kept = None
             for module in checkpointed:
                 module.eval()
 
@@ -130,6 +157,29 @@ class ActorCritic:
             parameter.copy_(policy[name])
 
 
+class _KeptPass(NamedTuple):
+    """A forward pass that a backward pass may still go through."""
+
+    versions: int
+    sequences: Tensor
+    attention_mask: Tensor
+    hidden: Tensor
+    """[B, T, D] with its graph."""
+
+    def states(self, versions: int, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """The states of these sequences, where they are the ones of this pass in some order."""
+        if versions != self.versions or sequences.shape != self.sequences.shape:
+            return None
+        row_of = {row: index for index, row in enumerate(self._rows(self.sequences, self.attention_mask))}
+        order = [row_of.get(row) for row in self._rows(sequences, attention_mask)]
+        # Equal sequences have equal states, so one row may stand for several of them.
+        return None if None in order else self.hidden[torch.tensor(order, device=self.hidden.device)]
+
+    @staticmethod
+    def _rows(*tensors: Tensor) -> list[tuple[int, ...]]:
+        return [tuple(row) for row in torch.cat(tensors, 1).tolist()]
+
+
 class _StatesAndHead(nn.Module):
     """A policy whose call gives what training needs of it, for `functional_call`: it may replace parameters there."""
 
@@ -137,22 +187,34 @@ class _StatesAndHead(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
-        return _states_and_head(self.policy, sequences, attention_mask, num_completion)
+    def forward(self, *arguments) -> tuple[Tensor, LMHead]:
+        return _states_and_head(self.policy, *arguments)
+
+
+def _layout(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Packed | None:
+    """How to compute these sequences' states with less, where the model allows it and it is less."""
+    backbone, head = backbone_and_head(model)
+    if not can_pack(backbone):
+        return None
+    return pack(sequences, attention_mask, num_completion, head.weight.shape[1])
 
 
 def _states_and_head(
-    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int, layout: Packed | None
 ) -> tuple[Tensor, LMHead]:
     backbone, head = backbone_and_head(model)
+    if layout is not None:
+        return packed_hidden(backbone, layout), head
     return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
-def _separate_value_model(config: ModelConfig, policy: nn.Module, device: torch.device) -> ValueModel:
+def _separate_value_model(
+    config: ModelConfig, policy: nn.Module, device: torch.device, num_values: int | None
+) -> ValueModel:
     if config.value_name_or_path is None:
-        return ValueModel.from_causal_lm(policy)
+        return ValueModel.from_causal_lm(policy, num_values)
     source = ModelConfig(**(vars(config) | {"name_or_path": config.value_name_or_path, "lora": None}))
-    return ValueModel.from_causal_lm(models.load_causal_lm(source, device=device))
+    return ValueModel.from_causal_lm(models.load_causal_lm(source, device=device), num_values)
 
 
 def choose_device(name: str) -> torch.device:

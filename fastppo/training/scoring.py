@@ -37,21 +37,39 @@ class Scorer:
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """One completion for every prompt."""
+        cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
         with self.models.autocast():
-            return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, device=self.models.device)
+            return sample(
+                self.models.policy,
+                self.tokenizer,
+                prompts,
+                self.config.rollout,
+                device=self.models.device,
+                with_logprobs=cap is not None,
+            )
 
     def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
         """Scores [B]; `update` lets running normalizers learn from them."""
         names = {name for prompt in prompts for name in prompt.columns}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-        return self.rewards([prompt.text for prompt in prompts], rollout.completions, columns, update=update)
+        tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
+        completion_ids = [row[real].tolist() for row, real in zip(tokens.cpu(), rollout.mask.cpu(), strict=True)]
+        return self.rewards(
+            [prompt.text for prompt in prompts],
+            rollout.completions,
+            columns,
+            completion_ids=completion_ids,
+            update=update,
+        )
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, rewards: RewardOutput, *, with_values: bool = True) -> Experience:
+    def score(self, rollout: Rollout, rewards: RewardOutput, *, update_follows: bool = True) -> Experience:
         """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
+        all_rows = torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
+        # An update in one part begins with this very pass. More parts would not fit in memory at once.
+        keep = update_follows and len(all_rows) == 1 and not self.config.model.gradient_checkpointing
         parts = [
-            self._score_part(rollout, rows, with_values and self.models.value is not None)
-            for rows in torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
+            self._score_part(rollout, rows, update_follows and self.models.value is not None, keep) for rows in all_rows
         ]
 
         def join(name: str) -> Tensor | None:
@@ -64,21 +82,26 @@ class Scorer:
             scores=rewards.total,
             ended=rollout.ended,
             groups=rollout.groups,
+            rollout_logprobs=rollout.logprobs,
             objective_scores=rewards.objectives,
-            objective_weights=rewards.weights,
+            objective_token_scores=rewards.token_objectives,
+            objectives=rewards.weights,
             **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
         )
 
-    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool) -> dict[str, Tensor | None]:
+    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
         ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
         length, config = mask.shape[1], self.config.algorithm_config
         targets = ids[:, -length:].masked_fill(~mask, -100)
         result: dict[str, Tensor | None] = dict.fromkeys(("old_values", "kl", "ref_logprobs", "ref_hidden"))
         with self.models.autocast():
-            hidden, head = self.models.hidden(ids, attention, length)
+            policy_hidden = self.models.hidden_before_update if keep else self.models.hidden
+            hidden, head = policy_hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
             if with_values:
-                result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
+                values = self.models.values(hidden, ids, attention)
+                real = mask if values.dim() == 2 else mask[..., None]
+                result["old_values"] = values.masked_fill(~real, 0.0)
             if self.models.has_reference:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
                 result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
@@ -122,7 +145,9 @@ class Scorer:
         return metrics | {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
 
     def _weighted(self, rewards: RewardOutput) -> Tensor:
-        return sum(reward.weight * rewards.by_name[reward.name] for reward in self.rewards.rewards)
+        """[B], without constraints, whose weights move."""
+        objectives = (reward for reward in self.rewards.rewards if reward.multiplier is None)
+        return sum(reward.weight * rewards.by_name[reward.name] for reward in objectives)
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample held-out prompts, always with the same random numbers and without touching the run's.
@@ -135,7 +160,7 @@ class Scorer:
             seed_everything(self.config.seed)
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
-            experience = self.score(rollout, rewards, with_values=False)
+            experience = self.score(rollout, rewards, update_follows=False)
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")
