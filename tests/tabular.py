@@ -195,7 +195,7 @@ class TabularModels:
             old_values=values,
             scores=tree.rewards[rows],
             objective_scores=tree.rewards[rows, None],
-            objective_weights=(1.0,),
+            objectives={"reward": 1.0},
             kl=kl,
             ref_logprobs=ref,
             ref_hidden=self.reference["features"][states],
@@ -220,6 +220,11 @@ def make_config(name: str, sequences: int, depth: int, *, groups_of: int = 1, **
             "optim": {"max_grad_norm": None},
         }
     )
+
+
+def needs_values(config: Config) -> bool:
+    """Whether the algorithm of `config` has a critic."""
+    return ALGORITHMS[config.algorithm](config.algorithm_config).needs_values
 
 
 def make_learner(

@@ -276,6 +276,38 @@ def test_strides_mixed_dtypes_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_whitened_in_one_go(name, packed):
+    rewards, values, mask = torch.randn(3, 4, 29)
+    rewards, mask = 100 + 5 * rewards, mask > -0.5
+    options = {"gamma": 0.97, "lam": 0.9, "mask": mask}
+    if packed:
+        rewards, values = rewards.flatten(), values.flatten()
+        options |= {"mask": mask.flatten(), "cu_seqlens": torch.tensor([0, 29, 29, 80, 116])}
+    with engine(name) as backend:
+        plain = fastppo.gae(rewards, values, backend=backend, **options)
+        whitened = fastppo.gae(rewards, values, backend=backend, whiten=True, **options)
+    real = plain.advantages.double()[options["mask"]]
+    want = (real - real.mean()) / (real.var() + 1e-8).sqrt()
+    torch.testing.assert_close(whitened.advantages.double()[options["mask"]], want, atol=1e-5, rtol=1e-5)
+    assert whitened.advantages[~options["mask"]].abs().sum() == 0
+    assert torch.equal(whitened.returns, plain.returns)
+    again = fastppo.whiten(plain.advantages, mask=options["mask"])
+    torch.testing.assert_close(whitened.advantages, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_whitening_one_or_no_token_gives_zero(name):
+    one = torch.tensor([[False, True, False]])
+    for mask in (one, torch.zeros_like(one)):
+        with engine(name) as backend:
+            out = fastppo.gae(
+                torch.ones(1, 3), torch.zeros(1, 3), gamma=1.0, lam=1.0, mask=mask, whiten=True, backend=backend
+            )
+        assert torch.equal(out.advantages, torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_value_beyond_a_done_token_is_ignored(name):
     r, v = torch.randn(2, 2, 21)
     dones = torch.zeros(2, 21, dtype=torch.bool)
@@ -306,7 +338,7 @@ def test_compiles_whole(name):
 
 def test_operator_is_declared_as_it_behaves():
     r, v = torch.randn(2, 3, 33)
-    torch.library.opcheck(torch.ops.fastppo.gae, (r, v, r > 0, None, r[:, 0], None, 0.9, 0.9, None))
+    torch.library.opcheck(torch.ops.fastppo.gae, (r, v, r > 0, None, r[:, 0], None, 0.9, 0.9, True, None))
 
 
 R = torch.zeros(2, 5)
@@ -379,3 +411,19 @@ def test_what_is_not_finite_is_refused_where_it_counts(name, value, at):
             fastppo.gae(r, v, gamma=0.9, lam=0.9, bootstrap=poisoned(value, 1, r[:, 0]), backend=backend)
         with pytest.raises(ValueError, match="overflow"):
             fastppo.gae(torch.full((1, 40), 3e38), torch.zeros(1, 40), gamma=1, lam=1, backend=backend)
+
+
+def test_agrees_with_torchrl():
+    """Another library's, on what it has: no padding, episodes that end within a row and ones that go on after it."""
+    pytest.importorskip("torchrl", reason="torchrl, the peer to compare with, is not installed")
+    from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+    rewards, values = (torch.randn(5, 13, dtype=torch.float64) for _ in range(2))
+    dones, bootstrap = torch.rand(5, 13) < 0.2, torch.randn(5, dtype=torch.float64)
+    following = torch.cat([values[:, 1:], bootstrap[:, None]], dim=1)
+    columns = (x[..., None] for x in (values, following, rewards, dones))
+    # It rounds γ and λ to float32, so they are numbers that this leaves as they are.
+    theirs = generalized_advantage_estimate(0.875, 0.75, *columns)
+    ours = fastppo.gae(rewards, values, gamma=0.875, lam=0.75, dones=dones, bootstrap=bootstrap)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other[..., 0], atol=1e-12, rtol=1e-12)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from fastppo.training.checkpoint import CheckpointError
+from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError, build_config
 from fastppo.training.data import DataError
 from fastppo.training.learner import NonFiniteError
@@ -25,6 +25,12 @@ from fastppo.training.rewards import RewardError, RewardOutput
 from fastppo.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing plots is most of a tiny run's time; the test that looks at them undoes this."""
+    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
 
 
 def vowels(prompts, completions, **_):
@@ -42,7 +48,9 @@ def world(tmp_path_factory):
         "import os, time\n\n\n"
         "def vowels(prompts, completions, **_):\n"
         "    time.sleep(float(os.environ.get('SLOW', '0')))\n"
-        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n"
+        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n\n\n"
+        "def early(completion_ids):\n"
+        "    return [[1.0 / (1 + i + t % 7) for i, t in enumerate(ids)] for ids in completion_ids]\n"
     )
     return folder
 
@@ -56,11 +64,13 @@ def config(world, out, **changes):
         "data": {"train": str(world / "prompts.jsonl"), "eval_size": 8},
         "rewards": [{"name": "vowels", "function": f"{world / 'reward.py'}:vowels"}],
         "rollout": {"num_prompts": 4, "num_generations": 2, "max_new_tokens": 8},
-        "ppo": {"num_mini_batches": 2},
+        changes.get("algorithm", "ppo"): {"num_mini_batches": 2},
         "optim": {"learning_rate": 1e-3},
         "checkpoint": {"every": 2},
     }
     for dotted, value in changes.items():
+        if dotted == "rewards":
+            value = [r | {"function": r["function"].replace("WORLD", str(world / "reward.py"))} for r in value]
         *parents, last = dotted.split("__")
         node = tree
         for name in parents:
@@ -81,14 +91,15 @@ def weights_of(out):
 
 def fixed_rewards(count):
     values = torch.linspace(-1, 1, count)
-    return RewardOutput(values, values[:, None], (1.0,), {"vowels": values})
+    return RewardOutput(values, values[:, None], {"vowels": 1.0}, {"vowels": values})
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_leaves_everything_behind(world, tmp_path):
+def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
+    monkeypatch.undo()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
@@ -127,6 +138,14 @@ def test_the_reward_rises(world, tmp_path):
     assert rows[-1]["eval/kl"] > 0.1
 
 
+TWO_REWARDS = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "weight": 0.5},  # by token
+]
+CONSTRAINED = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "threshold": 0.9, "multiplier_learning_rate": 0.5},
+]
 VARIANTS = {
     "plain": {},
     "adaptive": {"ppo__kl_controller": "adaptive", "ppo__kl_target": 0.01, "ppo__kl_horizon": 16},
@@ -149,6 +168,20 @@ VARIANTS = {
         "optim__lr_scheduler_type": "cosine", "optim__value_learning_rate": 1e-2, "optim__weight_decay": 0.1,
     },
     "reference backend": {"backend": "reference"},
+    "reinforce": {"algorithm": "reinforce"},
+    "reinforce with a critic": {"algorithm": "reinforce", "reinforce__baseline": "learned"},
+    "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2, "optim__value_learning_rate": 1e-2},
+    "grpo": {"ppo__adv_estimator": "grpo", "ppo__kl_in": "loss", "ppo__kl_estimator": "k3"},
+    "linear kl, refreshed reference": {
+        "ppo__kl_controller": "linear", "ppo__kl_horizon": 24, "ppo__reference_refresh_steps": 3,
+    },
+    "importance sampling": {
+        "ppo__importance_sampling_cap": 1.5, "model__autocast": "bfloat16", "rollout__temperature": 0.8,
+    },
+    "objectives with values of their own": {
+        "rewards": TWO_REWARDS, "ppo__kl_in": "loss", "ppo__multi_objective_aggregation": "normalize_then_sum",
+    },
+    "constraint": {"rewards": CONSTRAINED, "ppo__length_penalty": 0.01},
 }  # fmt: skip
 
 
@@ -173,6 +206,67 @@ def test_resumed_runs_give_the_same_bits(world, tmp_path, name):
     start = load_file(world / "model" / "model.safetensors")
     assert not same(start, weights_of(tmp_path / "a"))  # it did train
     assert all(torch.isfinite(w).all() for w in weights_of(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("changes", [{"algorithm": "reinforce"}, {"ppo__adv_estimator": "rloo"}])
+def test_without_a_critic_there_is_no_value_anywhere(world, tmp_path, changes):
+    trainer = Trainer(config(world, tmp_path / "run", model__value_model="separate", **changes))
+    assert trainer.models.value is None
+    trainer.train()
+    assert not [row for row in metrics_of(tmp_path / "run") if any("value" in name for name in row)]
+    assert not [path for path in (tmp_path / "run").rglob("*value*") if "plots" not in path.parts]
+    assert set(find_checkpoint(tmp_path / "run" / "checkpoints").groups) == {"policy", "optimizer", "rng"}
+
+
+def test_sampling_keeps_its_own_logprobs(world, tmp_path):
+    """In float32 they are those of the scoring; so the importance weights are 1."""
+    out = tmp_path / "run"
+    changes = {"ppo__importance_sampling_cap": 2.0, "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
+    trainer = Trainer(config(world, out, **changes))
+    rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+    experience = trainer.scorer.score(rollout, fixed_rewards(8))
+    torch.testing.assert_close(experience.rollout_logprobs, experience.old_logprobs, atol=2e-4, rtol=1e-4)
+    assert experience.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    trainer.train()
+    assert metrics_of(out)[1]["policy/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_reference_is_refreshed(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", ppo__reference_refresh_steps=2, total_steps=5))
+    trainer.train()
+    kl = {row["step"]: row["kl/reference"] for row in metrics_of(tmp_path / "run") if "lr" in row}
+    assert [kl[step] == 0.0 for step in (1, 2, 3, 4, 5)] == [True, False, True, False, True]
+    assert not same(trainer.models.reference_parameters(), trainer.models.policy_parameters())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_policy_with_other_parameters(world, tmp_path, lora):
+    """`Learner.policy.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
+    # SDPA's kernel on a CPU has no forward-mode derivative.
+    trainer = Trainer(config(world, tmp_path / "run", model__lora=lora, model__attn_implementation="eager"))
+    rollout = trainer.scorer.sample(trainer.data.train[:4])
+    batch = trainer.scorer.score(rollout, fixed_rewards(4))
+    policy = trainer.learner.policy
+    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    other = {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
+
+    tangent = {name: value - start[name] for name, value in other.items()}
+    with torch.no_grad():
+        _, forward = torch.func.jvp(lambda p: policy.hidden(batch, p)[0], (other,), (tangent,))
+    _, pull = torch.func.vjp(lambda p: policy.hidden(batch, p)[0], other)
+    cotangent = torch.randn_like(forward)
+    backward = sum((pull(cotangent)[0][name] * value).sum() for name, value in tangent.items())
+    torch.testing.assert_close((forward * cotangent).sum(), backward, atol=1e-3, rtol=1e-3)
+
+    with torch.no_grad():
+        hidden, head = policy.hidden(batch, other)
+        before = policy.hidden(batch)
+        policy.load(other)
+        loaded = policy.hidden(batch)
+    assert trainer.learner.changed
+    assert not torch.allclose(hidden, before[0])
+    torch.testing.assert_close(hidden, loaded[0])
+    torch.testing.assert_close(head.weight, loaded[1].weight)  # a tied head follows its embedding
 
 
 def test_backends_agree(world, tmp_path):

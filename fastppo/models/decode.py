@@ -44,7 +44,7 @@ def decode(
     """
     step = _Step(policy)
     tokens = torch.full((len(ids), max_new_tokens), pad, dtype=torch.long)
-    stop = torch.tensor(eos)
+    stop = torch.tensor(eos, dtype=torch.long)
     with _laid_out(policy, len(ids)):
         prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
         positions = (prompts[0].cumsum(1) - 1).clamp(min=0)

@@ -9,6 +9,7 @@ The names that the report (report.py) and the progress display (progress.py) kno
     kl/reference (nats a completion)  kl/coef                policy/entropy (nats a token)  policy/clip_fraction
     policy/approx_kl (nats a token)  loss/policy  loss/value  value/explained_variance  completion/length (tokens)
     grad_norm  lr  tokens_per_second  time/<phase> and time/step (seconds)
+    multiplier/<name of a constraint>  value/explained_variance/<name of a reward>
 """
 
 from __future__ import annotations
