@@ -170,6 +170,10 @@ VARIANTS = {
     "reference backend": {"backend": "reference"},
     "reinforce": {"algorithm": "reinforce"},
     "reinforce with a critic": {"algorithm": "reinforce", "reinforce__baseline": "learned"},
+    "trpo": {"algorithm": "trpo", "trpo__cg_iterations": 3, "trpo__fisher_fraction": 0.5},
+    "trpo by differences": {"algorithm": "trpo", "trpo__fisher_method": "finite_difference", "model__lora": {"r": 4}},
+    "npg": {"algorithm": "npg", "npg__preconditioner": "diagonal", "model__gradient_checkpointing": True},
+    "cpi": {"algorithm": "cpi", "cpi__step_size": "bound"},
     "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2, "optim__value_learning_rate": 1e-2},
     "grpo": {"ppo__adv_estimator": "grpo", "ppo__kl_in": "loss", "ppo__kl_estimator": "k3"},
     "linear kl, refreshed reference": {
@@ -426,6 +430,22 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy)
     trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
     if policy == "stop":
         with pytest.raises(NonFiniteError, match=r"step 1.*gradient"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert metrics_of(tmp_path / "run")[1]["policy/skipped_steps"] == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["trpo", "npg"])
+def test_a_natural_gradient_that_is_not_finite_is_not_followed(world, tmp_path, policy, name):
+    trainer = Trainer(config(world, tmp_path / "run", algorithm=name, ppo={}, on_nonfinite=policy, total_steps=1))
+    before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
+    loss = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"step 1.*not finite"):
             trainer.train()
     else:
         trainer.train()

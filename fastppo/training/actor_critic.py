@@ -124,19 +124,20 @@ class ActorCritic:
                 yield self.policy
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Train mode where gradient checkpointing asks for it; dropout is off in either mode."""
+    def training(self, mode: bool = True) -> Iterator[None]:
+        """Train mode (or eval mode) where gradient checkpointing asks for it; dropout is off in either."""
         checkpointed = (
             [m for m in (self.policy, self.value) if m is not None] if self.config.gradient_checkpointing else []
         )
+        before = [module.training for module in checkpointed]
         for module in checkpointed:
-            module.train()
+            module.train(mode)
         try:
             yield
         finally:
             self._kept = None
-            for module in checkpointed:
-                module.eval()
+            for module, was in zip(checkpointed, before, strict=True):
+                module.train(was)
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained of the policy, by name: all of it, or its adapters."""
