@@ -191,6 +191,46 @@ class EvalConfig:
     num_prompts: PositiveInt = 32
     num_samples: PositiveInt = 8
     """Completions shown before and after."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """Shown as eval/<name> and never trained on: where they fall while the trained rewards rise, those are gamed."""
+    perplexity: str | None = None
+    """A .txt file of ordinary text, one text a line. The policy's perplexity on it shows what it forgets."""
+
+
+@dataclass(config=_STRICT)
+class WatchRule:
+    """One metric, what is wrong with it, and what is then done."""
+
+    metric: str
+    """As metrics.jsonl names it, such as policy/entropy or eval/reward."""
+    above: FiniteFloat | None = None
+    """Values above this are wrong."""
+    below: FiniteFloat | None = None
+    """Values below this are wrong."""
+    relative: bool = False
+    """Bound the change since the start as a share of it: 1.0 is twice what it was, -0.5 half of it. The start is the
+    mean of the first `watch.baseline_steps` steps; for eval/... it is the evaluation before the first step."""
+    patience: PositiveInt = 1
+    """Wrong values in a row before anything is done: steps, or evaluations for eval/..."""
+    action: Literal["warn", "lower_lr", "rollback", "stop"] = "warn"
+    """`rollback` goes back to the newest checkpoint from before the trouble, with another random stream and a lower
+    learning rate. `stop` writes a checkpoint and ends the run."""
+
+
+@dataclass(config=_STRICT)
+class WatchConfig:
+    """Rules over the metrics of a run, and what is done when one is broken."""
+
+    defaults: bool = True
+    """Watch KL, length, repetition, entropy, ratios, advantages, gradient norm, explained variance, perplexity and
+    held-out rewards with bounds that only warn. A rule of yours on the same metric replaces the default one."""
+    baseline_steps: PositiveInt = 5
+    """First steps that relative rules compare with."""
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What `lower_lr` and `rollback` multiply the learning rate by."""
+    max_rollbacks: NonNegativeInt = 3
+    """The run stops in place of another rollback."""
+    rules: list[WatchRule] = field(default_factory=list)
 
 
 @dataclass(config=_STRICT)
@@ -224,6 +264,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     @property
     def backend_name(self) -> str | None:
@@ -294,8 +335,8 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[Key]:
         name, hint = f"{prefix}{item.name}", hints[item.name]
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, f"{name}.")
-        elif hint == list[RewardConfig]:
-            yield from _walk(RewardConfig, f"{name}.N.")
+        elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            yield from _walk(typing.get_args(hint)[0], f"{name}.N.")
         elif hint == (LoraConfig | None):
             yield from _walk(LoraConfig, f"{name}.")
         else:
@@ -421,14 +462,8 @@ def check_consistency(config: Config) -> None:
         raise ConfigError("model.name_or_path: required, but not given")
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
-    names = [reward.name for reward in config.rewards]
-    if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
-        raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")
-    for index, reward in enumerate(config.rewards):
-        if (reward.function is None) == (reward.model is None):
-            raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")
-        if names.count(reward.name) > 1:
-            raise ConfigError(f"rewards.{index}.name: {reward.name!r} is used twice; metrics are kept by name")
+    _check_rewards(config)
+    _check_watch(config.watch)
     sequences = config.rollout.num_prompts * config.rollout.num_generations
     parts = config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps
     if sequences < parts:
@@ -442,3 +477,35 @@ def check_consistency(config: Config) -> None:
         raise ConfigError("ppo.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
     if config.ppo.kl_estimator == "exact" and config.ppo.kl_in == "loss" and config.ppo.kl_coef == 0:
         raise ConfigError("ppo.kl_estimator: exact in the loss needs ppo.kl_coef above 0")
+
+
+# Under eval/, where trained and held-out rewards are shown by name.
+_TAKEN = {"mean", "std", "reward", "reward_std", "length", "kl", "perplexity", "perplexity_reference"}
+
+
+def _check_rewards(config: Config) -> None:
+    keyed = [(f"rewards.{index}", reward) for index, reward in enumerate(config.rewards)]
+    keyed += [(f"eval.rewards.{index}", reward) for index, reward in enumerate(config.eval.rewards)]
+    names = [reward.name for _, reward in keyed]
+    for key, reward in keyed:
+        if reward.name in _TAKEN:
+            raise ConfigError(
+                f"{key}.name: {reward.name!r} is the name of a metric already; call the reward something else"
+            )
+        if (reward.function is None) == (reward.model is None):
+            raise ConfigError(f"{key}: give exactly one of `function` and `model`")
+        if names.count(reward.name) > 1:
+            raise ConfigError(f"{key}.name: {reward.name!r} is used twice; metrics are kept by name")
+        if key.startswith("eval.") and (reward.weight != 1.0 or reward.normalize):
+            raise ConfigError(f"{key}: a reward that is not trained on has no weight and is not normalized")
+
+
+def _check_watch(watch: WatchConfig) -> None:
+    for index, rule in enumerate(watch.rules):
+        key = f"watch.rules.{index}"
+        if rule.above is None and rule.below is None:
+            raise ConfigError(f"{key}: give `above`, `below` or both; {rule.metric} is not bounded")
+        if rule.above is not None and rule.below is not None and rule.below >= rule.above:
+            raise ConfigError(f"{key}: every value is below {rule.below:g} or above {rule.above:g}")
+        if rule in watch.rules[:index]:
+            raise ConfigError(f"{key}: the same rule stands there twice")
