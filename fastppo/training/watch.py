@@ -35,7 +35,7 @@ DEFAULT_RULES = (
     WatchRule("value/explained_variance", below=-1.0, patience=20),
     WatchRule("eval/perplexity", above=0.5, relative=True),
 )
-"""What is watched unless `watch.defaults` is false. All of it only warns: which bound is trouble depends on the task."""
+"""What is watched unless `watch.defaults` is false. All of it only warns: what is trouble depends on the task."""
 
 
 @dataclass
