@@ -6,7 +6,7 @@ The operators here need only torch. `fastppo.training` is the trainer behind the
 from fastppo.ops.budget import scratch_budget
 from fastppo.ops.dispatch import FastPPOWarning
 from fastppo.ops.gae import GAEOutput, gae
-from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController
+from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.ops.linear_ppo_loss import linear_ppo_loss
@@ -23,6 +23,7 @@ __all__ = [
     "FastPPOWarning",
     "FixedKLController",
     "GAEOutput",
+    "LinearKLController",
     "LogprobOutput",
     "PPOLossOutput",
     "ValueLossOutput",

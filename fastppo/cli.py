@@ -85,8 +85,8 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
     from fastppo.training.checkpoint import CheckpointError
     from fastppo.training.config import ConfigError, load_config
     from fastppo.training.data import DataError
+    from fastppo.training.learner import NonFiniteError
     from fastppo.training.rewards import RewardError
-    from fastppo.training.trainer import NonFiniteError
 
     try:
         return command(arguments, load_config(arguments.config, overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ from tiny import make_tiny_model
 from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import ConfigError, build_config
 from fastppo.training.data import DataError
-from fastppo.training.rewards import RewardError
-from fastppo.training.trainer import NonFiniteError, Trainer
+from fastppo.training.learner import NonFiniteError
+from fastppo.training.rewards import RewardError, RewardOutput
+from fastppo.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +76,11 @@ def metrics_of(out):
 
 def weights_of(out):
     return load_file(out / "final" / "model.safetensors")
+
+
+def fixed_rewards(count):
+    values = torch.linspace(-1, 1, count)
+    return RewardOutput(values, values[:, None], (1.0,), {"vowels": values})
 
 
 def same(a, b):
@@ -187,10 +194,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
             )  # fmt: skip
             prompts = [p for p in trainer.data.train[:4] for _ in range(2)]
             rollout = trainer.scorer.sample(prompts)
-            experience = trainer.scorer.score(rollout, torch.linspace(-1, 1, 8))
+            experience = trainer.scorer.score(rollout, fixed_rewards(8))
             experience.mask[0, 3:] = False  # ragged
             trainer.algorithm.estimate_advantages(experience)
-            trainer._accumulate_gradients(experience)
+            backward = functools.partial(trainer.learner.backward, trainer.algorithm.loss)
+            trainer.learner.accumulate_gradients(experience, backward)
             gradients.append({n: p.grad for n, p in trainer.policy_parameters.items()})
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=f"{agg} {name}")
@@ -207,14 +215,15 @@ def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
                 )
             )  # fmt: skip
             rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
-            experience = trainer.scorer.score(rollout, torch.linspace(-1, 1, 8))
+            experience = trainer.scorer.score(rollout, fixed_rewards(8))
             for name in ("mask", "old_logprobs", "old_values", "kl", "ref_logprobs"):
                 setattr(experience, name, getattr(experience, name)[:, :11])  # shorter than what is allowed
             experience.sequences = experience.sequences[:, : experience.sequences.shape[1] - 29]
             experience.attention_mask = experience.attention_mask[:, : experience.sequences.shape[1]]
             experience.mask[0, 3:] = False
             trainer.algorithm.estimate_advantages(experience)
-            seen.append(trainer._accumulate_gradients(experience))
+            backward = functools.partial(trainer.learner.backward, trainer.algorithm.loss)
+            seen.append(trainer.learner.accumulate_gradients(experience, backward))
         for name in ("policy/entropy", "policy/ratio_mean", "policy/approx_kl", "loss/policy", "loss/value"):
             assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-4, abs=1e-6), (agg, name)
         assert seen[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-3)

@@ -24,10 +24,20 @@ class Experience:
     """[B, T] bool, True for a sampled token, its EOS included."""
     old_logprobs: Tensor
     """[B, T] log-probabilities under the policy that sampled the tokens."""
-    old_values: Tensor
-    """[B, T] values at sampling time."""
     scores: Tensor
     """[B] what the reward functions gave the whole completion."""
+    old_values: Tensor | None = None
+    """[B, T] values at sampling time; None without a critic."""
+    ended: Tensor | None = None
+    """[B] bool, whether the completion ended by EOS rather than by its allowed length."""
+    groups: Tensor | None = None
+    """[B] int64, equal for completions of the same prompt."""
+    objective_scores: Tensor | None = None
+    """[B, K] what each of K reward functions gave, normalized where that is asked for, but not weighted."""
+    objective_weights: tuple[float, ...] | None = None
+    """K weights; `scores` is the weighted sum of `objective_scores`."""
+    rollout_logprobs: Tensor | None = None
+    """[B, T] log-probabilities by the engine that sampled the tokens, where it is not the one that scored them."""
     kl: Tensor | None = None
     """[B, T] KL of the sampling policy to the reference, by the configured estimator; None without a reference."""
     ref_logprobs: Tensor | None = None
@@ -54,4 +64,4 @@ class Experience:
     def select(self, rows: Tensor) -> Experience:
         """The sequences `rows` [b] (int64 indices)."""
         fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
-        return Experience(**{name: None if value is None else value[rows] for name, value in fields})
+        return Experience(**{name: value[rows] if isinstance(value, Tensor) else value for name, value in fields})

@@ -43,3 +43,31 @@ class AdaptiveKLController(FixedKLController):
             raise ValueError(f"current_kl: expected a finite number, got {current_kl}")
         error = min(max(current_kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * num_sequences / self.horizon
+
+
+class LinearKLController(FixedKLController):
+    """A straight line from one coefficient to another, over the sequences that `update` is told of.
+
+    Args:
+        kl_coef: where the coefficient starts.
+        final: where it ends, and stays.
+        horizon: the line's length, in sequences.
+    """
+
+    def __init__(self, kl_coef: float, final: float, horizon: int) -> None:
+        super().__init__(kl_coef)
+        if not horizon > 0:
+            raise ValueError(f"horizon: expected a number above 0, got {horizon}")
+        self.start, self.final, self.horizon, self.seen = kl_coef, final, horizon, 0
+
+    def update(self, current_kl: float, num_sequences: int) -> None:
+        """Move on by `num_sequences`, whatever the KL is."""
+        self.seen += num_sequences
+        done = min(self.seen / self.horizon, 1.0)
+        self.value = (1 - done) * self.start + done * self.final
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value, self.seen = state["value"], state["seen"]

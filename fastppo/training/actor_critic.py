@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastppo import models
 from fastppo.models import LMHead, ValueHead, ValueModel, backbone_and_head, token_hidden
@@ -19,17 +20,20 @@ class ActorCritic:
     Args:
         config: the model section of the configuration.
         device: where everything goes.
+        with_values: make the critic; without one `value` is None.
 
     Raises:
         ModelError: a model cannot be had.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, *, device: torch.device, with_values: bool = True) -> None:
         self.config, self.device = config, device
         policy = models.load_causal_lm(config, device=device)
         self.context_length = models.context_length(policy)
-        self.value: ValueHead | ValueModel
-        if config.value_model == "separate":
+        self.value: ValueHead | ValueModel | None = None
+        if not with_values:
+            pass
+        elif config.value_model == "separate":
             self.value = _separate_value_model(config, policy, device)
         else:
             _, head = backbone_and_head(policy)
@@ -49,13 +53,27 @@ class ActorCritic:
         dtype = getattr(torch, self.config.autocast) if self.config.autocast else None
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
-        """The policy's states [B, T, D] that predict the last T = `num_completion` tokens, and its head."""
-        backbone, head = backbone_and_head(self.policy)
-        return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+    def hidden(
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        num_completion: int,
+        parameters: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, LMHead]:
+        """The policy's states [B, T, D] that predict the last T = `num_completion` tokens, and its head.
 
-    def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+        With `parameters`, by the names of `policy_parameters`, these stand in for the policy's own.
+        """
+        arguments = (sequences, attention_mask, num_completion)
+        if parameters is None:
+            return _states_and_head(self.policy, *arguments)
+        named = {f"policy.{name}": value for name, value in parameters.items()}
+        return functional_call(_StatesAndHead(self.policy), named, arguments)
+
+    def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
         """Values [B, T] float32 of the states before each completion token; `hidden` is the policy's there."""
+        if self.value is None:
+            return None
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
         return self.value(sequences, attention_mask)[:, -hidden.shape[1] - 1 : -1]
@@ -64,8 +82,7 @@ class ActorCritic:
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
         """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
         with self._as_reference() as model:
-            backbone, head = backbone_and_head(model)
-            return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
+            return _states_and_head(model, sequences, attention_mask, num_completion)
 
     def reference_head(self) -> LMHead:
         """The reference's head alone."""
@@ -83,7 +100,9 @@ class ActorCritic:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Train mode where gradient checkpointing asks for it; dropout is off in either mode."""
-        checkpointed = [self.policy, self.value] if self.config.gradient_checkpointing else []
+        checkpointed = (
+            [m for m in (self.policy, self.value) if m is not None] if self.config.gradient_checkpointing else []
+        )
         for module in checkpointed:
             module.train()
         try:
@@ -97,7 +116,36 @@ class ActorCritic:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.value.named_parameters())
+        return {} if self.value is None else dict(self.value.named_parameters())
+
+    def reference_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of a reference that is a copy; with adapters there is none."""
+        return {} if self._reference is None else dict(self._reference.named_parameters())
+
+    @torch.no_grad()
+    def refresh_reference(self) -> None:
+        """The policy as it is now becomes the reference, which must be a copy."""
+        policy = dict(self.policy.named_parameters())
+        for name, parameter in self.reference_parameters().items():
+            parameter.copy_(policy[name])
+
+
+class _StatesAndHead(nn.Module):
+    """A policy whose call gives what training needs of it, for `functional_call`: it may replace parameters there."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
+        return _states_and_head(self.policy, sequences, attention_mask, num_completion)
+
+
+def _states_and_head(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+) -> tuple[Tensor, LMHead]:
+    backbone, head = backbone_and_head(model)
+    return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
 def _separate_value_model(config: ModelConfig, policy: nn.Module, device: torch.device) -> ValueModel:

@@ -124,43 +124,64 @@ class RolloutConfig:
 
 
 @dataclass(config=_STRICT)
-class PPOConfig:
-    """Proximal policy optimization (Schulman et al., 2017)."""
+class AlgorithmConfig:
+    """What every algorithm has: shaping of rewards, control of the KL to the reference, and how terms are averaged."""
 
-    num_ppo_epochs: PositiveInt = 2
     num_mini_batches: PositiveInt = 1
     """Optimizer steps in an epoch."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forward and backward passes in an optimizer step."""
-    clip_low: NonNegativeFloat = 0.2
-    clip_high: NonNegativeFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
     entropy_coef: FiniteFloat = 0.0
-    vf_coef: NonNegativeFloat = 0.1
-    cliprange_value: PositiveFloat | None = 0.2
     gamma: UnitFloat = 1.0
-    lam: UnitFloat = 0.95
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     kl_coef: NonNegativeFloat = 0.05
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty shapes the per-token rewards or is a term of the loss."""
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_controller: Literal["fixed", "adaptive", "linear"] = "fixed"
+    """`adaptive` steers the KL to kl_target; `linear` moves kl_coef to kl_coef_final over kl_horizon completions."""
     kl_target: PositiveFloat = 6.0
     """The adaptive controller's target, in nats a completion (Ziegler et al., 2019)."""
     kl_horizon: PositiveInt = 10000
-    """The adaptive controller's time constant, in completions."""
-    target_kl: PositiveFloat | None = None
-    """Stop a step's epochs once approx_kl to the rollout policy (nats a token) passes this."""
+    """In completions: the adaptive controller's time constant, or the length of the linear schedule."""
+    kl_coef_final: NonNegativeFloat = 0.0
+    """Where the linear schedule ends."""
+    reference_refresh_steps: NonNegativeInt = 0
+    """Every so many steps the reference becomes the current policy; 0 keeps the policy as it was at the start."""
     missing_eos_penalty: NonNegativeFloat | None = None
     """Subtracted from the score of a completion that was cut at max_new_tokens."""
+    length_penalty: NonNegativeFloat = 0.0
+    """Subtracted from the score for every token of a completion."""
     reward_clip: PositiveFloat | None = None
     """Clip the total score to [-reward_clip, reward_clip]."""
+
+
+@dataclass(config=_STRICT)
+class CriticConfig(AlgorithmConfig):
+    """What algorithms that may learn a value function add."""
+
+    lam: UnitFloat = 0.95
+    """GAE's weight of longer returns (Schulman et al., 2016)."""
+    vf_coef: NonNegativeFloat = 0.1
+    """Weight of the value loss."""
+    cliprange_value: PositiveFloat | None = 0.2
+
+
+@dataclass(config=_STRICT)
+class PPOConfig(CriticConfig):
+    """Proximal policy optimization (Schulman et al., 2017)."""
+
+    num_ppo_epochs: PositiveInt = 2
+    clip_low: NonNegativeFloat = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
+    target_kl: PositiveFloat | None = None
+    """Stop a step's epochs once approx_kl to the rollout policy (nats a token) passes this."""
 
 
 @dataclass(config=_STRICT)
@@ -260,6 +281,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: Literal["ppo"] = "ppo"
+    """How the policy learns; its options are in the section of this name."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -270,6 +293,11 @@ class Config:
     def backend_name(self) -> str | None:
         """`backend` as the operators take it."""
         return None if self.backend == "auto" else self.backend
+
+    @property
+    def algorithm_config(self) -> AlgorithmConfig:
+        """The section of the chosen algorithm."""
+        return getattr(self, self.algorithm)
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
@@ -341,8 +369,13 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[Key]:
             yield from _walk(LoraConfig, f"{name}.")
         else:
             default = item.default if item.default is not dataclasses.MISSING else "required"
-            described = cls.__pydantic_fields__[item.name].description or ""
+            described = next(d for base in cls.__mro__ if (d := _description(base, item.name)) is not None)
             yield Key(name, _type_name(hint), default, " ".join(described.split()))
+
+
+def _description(cls: type, name: str) -> str | None:
+    """The help text of a key where `cls` itself defines it; pydantic does not hand it down to subclasses."""
+    return cls.__pydantic_fields__[name].description or "" if name in vars(cls).get("__annotations__", ()) else None
 
 
 def _type_name(hint: Any) -> str:
@@ -464,19 +497,50 @@ def check_consistency(config: Config) -> None:
         raise ConfigError("data.train: required, but not given")
     _check_rewards(config)
     _check_watch(config.watch)
-    sequences = config.rollout.num_prompts * config.rollout.num_generations
-    parts = config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps
-    if sequences < parts:
-        raise ConfigError(
-            f"ppo.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made of "
-            f"{sequences} sequences (rollout.num_prompts x rollout.num_generations)"
-        )
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         raise ConfigError("optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup")
-    if config.model.reference == "none" and config.ppo.kl_coef > 0:
-        raise ConfigError("ppo.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
-    if config.ppo.kl_estimator == "exact" and config.ppo.kl_in == "loss" and config.ppo.kl_coef == 0:
-        raise ConfigError("ppo.kl_estimator: exact in the loss needs ppo.kl_coef above 0")
+    _check_other_sections(config)
+    _check_algorithm(config, config.algorithm, config.algorithm_config)
+
+
+def _check_other_sections(config: Config) -> None:
+    """A key of an algorithm that is not chosen would do nothing, without a sign."""
+    for name in typing.get_args(typing.get_type_hints(Config)["algorithm"]):
+        section = getattr(config, name)
+        default = type(section)()
+        for item in dataclasses.fields(section):
+            if name != config.algorithm and getattr(section, item.name) != getattr(default, item.name):
+                raise ConfigError(
+                    f"{name}.{item.name}: has no effect, since algorithm is {config.algorithm!r}; set it in the "
+                    f"section {config.algorithm!r} if it is there too, or drop the whole section with --{name} {{}}"
+                )
+
+
+def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> None:
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    parts = section.num_mini_batches * section.gradient_accumulation_steps
+    if sequences < parts:
+        raise ConfigError(
+            f"{name}.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made "
+            f"of {sequences} sequences (rollout.num_prompts x rollout.num_generations)"
+        )
+    if config.model.reference == "none" and section.kl_coef > 0:
+        raise ConfigError(f"{name}.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
+    if section.kl_estimator == "exact" and section.kl_in == "loss" and section.kl_coef == 0:
+        raise ConfigError(f"{name}.kl_estimator: exact in the loss needs {name}.kl_coef above 0")
+    if section.kl_controller == "linear":
+        if config.model.reference == "none":
+            raise ConfigError(f"{name}.kl_controller: there is no KL to weigh when model.reference is none")
+    elif section.kl_coef_final:
+        raise ConfigError(f"{name}.kl_coef_final: is where {name}.kl_controller linear ends; another has no use for it")
+    if section.reference_refresh_steps:
+        if config.model.reference == "none":
+            raise ConfigError(f"{name}.reference_refresh_steps: there is no reference when model.reference is none")
+        if config.model.lora is not None:
+            raise ConfigError(
+                f"{name}.reference_refresh_steps: not possible with model.lora, where the reference is the policy with "
+                "its adapter off"
+            )
 
 
 # Under eval/, where trained and held-out rewards are shown by name.

@@ -44,7 +44,11 @@ class RewardOutput(NamedTuple):
     """Rewards of a batch, float32."""
 
     total: Tensor
-    """[B], the weighted sum."""
+    """[B], the weighted sum of `objectives`."""
+    objectives: Tensor
+    """[B, K], one column a reward, normalized where that is asked for."""
+    weights: tuple[float, ...]
+    """K"""
     by_name: dict[str, Tensor]
     """[B] each, as the function gave them: neither normalized nor weighted, so that curves stay comparable."""
 
@@ -135,7 +139,7 @@ class RewardFunctions:
                 raise ValueError(f"{name} has {len(values)} values, but there are {len(prompts)} prompts")
         # Score everything before any normalizer learns of it: a step that fails leaves no trace.
         raw = {reward.name: _score(reward, prompts, completions, columns) for reward in self.rewards}
-        total = torch.zeros(len(prompts), dtype=torch.float64)
+        columns_of_values = []
         for reward in self.rewards:
             values = raw[reward.name]
             if reward.normalize:
@@ -143,11 +147,16 @@ class RewardFunctions:
                 if update:
                     normalizer.update(values)
                 values = normalizer(values)
-            total += reward.weight * values
+            columns_of_values.append(values)
+        objectives = torch.stack(columns_of_values, dim=1)  # [B, K]
+        weights = tuple(reward.weight for reward in self.rewards)
+        total = sum(weight * values for weight, values in zip(weights, columns_of_values, strict=True))
         if not total.abs().le(torch.finfo(torch.float32).max).all():
             raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
         by_name = {name: values.to(self.device, torch.float32) for name, values in raw.items()}
-        return RewardOutput(total.to(self.device, torch.float32), by_name)
+        return RewardOutput(
+            total.to(self.device, torch.float32), objectives.to(self.device, torch.float32), weights, by_name
+        )
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Find out before the first step, rather than after its rollout, that a function wants a column there is not.

@@ -28,6 +28,8 @@ class Rollout(NamedTuple):
     """Decoded, without special tokens."""
     ended: Tensor
     """[B] bool: whether the completion ended by EOS rather than by max_new_tokens."""
+    groups: Tensor
+    """[B] int64: completions of the same prompt have the same number."""
 
 
 @torch.no_grad()
@@ -88,7 +90,14 @@ def sample(
         mask=mask,
         completions=tokenizer.batch_decode(tokens.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True),
         ended=(is_eos & mask).any(1),
+        groups=_groups(prompts).to(device),
     )
+
+
+def _groups(prompts: list[Prompt]) -> Tensor:
+    """[B]: the number of each prompt in the order of its first appearance; a prompt is one object, however often."""
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(id(prompt), len(numbers)) for prompt in prompts])
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.training.actor_critic import ActorCritic
 from fastppo.training.config import Config
 from fastppo.training.data import Prompt
+from fastppo.training.learner import micro_batch_size
 from fastppo.training.rewards import RewardFunctions, RewardOutput
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.rollout import Rollout, sample
@@ -47,11 +47,11 @@ class Scorer:
         return self.rewards([prompt.text for prompt in prompts], rollout.completions, columns, update=update)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, scores: Tensor, *, with_values: bool = True) -> Experience:
+    def score(self, rollout: Rollout, rewards: RewardOutput, *, with_values: bool = True) -> Experience:
         """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
         parts = [
-            self._score_part(rollout, rows, with_values)
-            for rows in torch.arange(len(scores)).split(micro_batch_size(self.config))
+            self._score_part(rollout, rows, with_values and self.models.value is not None)
+            for rows in torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
         ]
 
         def join(name: str) -> Tensor | None:
@@ -61,19 +61,22 @@ class Scorer:
             sequences=rollout.sequences,
             attention_mask=rollout.attention_mask,
             mask=rollout.mask,
-            scores=scores,
+            scores=rewards.total,
+            ended=rollout.ended,
+            groups=rollout.groups,
+            objective_scores=rewards.objectives,
+            objective_weights=rewards.weights,
             **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
         )
 
     def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool) -> dict[str, Tensor | None]:
         ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
-        length, config = mask.shape[1], self.config.ppo
+        length, config = mask.shape[1], self.config.algorithm_config
         targets = ids[:, -length:].masked_fill(~mask, -100)
-        result: dict[str, Tensor | None] = {"kl": None, "ref_logprobs": None, "ref_hidden": None}
+        result: dict[str, Tensor | None] = dict.fromkeys(("old_values", "kl", "ref_logprobs", "ref_hidden"))
         with self.models.autocast():
             hidden, head = self.models.hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
-            result["old_values"] = torch.zeros_like(result["old_logprobs"])
             if with_values:
                 result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
             if self.models.has_reference:
@@ -132,7 +135,7 @@ class Scorer:
             seed_everything(self.config.seed)
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
-            experience = self.score(rollout, rewards.total, with_values=False)
+            experience = self.score(rollout, rewards, with_values=False)
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")
@@ -151,9 +154,3 @@ class Scorer:
             for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
         ]
         return metrics, rows
-
-
-def micro_batch_size(config: Config) -> int:
-    """Sequences in one forward (and backward) pass."""
-    sequences = config.rollout.num_prompts * config.rollout.num_generations
-    return math.ceil(sequences / (config.ppo.num_mini_batches * config.ppo.gradient_accumulation_steps))

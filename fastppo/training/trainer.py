@@ -1,8 +1,8 @@
-"""The training loop: rollout, score, shape, estimate, update; again.
+"""The training loop: rollout, score, estimate, update; again.
 
     prompts ── sample ──> completions ── reward functions ──> scores
                   └─ one forward of policy, critic and reference ──> old log-probs, values, KL
-    KL-shaped rewards ── GAE, whitening ──> advantages ── epochs of mini-batches ──> parameters
+    the algorithm: shaped rewards ──> advantages ── its update ──> parameters
 
 What is in memory when a step begins, and nothing else, decides how the run goes on; a checkpoint is exactly that.
 """
@@ -10,11 +10,9 @@ What is in memory when a step begins, and nothing else, decides how the run goes
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.ppo import PPO
+from fastppo.algorithms import ALGORITHMS
 from fastppo.models import ValueHead, load_tokenizer
 from fastppo.ops.dispatch import select
 from fastppo.training.actor_critic import ActorCritic, choose_device
@@ -41,21 +38,17 @@ from fastppo.training.checkpoint import (
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.learner import Learner, NonFiniteError
 from fastppo.training.metrics import METRICS_FILE, MetricsLogger, atomic_write, read_metrics, write_samples
 from fastppo.training.optim import build_optimizer, build_scheduler
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
-from fastppo.training.rewards import RewardOutput, build_rewards
+from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
-from fastppo.training.rollout import Rollout
-from fastppo.training.scoring import Scorer, micro_batch_size
+from fastppo.training.scoring import Scorer
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
-
-
-class NonFiniteError(RuntimeError):
-    """A NaN or Inf in a loss or gradient, caught before the optimizer step that it would have spoilt."""
 
 
 @dataclass
@@ -72,7 +65,7 @@ class TrainResult:
 
 
 class Trainer:
-    """PPO of one language model, from a configuration.
+    """Policy optimization of one language model, from a configuration.
 
     Args:
         config: the whole run.
@@ -110,7 +103,10 @@ class Trainer:
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
         self.rewards = build_rewards(rewards or config.rewards, device=self.device, model_defaults=config.model)
-        self.models = ActorCritic(config.model, device=self.device)
+        self.algorithm = ALGORITHMS[config.algorithm](
+            config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name
+        )
+        self.models = ActorCritic(config.model, device=self.device, with_values=self.algorithm.needs_values)
         self.data = load_prompts(
             config.data,
             self.tokenizer,
@@ -121,12 +117,19 @@ class Trainer:
         for prompts in (self.data.train, self.data.eval):
             self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
-        self.algorithm = PPO(config.ppo, temperature=config.rollout.temperature, backend=config.backend_name)
         self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards)
         self.policy_parameters = self.models.policy_parameters()
         self.value_parameters = self.models.value_parameters()
         self.optimizer = build_optimizer(config.optim, self.policy_parameters.values(), self.value_parameters.values())
         self.scheduler = build_scheduler(config.optim, self.optimizer, config.total_steps)
+        self.learner = Learner(
+            config,
+            self.models,
+            self.optimizer,
+            self.algorithm.part_weight,
+            phase=lambda text: self.progress.phase(text),
+            warn=lambda text: self.progress.print(text),
+        )
         self.step = 0
         self._saved_step: int | None = None
         self._evaluated: set[int] = set()
@@ -134,8 +137,8 @@ class Trainer:
             self._restore(checkpoint)
         self.progress = progress
         self._signal: int | None = None
-        # What a checkpoint of the steps that are done would hold; None once an update has begun to change parameters.
-        self._at_step_start: dict[str, Any] | None = None
+        # What a checkpoint of the steps that are done holds besides parameters and optimizer.
+        self._between_steps = self._snapshot()
 
     # The run
 
@@ -188,13 +191,18 @@ class Trainer:
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
         began = time.perf_counter()
-        self._at_step_start = self._snapshot()
+        self.learner.changed = False
+        self.learner.where = f"step {self.step + 1}"
         try:
             metrics = self.train_step()
         except FloatingPointError as error:
-            raise NonFiniteError(f"step {self.step + 1}: {error}") from error
+            raise NonFiniteError(f"{self.learner.where}: {error}") from error
+        except NonFiniteError as error:
+            saved = "none" if self._saved_step is None else f"step {self._saved_step}"
+            raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from None
         self.step += 1
-        self._at_step_start = self._snapshot()
+        self._between_steps = self._snapshot()
+        self.learner.changed = False
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
         logger.log(self.step, metrics)
@@ -209,21 +217,22 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One rollout and the updates made of it. Returns the step's metrics."""
+        config = self.config
         metrics: dict[str, float] = {}
         with _clock(metrics, "rollout"):
             self.progress.phase("rollout")
             prompts = [self.data.train[index] for index in next(self.sampler)]
-            prompts = [prompt for prompt in prompts for _ in range(self.config.rollout.num_generations)]
+            prompts = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
             rollout = self.scorer.sample(prompts)
         with _clock(metrics, "reward"):
             self.progress.phase("reward")
             rewards = self.scorer.reward(prompts, rollout)
         with _clock(metrics, "score"):
             self.progress.phase("score")
-            experience = self.scorer.score(rollout, self._final_scores(rewards, rollout))
+            experience = self.scorer.score(rollout, rewards)
             shaped = self.algorithm.estimate_advantages(experience)
         with _clock(metrics, "update"):
-            updates = self.update(experience)
+            updates = self.algorithm.update(self.learner, experience)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
 
@@ -241,81 +250,10 @@ class Trainer:
             metrics["kl/reference"] = sequence_kl
             metrics["kl/reference_per_token"] = (experience.kl.sum() / experience.mask.sum().clamp(min=1)).item()
             self.algorithm.kl_controller.update(sequence_kl, len(experience))
+        refresh = config.algorithm_config.reference_refresh_steps
+        if refresh and (self.step + 1) % refresh == 0:
+            self.models.refresh_reference()
         return metrics | updates
-
-    def _final_scores(self, rewards: RewardOutput, rollout: Rollout) -> Tensor:
-        penalty = self.config.ppo.missing_eos_penalty
-        return rewards.total if penalty is None else rewards.total - penalty * (~rollout.ended).float()
-
-    def update(self, experience: Experience) -> dict[str, float]:
-        """Epochs of mini-batches over one rollout. Returns means over every optimizer step."""
-        config = self.config.ppo
-        history: dict[str, list[float]] = defaultdict(list)
-        with self.models.training():
-            for epoch in range(config.num_ppo_epochs):
-                self.progress.phase(f"update {epoch + 1}/{config.num_ppo_epochs}")
-                order = torch.randperm(len(experience))
-                for rows in order.tensor_split(config.num_mini_batches):
-                    metrics = self._accumulate_gradients(experience.select(rows.to(self.device)))
-                    for name, value in metrics.items():
-                        history[name].append(value)
-                    if config.target_kl is not None and metrics["policy/approx_kl"] > config.target_kl:
-                        self.optimizer.zero_grad(set_to_none=True)
-                        return _summary(history) | {"policy/stopped_early": 1.0}
-                    self._optimizer_step(history, epoch)
-        return _summary(history) | ({"policy/stopped_early": 0.0} if config.target_kl is not None else {})
-
-    def _accumulate_gradients(self, mini_batch: Experience) -> dict[str, float]:
-        """Gradients of one mini-batch's loss, a micro-batch at a time. Returns its metrics."""
-        totals: dict[str, float] = defaultdict(float)
-        for rows in torch.arange(len(mini_batch)).split(micro_batch_size(self.config)):
-            batch = mini_batch.select(rows.to(self.device))
-            weight = self.algorithm.part_weight(batch, mini_batch, self.config.rollout.max_new_tokens)
-            share = batch.token_share(mini_batch)
-            if share == 0.0:
-                continue
-            with self.models.autocast():
-                length = batch.mask.shape[1]
-                hidden, head = self.models.hidden(batch.sequences, batch.attention_mask, length)
-                values = self.models.values(hidden, batch.sequences, batch.attention_mask)
-                ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
-                loss, metrics = self.algorithm.loss(batch, hidden, head, values, ref_head)
-            (weight * loss).backward()
-            for name, value in metrics.items():
-                _fold(totals, name, value.item(), weight if name.startswith("loss/") else share)
-        return totals
-
-    def _optimizer_step(self, history: dict[str, list[float]], epoch: int) -> None:
-        """Clip and step, unless a loss or gradient is not finite: then stop or skip, as configured."""
-        parameters = [*self.policy_parameters.values(), *self.value_parameters.values()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        losses = {name: history[name][-1] for name in ("loss/policy", "loss/value") if history[name]}
-        if math.isfinite(norm) and all(math.isfinite(value) for value in losses.values()):
-            if self.config.optim.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.max_grad_norm, norm)
-            # From here on the parameters are no longer those of the last whole step.
-            self._at_step_start = None
-            self.optimizer.step()
-            history["grad_norm"].append(norm.item())
-        else:
-            where = self._nonfinite_report(losses, norm.item(), epoch)
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteError(where)
-            self.progress.print(f"{where}; this optimizer step is skipped")
-            history["skipped"].append(1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _nonfinite_report(self, losses: dict[str, float], norm: float, epoch: int) -> str:
-        names = {**{f"value.{n}": p for n, p in self.value_parameters.items()}, **self.policy_parameters}
-        first = next((n for n, p in names.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        gradient = f", first non-finite gradient in {first}" if first else ""
-        saved = "none" if self._saved_step is None else f"step {self._saved_step}"
-        return (
-            f"step {self.step + 1}, epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient}); "
-            f"newest checkpoint: {saved}"
-        )
 
     def _evaluate_if_due(self, logger: MetricsLogger) -> None:
         """Evaluate before the first step, after the last, and every `eval.every`; each once, also across resumes."""
@@ -347,8 +285,9 @@ class Trainer:
             policy = copy.deepcopy(policy).merge_and_unload()
         policy.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
-        value_folder = temporary / "value" if not isinstance(self.models.value, ValueHead) else temporary
-        self.models.value.save_pretrained(value_folder)
+        if self.models.value is not None:
+            value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
+            self.models.value.save_pretrained(value_folder)
         if folder.exists():
             replaced = folder.with_name(f".replaced-{folder.name}")
             _remove(replaced)
@@ -375,32 +314,38 @@ class Trainer:
             ),
         }
 
-    def _checkpoint(self, snapshot: dict[str, Any] | None = None) -> None:
+    def _checkpoint(self) -> None:
         self.progress.phase("checkpoint")
-        snapshot = snapshot or self._snapshot()
         optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
         save_checkpoint(
             self.output_dir / CHECKPOINTS,
             self.step,
             tensors={
-                "policy": {name: p.detach() for name, p in self.policy_parameters.items()},
-                "value": {name: p.detach() for name, p in self.value_parameters.items()},
+                **self._saved_parameters(),
                 "optimizer": optimizer,
-                "rng": snapshot["rng"],
+                "rng": self._between_steps["rng"],
             },
-            state=snapshot["state"] | {"optimizer": optimizer_meta},
+            state=self._between_steps["state"] | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
         )
         self._saved_step = self.step
 
+    def _saved_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters that a checkpoint holds, by group and name."""
+        groups = {"policy": self.policy_parameters}
+        if self.value_parameters:
+            groups["value"] = self.value_parameters
+        if self.config.algorithm_config.reference_refresh_steps:
+            groups["reference"] = self.models.reference_parameters()
+        return {group: {name: p.detach() for name, p in parameters.items()} for group, parameters in groups.items()}
+
     def _save_whole_steps(self) -> None:
         """On the way out of a step that failed before it changed any parameter: keep what the steps before it made."""
-        parameters = [*self.policy_parameters.values(), *self.value_parameters.values()]
-        if self._at_step_start is None or self.step in (0, self._saved_step):
+        if self.learner.changed or self.step in (0, self._saved_step):
             return
-        if all(torch.isfinite(parameter).all() for parameter in parameters):
-            self._checkpoint(self._at_step_start)
+        if all(torch.isfinite(parameter).all() for parameter in self.learner.parameters().values()):
+            self._checkpoint()
             self.progress.print(f"saved a checkpoint of step {self.step}")
 
     def _open_output(self, resume: bool) -> Checkpoint | None:
@@ -423,7 +368,7 @@ class Trainer:
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        for group, parameters in (("policy", self.policy_parameters), ("value", self.value_parameters)):
+        for group, parameters in self._saved_parameters().items():
             saved = checkpoint.tensors(group)
             if saved.keys() != parameters.keys():
                 raise CheckpointError(f"{checkpoint.path}: the {group}'s parameters are not those of this model")
@@ -478,28 +423,6 @@ def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     metrics[f"time/{name}"] = time.perf_counter() - began
-
-
-def _fold(totals: dict[str, float], name: str, value: float, weight: float) -> None:
-    """Extremes keep the extreme, everything else the weighted mean."""
-    if name.endswith("_max"):
-        totals[name] = max(totals.get(name, value), value)
-    elif name.endswith("_min"):
-        totals[name] = min(totals.get(name, value), value)
-    else:
-        totals[name] += weight * value
-
-
-def _summary(history: dict[str, list[float]]) -> dict[str, float]:
-    """Over a step's optimizer steps: extremes of extremes, counts of skips, means of the rest."""
-    reduce = {"_max": max, "_min": min}
-    summary = {}
-    for name, values in history.items():
-        if name == "skipped":
-            summary["policy/skipped_steps"] = sum(values)
-        else:
-            summary[name] = reduce.get(name[-4:], lambda v: sum(v) / len(v))(values)
-    return summary
 
 
 def _remove(folder: Path) -> None:
