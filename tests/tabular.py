@@ -195,7 +195,7 @@ class TabularModels:
             old_values=values,
             scores=tree.rewards[rows],
             objective_scores=tree.rewards[rows, None],
-            objective_weights=(1.0,),
+            objectives={"reward": 1.0},
             kl=kl,
             ref_logprobs=ref,
             ref_hidden=self.reference["features"][states],

@@ -81,7 +81,7 @@ def test_missing_columns_are_found_before_a_step():
     rewards = RewardFunctions([Reward("exact", needs)])
     with pytest.raises(RewardError, match=r"reward 'exact': its function needs 'answers'; did you mean 'answer'\?"):
         rewards.check_columns(["answer"])
-    with pytest.raises(RewardError, match="it can have prompts, completions, id"):
+    with pytest.raises(RewardError, match="it can have prompts, completions, completion_ids, id"):
         rewards.check_columns(["id"])
     with pytest.raises(RewardError, match="needs 'texts'"):
         _score(lambda texts, /: [0] * 3)
@@ -240,7 +240,7 @@ def test_normalizers_resume_to_the_same_bits():
     resumed.load_state_dict(json.loads(json.dumps(rewards.state_dict())))
     for _ in range(3):
         assert torch.equal(rewards(texts[:5], texts[:5], {}).total, resumed(texts[:5], texts[:5], {}).total)
-    with pytest.raises(RewardError, match=r"normalizes the rewards \['length'\], this one \[\]"):
+    with pytest.raises(RewardError, match=r"normalizers of the rewards \['length'\], this one \[\]"):
         RewardFunctions([Reward("length", length)]).load_state_dict(rewards.state_dict())
 
 

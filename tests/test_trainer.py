@@ -41,7 +41,9 @@ def world(tmp_path_factory):
         "import os, time\n\n\n"
         "def vowels(prompts, completions, **_):\n"
         "    time.sleep(float(os.environ.get('SLOW', '0')))\n"
-        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n"
+        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n\n\n"
+        "def early(completion_ids):\n"
+        "    return [[1.0 / (1 + i + t % 7) for i, t in enumerate(ids)] for ids in completion_ids]\n"
     )
     return folder
 
@@ -55,11 +57,13 @@ def config(world, out, **changes):
         "data": {"train": str(world / "prompts.jsonl"), "eval_size": 8},
         "rewards": [{"name": "vowels", "function": f"{world / 'reward.py'}:vowels"}],
         "rollout": {"num_prompts": 4, "num_generations": 2, "max_new_tokens": 8},
-        "ppo": {"num_mini_batches": 2},
+        changes.get("algorithm", "ppo"): {"num_mini_batches": 2},
         "optim": {"learning_rate": 1e-3},
         "checkpoint": {"every": 2},
     }
     for dotted, value in changes.items():
+        if dotted == "rewards":
+            value = [r | {"function": r["function"].replace("WORLD", str(world / "reward.py"))} for r in value]
         *parents, last = dotted.split("__")
         node = tree
         for name in parents:
@@ -80,7 +84,7 @@ def weights_of(out):
 
 def fixed_rewards(count):
     values = torch.linspace(-1, 1, count)
-    return RewardOutput(values, values[:, None], (1.0,), {"vowels": values})
+    return RewardOutput(values, values[:, None], {"vowels": 1.0}, {"vowels": values})
 
 
 def same(a, b):
@@ -126,6 +130,14 @@ def test_the_reward_rises(world, tmp_path):
     assert rows[-1]["eval/kl"] > 0.1
 
 
+TWO_REWARDS = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "weight": 0.5},  # by token
+]
+CONSTRAINED = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "threshold": 0.9, "multiplier_learning_rate": 0.5},
+]
 VARIANTS = {
     "plain": {},
     "adaptive": {"ppo__kl_controller": "adaptive", "ppo__kl_target": 0.01, "ppo__kl_horizon": 16},
@@ -148,6 +160,20 @@ VARIANTS = {
         "optim__lr_scheduler_type": "cosine", "optim__value_learning_rate": 1e-2, "optim__weight_decay": 0.1,
     },
     "reference backend": {"backend": "reference"},
+    "reinforce": {"algorithm": "reinforce"},
+    "reinforce with a critic": {"algorithm": "reinforce", "reinforce__baseline": "learned"},
+    "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2, "optim__value_learning_rate": 1e-2},
+    "grpo": {"ppo__adv_estimator": "grpo", "ppo__kl_in": "loss", "ppo__kl_estimator": "k3"},
+    "linear kl, refreshed reference": {
+        "ppo__kl_controller": "linear", "ppo__kl_horizon": 24, "ppo__reference_refresh_steps": 3,
+    },
+    "importance sampling": {
+        "ppo__importance_sampling_cap": 1.5, "model__autocast": "bfloat16", "rollout__temperature": 0.8,
+    },
+    "objectives with values of their own": {
+        "rewards": TWO_REWARDS, "ppo__kl_in": "loss", "ppo__multi_objective_aggregation": "normalize_then_sum",
+    },
+    "constraint": {"rewards": CONSTRAINED, "ppo__length_penalty": 0.01},
 }  # fmt: skip
 
 

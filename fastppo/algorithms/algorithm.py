@@ -8,6 +8,7 @@ An algorithm is a subclass that overrides what it does otherwise. It sees the mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastppo.algorithms.experience import Experience
 from fastppo.ops.gae import gae
 from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
+from fastppo.ops.linear_ppo_loss import linear_ppo_loss
 from fastppo.ops.value_loss import value_loss
 from fastppo.ops.whiten import whiten
 
@@ -116,21 +118,52 @@ class Algorithm:
 
     @property
     def whitens_advantages(self) -> bool:
+        """Whether the batch's advantages are brought to mean 0 and deviation 1."""
         return self.config.whiten_advantages
+
+    @property
+    def normalizes_advantages(self) -> bool:
+        """Whether `advantages_and_returns` gives advantages of one scale, whatever the rewards' is."""
+        return False
 
     def estimate_advantages(self, experience: Experience) -> dict[str, Tensor]:
         """Fill in `experience.advantages` and `.returns`; returns metrics of them."""
         mask = experience.mask
-        rewards = self.shape_rewards(experience)
-        if self.config.whiten_rewards:
-            rewards = whiten(rewards, mask=mask, shift_mean=False)
-        advantages, experience.returns = self.advantages_and_returns(rewards, experience.old_values, experience)
-        metrics = {"advantage/std": advantages[mask].std(correction=0)} if mask.any() else {}
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            advantages, metrics = self._advantages_by_objective(experience)
+        else:
+            rewards = self._whitened(self.shape_rewards(experience), mask)
+            advantages, experience.returns = self.advantages_and_returns(rewards, experience.old_values, experience)
+            metrics = {}
+        if mask.any():
+            metrics["advantage/std"] = advantages[mask].std(correction=0)
         experience.advantages = whiten(advantages, mask=mask) if self.whitens_advantages else advantages
         return metrics
 
+    def _advantages_by_objective(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ_k w_k A_k with each objective's advantages normalized first, so that no reward's scale drowns another's
+        (GDPO: Liu et al., 2026, arXiv:2601.05242, there for groups)."""
+        mask, values, by_token = experience.mask, experience.old_values, experience.objective_token_scores
+        total, returns, metrics = torch.zeros_like(experience.old_logprobs), [], {}
+        for k, (name, weight) in enumerate(experience.objectives.items()):
+            rewards = torch.zeros_like(total) if by_token is None else by_token[..., k].to(total.dtype)
+            rewards = self._whitened(_add_at_end(rewards, experience.objective_scores[:, k], mask), mask)
+            advantages, targets = self.advantages_and_returns(
+                rewards, None if values is None else values[..., k], experience
+            )
+            returns.append(targets)
+            if mask.any():
+                metrics[f"advantage/std/{name}"] = advantages[mask].std(correction=0)
+            total += weight * (advantages if self.normalizes_advantages else whiten(advantages, mask=mask))
+        if values is not None:
+            experience.returns = torch.stack(returns, dim=2)  # [B, T, K]
+        return total, metrics
+
+    def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        return whiten(rewards, mask=mask, shift_mean=False) if self.config.whiten_rewards else rewards
+
     def shape_rewards(self, experience: Experience) -> Tensor:
-        """[B, T]: minus the KL penalty on every token, plus the score, less its penalties, on the last one.
+        """[B, T]: rewards by token less the KL penalty, and the score, less its penalties, on the last token.
 
         The per-token view with the KL in the reward is that of Ziegler et al., 2019 (arXiv:1909.08593) and Ouyang et
         al., 2022 (arXiv:2203.02155).
@@ -146,9 +179,10 @@ class Algorithm:
             scores = scores - config.length_penalty * mask.sum(1)
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
-        last = (mask.sum(1) - 1).clamp(min=0).unsqueeze(1)
-        rewards.scatter_add_(1, last, scores.unsqueeze(1))
-        return rewards.masked_fill(~mask, 0.0)
+        if experience.objective_token_scores is not None:
+            weights = torch.tensor(list(experience.objectives.values()), device=rewards.device)
+            rewards += (experience.objective_token_scores * weights).sum(2)
+        return _add_at_end(rewards, scores, mask)
 
     def advantages_and_returns(
         self, rewards: Tensor, values: Tensor | None, experience: Experience
@@ -173,22 +207,74 @@ class Algorithm:
         """
         raise NotImplementedError
 
-    def value_loss(self, batch: Experience, values: Tensor) -> StepOutput:
-        """The critic's regression on `batch.returns`."""
-        critic = value_loss(
-            values,
-            batch.returns,
-            old_values=batch.old_values,
+    def policy_gradient_loss(
+        self, batch: Experience, hidden: Tensor, head: Head, ref_head: Head | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """−r A without a clip: its gradient at r = 1 is the policy gradient, that of −A log π."""
+        loss, metrics = self.surrogate_loss(batch, hidden, head, ref_head, clip_low=1.0, clip_high=math.inf)
+        del metrics["policy/clip_fraction"]
+        return loss, metrics
+
+    def surrogate_loss(
+        self, batch: Experience, hidden: Tensor, head: Head, ref_head: Head | None, **clip: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss with entropy bonus and KL penalty, and its metrics.
+
+        Args:
+            clip: clip_low, clip_high, dual_clip, ratio_level of `linear_ppo_loss`; for the rest see `loss`.
+        """
+        config = self.config
+        penalized = config.kl_in == "loss" and self.kl_controller.value != 0.0
+        exact = penalized and config.kl_estimator == "exact"
+        policy = linear_ppo_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            batch.old_logprobs,
+            batch.advantages,
             mask=batch.mask,
-            cliprange_value=self.config.cliprange_value,
-            loss_agg=self.config.loss_agg,
+            **clip,
+            ref_logprobs=batch.ref_logprobs,
+            ref_hidden=batch.ref_hidden if exact else None,
+            ref_weight=ref_head.weight if exact else None,
+            ref_bias=ref_head.bias if exact else None,
+            kl_coef=self.kl_controller.value if penalized else 0.0,
+            kl_estimator=config.kl_estimator,
+            entropy_coef=config.entropy_coef,
+            loss_agg=config.loss_agg,
+            bias=head.bias,
+            temperature=self.temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            backend=self.backend,
         )
-        metrics = {
-            "loss/value": critic.loss.detach(),
-            "value/clip_fraction": critic.metrics["clip_fraction"],
-            "value/explained_variance": critic.metrics["explained_variance"],
-        }
-        return StepOutput(critic.loss, metrics)
+        reported = ("entropy", "approx_kl", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max")
+        metrics = {f"policy/{name}": policy.metrics[name] for name in reported}
+        return policy.loss, {"loss/policy": policy.metrics["policy_loss"], **metrics}
+
+    def value_loss(self, batch: Experience, values: Tensor) -> StepOutput:
+        """The critic's regression on `batch.returns`; with a value for each objective, the mean of their losses."""
+        given = (values, batch.returns, batch.old_values)
+        columns = zip(*(x.unbind(2) if values.dim() == 3 else (x,) for x in given), strict=True)
+        critics = [
+            value_loss(
+                column,
+                returns,
+                old_values=old_values,
+                mask=batch.mask,
+                cliprange_value=self.config.cliprange_value,
+                loss_agg=self.config.loss_agg,
+            )
+            for column, returns, old_values in columns
+        ]
+        loss = sum(critic.loss for critic in critics) / len(critics)
+        metrics = {"loss/value": loss.detach()}
+        for name in ("clip_fraction", "explained_variance"):
+            metrics[f"value/{name}"] = sum(critic.metrics[name] for critic in critics) / len(critics)
+        if len(critics) > 1:
+            for name, critic in zip(batch.objectives, critics, strict=True):
+                metrics[f"value/explained_variance/{name}"] = critic.metrics["explained_variance"]
+        return StepOutput(loss, metrics)
 
     def part_weight(self, part: Experience, whole: Experience, max_new_tokens: int) -> float:
         """What the loss of a micro-batch counts in that of its mini-batch, so that both give the same gradient.
@@ -209,3 +295,9 @@ class Algorithm:
 
     def load_state_dict(self, state: dict) -> None:
         self.kl_controller.load_state_dict(state["kl_controller"])
+
+
+def _add_at_end(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """rewards [B, T] with scores [B] added at each completion's last token; 0 on padding."""
+    last = (mask.sum(1) - 1).clamp(min=0).unsqueeze(1)
+    return rewards.scatter_add(1, last, scores.to(rewards.dtype).unsqueeze(1)).masked_fill(~mask, 0.0)

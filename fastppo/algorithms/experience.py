@@ -27,15 +27,17 @@ class Experience:
     scores: Tensor
     """[B] what the reward functions gave the whole completion."""
     old_values: Tensor | None = None
-    """[B, T] values at sampling time; None without a critic."""
+    """[B, T] values at sampling time, or [B, T, K] where each objective has its own; None without a critic."""
     ended: Tensor | None = None
     """[B] bool, whether the completion ended by EOS rather than by its allowed length."""
     groups: Tensor | None = None
     """[B] int64, equal for completions of the same prompt."""
     objective_scores: Tensor | None = None
     """[B, K] what each of K reward functions gave, normalized where that is asked for, but not weighted."""
-    objective_weights: tuple[float, ...] | None = None
-    """K weights; `scores` is the weighted sum of `objective_scores`."""
+    objective_token_scores: Tensor | None = None
+    """[B, T, K] what those of them gave that give a reward to every token; None where none does."""
+    objectives: dict[str, float] | None = None
+    """K names and weights; `scores` is the weighted sum of `objective_scores`."""
     rollout_logprobs: Tensor | None = None
     """[B, T] log-probabilities by the engine that sampled the tokens, where it is not the one that scored them."""
     kl: Tensor | None = None
@@ -47,7 +49,7 @@ class Experience:
     advantages: Tensor | None = None
     """[B, T]"""
     returns: Tensor | None = None
-    """[B, T] the value function's targets."""
+    """The value function's targets, of its shape."""
 
     def __len__(self) -> int:
         return self.sequences.shape[0]

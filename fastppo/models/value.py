@@ -19,22 +19,23 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Module):
-    """One value a hidden state, ``v = h·w + b``, kept and computed in float32.
+    """One value a hidden state, ``v = h·w + b``, or K of them, kept and computed in float32.
 
     It starts at zero: every value is then 0, so the first advantages are the returns themselves, where a random head
     would add noise of a scale nobody chose, and a shared backbone gets no gradient from a head that knows nothing yet.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, num_values: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        shape = () if num_values is None else (num_values,)
+        self.weight = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] of any float type -> [...] float32."""
+        """[..., D] of any float type -> [...] float32, or [..., K] with `num_values` K."""
         # Autocast would round the values to half precision, and their differences are the advantages.
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float()[None]).squeeze(-1) + self.bias.float()
+            return F.linear(hidden.float(), self.weight.float()) + self.bias.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `value_head.safetensors` into the folder."""
@@ -48,7 +49,8 @@ class ValueHead(nn.Module):
         path = Path(folder, HEAD_FILE)
         try:
             tensors = load_file(path)
-            head = cls(tensors["weight"].numel())
+            *num_values, hidden_size = tensors["weight"].shape
+            head = cls(hidden_size, *num_values)
             head.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise ModelError(f"{path}: not a saved value head ({' '.join(str(error).split())})") from error
@@ -69,8 +71,8 @@ class ValueModel(nn.Module):
         self.head = head
 
     @classmethod
-    def from_causal_lm(cls, model: nn.Module) -> ValueModel:
-        """Start from a copy of a language model's backbone, with a value head of zeros.
+    def from_causal_lm(cls, model: nn.Module, num_values: int | None = None) -> ValueModel:
+        """Start from a copy of a language model's backbone, with a value head of zeros; see `ValueHead`.
 
         Raises:
             ModelError: the model has adapters already; a value model trains all of its weights.
@@ -78,11 +80,11 @@ class ValueModel(nn.Module):
         if hasattr(model, "disable_adapter"):
             raise ModelError("make the value model before the policy gets its adapters")
         backbone, lm_head = backbone_and_head(model)
-        value_head = ValueHead(lm_head.weight.shape[1]).to(lm_head.weight.device)
+        value_head = ValueHead(lm_head.weight.shape[1], num_values).to(lm_head.weight.device)
         return cls(copy.deepcopy(backbone).requires_grad_(True), value_head).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [B, T] float32 of each token's state, that token included; arbitrary but finite at padding.
+        """Values [B, T] or [B, T, K] float32 of each token's state, that token included; finite at padding.
 
         Args:
             input_ids: [B, T] int64.

@@ -20,24 +20,25 @@ class ActorCritic:
     Args:
         config: the model section of the configuration.
         device: where everything goes.
-        with_values: make the critic; without one `value` is None.
+        num_values: how many values the critic gives a state: K, or None for one that needs no dimension of its own;
+            0 makes no critic, and `value` is None.
 
     Raises:
         ModelError: a model cannot be had.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device, with_values: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, device: torch.device, num_values: int | None = None) -> None:
         self.config, self.device = config, device
         policy = models.load_causal_lm(config, device=device)
         self.context_length = models.context_length(policy)
         self.value: ValueHead | ValueModel | None = None
-        if not with_values:
+        if num_values == 0:
             pass
         elif config.value_model == "separate":
-            self.value = _separate_value_model(config, policy, device)
+            self.value = _separate_value_model(config, policy, device, num_values)
         else:
             _, head = backbone_and_head(policy)
-            self.value = ValueHead(head.weight.shape[1]).to(device)
+            self.value = ValueHead(head.weight.shape[1], num_values).to(device)
         self._reference: nn.Module | None = None
         if config.lora is not None:
             policy = models.apply_lora(policy, config.lora)
@@ -71,7 +72,7 @@ class ActorCritic:
         return functional_call(_StatesAndHead(self.policy), named, arguments)
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Values [B, T] float32 of the states before each completion token; `hidden` is the policy's there."""
+        """Values [B, T] or [B, T, K] float32 before each completion token; `hidden` is the policy's there."""
         if self.value is None:
             return None
         if isinstance(self.value, ValueHead):
@@ -148,11 +149,13 @@ def _states_and_head(
     return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
-def _separate_value_model(config: ModelConfig, policy: nn.Module, device: torch.device) -> ValueModel:
+def _separate_value_model(
+    config: ModelConfig, policy: nn.Module, device: torch.device, num_values: int | None
+) -> ValueModel:
     if config.value_name_or_path is None:
-        return ValueModel.from_causal_lm(policy)
+        return ValueModel.from_causal_lm(policy, num_values)
     source = ModelConfig(**(vars(config) | {"name_or_path": config.value_name_or_path, "lora": None}))
-    return ValueModel.from_causal_lm(models.load_causal_lm(source, device=device))
+    return ValueModel.from_causal_lm(models.load_causal_lm(source, device=device), num_values)
 
 
 def choose_device(name: str) -> torch.device:

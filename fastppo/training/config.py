@@ -102,6 +102,11 @@ class RewardConfig:
     """A sequence-classification model; its one logit, or that of class `label`, is the reward."""
     label: NonNegativeInt | None = None
     weight: FiniteFloat = 1.0
+    """Of a constraint: where its multiplier starts."""
+    threshold: FiniteFloat | None = None
+    """Makes it a constraint: its mean shall not be below this, and its weight is a Lagrange multiplier."""
+    multiplier_learning_rate: PositiveFloat = 0.1
+    """How much a constraint's multiplier moves in a step, for each unit that its mean is from the threshold."""
     normalize: bool = False
     """Divide by a running standard deviation and subtract a running mean."""
     batch_size: PositiveInt = 32
@@ -150,6 +155,9 @@ class AlgorithmConfig:
     """In completions: the adaptive controller's time constant, or the length of the linear schedule."""
     kl_coef_final: NonNegativeFloat = 0.0
     """Where the linear schedule ends."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Of several rewards: advantages of their weighted sum, or the weighted sum of each one's normalized advantages,
+    with a value function for each (for groups: GDPO; Liu et al., 2026)."""
     reference_refresh_steps: NonNegativeInt = 0
     """Every so many steps the reference becomes the current policy; 0 keeps the policy as it was at the start."""
     missing_eos_penalty: NonNegativeFloat | None = None
@@ -164,11 +172,33 @@ class AlgorithmConfig:
 class CriticConfig(AlgorithmConfig):
     """What algorithms that may learn a value function add."""
 
-    lam: UnitFloat = 0.95
-    """GAE's weight of longer returns (Schulman et al., 2016)."""
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
-    cliprange_value: PositiveFloat | None = 0.2
+    cliprange_value: PositiveFloat | None = None
+    """How far a value may move from the one at sampling time before its loss stops to fall."""
+
+
+@dataclass(config=_STRICT)
+class ReinforceConfig(CriticConfig):
+    """REINFORCE (Williams, 1992) with a baseline."""
+
+    baseline: Literal["none", "batch-mean", "rloo", "grpo", "learned"] = "rloo"
+    """`rloo`: the mean of the prompt's other completions. `grpo`: that of all of them, over their deviation.
+    `learned`: a value function."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What `grpo` divides by: the standard deviation of the prompt's completions, of the batch, or none."""
+    whiten_advantages: bool = False
+
+
+@dataclass(config=_STRICT)
+class ActorCriticConfig(CriticConfig):
+    """Advantage actor-critic (Mnih et al., 2016); `optim.value_learning_rate` is the critic's rate."""
+
+    lam: UnitFloat = 0.95
+    """GAE's weight of longer returns (Schulman et al., 2016)."""
+    n_steps: PositiveInt | None = None
+    """Rewards that are seen before the value function takes over; 1 is the TD error. Takes GAE's place."""
+    vf_coef: NonNegativeFloat = 0.5
 
 
 @dataclass(config=_STRICT)
@@ -176,10 +206,22 @@ class PPOConfig(CriticConfig):
     """Proximal policy optimization (Schulman et al., 2017)."""
 
     num_ppo_epochs: PositiveInt = 2
+    adv_estimator: Literal["gae", "grpo", "rloo", "reinforce_plus_plus"] = "gae"
+    """All but `gae` do without a value function: they compare with the prompt's other completions, or the batch."""
+    lam: UnitFloat = 0.95
+    """GAE's weight of longer returns (Schulman et al., 2016)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What `grpo` divides by: the standard deviation of the prompt's completions, of the batch, or none."""
+    whiten_advantages: bool | None = None
+    """If not given: for gae and reinforce_plus_plus, as in their papers."""
+    cliprange_value: PositiveFloat | None = 0.2
     clip_low: NonNegativeFloat = 0.2
     clip_high: NonNegativeFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
+    importance_sampling_cap: PositiveFloat | None = None
+    """Weigh each token by min(its probability when scored / when sampled, this): where sampling rounds otherwise than
+    scoring, or is another engine's. Not given: no weights (truncated importance sampling)."""
     target_kl: PositiveFloat | None = None
     """Stop a step's epochs once approx_kl to the rollout policy (nats a token) passes this."""
 
@@ -281,8 +323,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    algorithm: Literal["ppo"] = "ppo"
+    algorithm: Literal["reinforce", "actor_critic", "ppo"] = "ppo"
     """How the policy learns; its options are in the section of this name."""
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -496,7 +540,7 @@ def check_consistency(config: Config) -> None:
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
     _check_rewards(config)
-    _check_watch(config.watch)
+    _check_watch(config)
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         raise ConfigError("optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup")
     _check_other_sections(config)
@@ -516,6 +560,26 @@ def _check_other_sections(config: Config) -> None:
                 )
 
 
+def _has_critic(section: AlgorithmConfig) -> bool:
+    return getattr(section, "adv_estimator", "gae") == "gae" and getattr(section, "baseline", "learned") == "learned"
+
+
+def _is_grpo(section: AlgorithmConfig) -> bool:
+    return "grpo" in (getattr(section, "adv_estimator", None), getattr(section, "baseline", None))
+
+
+# What has an effect only beside something else: the key, beside what, and whether that is there.
+_CONDITIONAL_KEYS = (
+    ("vf_coef", "a value function", _has_critic),
+    ("cliprange_value", "a value function", _has_critic),
+    ("lam", "GAE", lambda section: _has_critic(section) and getattr(section, "n_steps", None) is None),
+    ("scale_rewards", "grpo", _is_grpo),
+    ("kl_target", "kl_controller: adaptive", lambda section: section.kl_controller == "adaptive"),
+    ("kl_horizon", "kl_controller: adaptive or linear", lambda section: section.kl_controller != "fixed"),
+    ("kl_coef_final", "kl_controller: linear", lambda section: section.kl_controller == "linear"),
+)
+
+
 def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> None:
     sequences = config.rollout.num_prompts * config.rollout.num_generations
     parts = section.num_mini_batches * section.gradient_accumulation_steps
@@ -528,11 +592,27 @@ def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> Non
         raise ConfigError(f"{name}.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
     if section.kl_estimator == "exact" and section.kl_in == "loss" and section.kl_coef == 0:
         raise ConfigError(f"{name}.kl_estimator: exact in the loss needs {name}.kl_coef above 0")
-    if section.kl_controller == "linear":
-        if config.model.reference == "none":
-            raise ConfigError(f"{name}.kl_controller: there is no KL to weigh when model.reference is none")
-    elif section.kl_coef_final:
-        raise ConfigError(f"{name}.kl_coef_final: is where {name}.kl_controller linear ends; another has no use for it")
+    if section.kl_controller == "linear" and config.model.reference == "none":
+        raise ConfigError(f"{name}.kl_controller: there is no KL to weigh when model.reference is none")
+    if section.multi_objective_aggregation == "normalize_then_sum":
+        shaped = [key for key in ("missing_eos_penalty", "length_penalty", "reward_clip") if getattr(section, key)]
+        if section.kl_coef and section.kl_in == "reward":
+            shaped.append("kl_in: reward")
+        if shaped:
+            raise ConfigError(
+                f"{name}.multi_objective_aggregation: normalize_then_sum leaves no place for {name}.{shaped[0]}, which "
+                "belongs to no objective"
+                + (f"; put it in the loss ({name}.kl_in: loss)" if "kl" in shaped[0] else "; write it as a reward")
+            )
+    for key, used_by, is_used in _CONDITIONAL_KEYS:
+        default = getattr(type(section)(), key, None)
+        if getattr(section, key, None) != default and not is_used(section):
+            raise ConfigError(f"{name}.{key}: has no effect without {used_by}")
+    estimator = getattr(section, "adv_estimator", getattr(section, "baseline", None))
+    if estimator in ("rloo", "grpo") and config.rollout.num_generations < 2:
+        raise ConfigError(
+            f"rollout.num_generations: {estimator} compares the completions of a prompt, of which it needs at least 2"
+        )
     if section.reference_refresh_steps:
         if config.model.reference == "none":
             raise ConfigError(f"{name}.reference_refresh_steps: there is no reference when model.reference is none")
@@ -560,16 +640,27 @@ def _check_rewards(config: Config) -> None:
             raise ConfigError(f"{key}: give exactly one of `function` and `model`")
         if names.count(reward.name) > 1:
             raise ConfigError(f"{key}.name: {reward.name!r} is used twice; metrics are kept by name")
-        if key.startswith("eval.") and (reward.weight != 1.0 or reward.normalize):
-            raise ConfigError(f"{key}: a reward that is not trained on has no weight and is not normalized")
+        if reward.threshold is None and reward.multiplier_learning_rate != RewardConfig("").multiplier_learning_rate:
+            raise ConfigError(f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one")
+        if reward.threshold is not None and reward.weight < 0:
+            raise ConfigError(f"{key}.weight: where a multiplier starts cannot be below 0")
+        trained_only = (reward.weight != 1.0, reward.normalize, reward.threshold is not None)
+        if key.startswith("eval.") and any(trained_only):
+            raise ConfigError(f"{key}: a reward that is not trained on has no weight, normalization or threshold")
+    if config.rewards and all(reward.threshold is not None for reward in config.rewards):
+        raise ConfigError("rewards: at least one must be an objective, without a threshold")
 
 
-def _check_watch(watch: WatchConfig) -> None:
-    for index, rule in enumerate(watch.rules):
+def _check_watch(config: Config) -> None:
+    for index, rule in enumerate(config.watch.rules):
         key = f"watch.rules.{index}"
         if rule.above is None and rule.below is None:
             raise ConfigError(f"{key}: give `above`, `below` or both; {rule.metric} is not bounded")
         if rule.above is not None and rule.below is not None and rule.below >= rule.above:
             raise ConfigError(f"{key}: every value is below {rule.below:g} or above {rule.above:g}")
-        if rule in watch.rules[:index]:
+        if rule in config.watch.rules[:index]:
             raise ConfigError(f"{key}: the same rule stands there twice")
+        if rule.action == "rollback" and not config.checkpoint.every:
+            raise ConfigError(f"{key}.action: rollback needs checkpoints; set checkpoint.every")
+        if rule.metric.startswith("eval/") and rule.action != "warn" and not config.eval.every:
+            raise ConfigError(f"{key}: {rule.metric} is known only after the last step; set eval.every")

@@ -29,7 +29,7 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
     rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
-    models = ActorCritic(dataclasses.replace(config.model, lora=None), device=device, with_values=False)
+    models = ActorCritic(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
     if model is not None:
         policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
         sizes = [backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy)]

@@ -2,6 +2,8 @@
 
     prompts, completions, columns ── each reward ──> raw [B] ── optional normalizer ──> · weight ── sum ──> total [B]
 
+A function may give one number a completion, or one a token. The weight of a constraint is its Lagrange multiplier.
+
 A reward is the one place where a user's own code runs inside a training step, so whatever it does wrong is reported
 with its name, its line and the completion it happened on.
 """
@@ -26,14 +28,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.algorithms.lagrangian import LagrangeMultiplier
 from fastppo.models.load import ModelError, context_length, load_pretrained, resolve
 from fastppo.training.config import ModelConfig
 
 if TYPE_CHECKING:
     from fastppo.training.config import RewardConfig
 
-RewardFunction = Callable[..., Sequence[float]]
-"""Called as f(prompts=[...], completions=[...], **columns), lists of one length B; returns B numbers."""
+RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
+"""Called as f(prompts=[...], completions=[...], completion_ids=[...], **columns), lists of one length B, of which it
+gets those that it names; returns B numbers, or B lists with a number for every token of completion_ids."""
 
 
 class RewardError(ValueError):
@@ -44,13 +48,16 @@ class RewardOutput(NamedTuple):
     """Rewards of a batch, float32."""
 
     total: Tensor
-    """[B], the weighted sum of `objectives`."""
+    """[B], the weighted sum of `objectives`: what whole completions got."""
     objectives: Tensor
-    """[B, K], one column a reward, normalized where that is asked for."""
-    weights: tuple[float, ...]
-    """K"""
+    """[B, K], one column a reward, normalized where that is asked for; 0 for one that is given by token."""
+    weights: dict[str, float]
+    """K names and the weights of this batch."""
     by_name: dict[str, Tensor]
-    """[B] each, as the function gave them: neither normalized nor weighted, so that curves stay comparable."""
+    """[B] each, as the function gave them: neither normalized nor weighted, so that curves stay comparable. Of rewards
+    by token, their sum."""
+    token_objectives: Tensor | None = None
+    """[B, T, K], rewards that are given by token, 0 elsewhere; None where no function does so."""
 
 
 @dataclass
@@ -61,6 +68,8 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     normalize: bool = False
+    multiplier: LagrangeMultiplier | None = None
+    """Of a constraint; its value stands for the weight."""
 
 
 class RunningNormalizer:
@@ -117,10 +126,17 @@ class RewardFunctions:
                 raise RewardError(f"reward {reward.name!r}: its weight must be finite, got {reward.weight}")
         self.rewards = list(rewards)
         self.device = device
+        self.multipliers = {reward.name: reward.multiplier for reward in rewards if reward.multiplier}
         self._normalizers = {reward.name: RunningNormalizer() for reward in rewards if reward.normalize}
 
     def __call__(
-        self, prompts: list[str], completions: list[str], columns: dict[str, list], *, update: bool = True
+        self,
+        prompts: list[str],
+        completions: list[str],
+        columns: dict[str, list],
+        *,
+        completion_ids: list[list[int]] | None = None,
+        update: bool = True,
     ) -> RewardOutput:
         """Score a batch.
 
@@ -129,34 +145,53 @@ class RewardFunctions:
             completions: B texts.
             columns: the prompts' other columns, B values each; a function gets those its signature names, or all if
                 it takes ``**kwargs``.
-            update: take the batch into the running normalizers, before it is normalized. False for evaluation.
+            completion_ids: B lists of the completions' tokens, EOS included; needed for rewards by token.
+            update: take the batch into the running normalizers, before it is normalized, and into the multipliers,
+                after it is weighted. False for evaluation.
 
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
         """
-        for name, values in {"completions": completions, **columns}.items():
+        given = {"completions": completions, **columns}
+        if completion_ids is not None:
+            given = {"completion_ids": completion_ids} | given
+        for name, values in given.items():
             if len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} values, but there are {len(prompts)} prompts")
         # Score everything before any normalizer learns of it: a step that fails leaves no trace.
-        raw = {reward.name: _score(reward, prompts, completions, columns) for reward in self.rewards}
-        columns_of_values = []
+        raw = {reward.name: _score(reward, {"prompts": prompts, **given}) for reward in self.rewards}
+        by_token = {name: values for name, values in raw.items() if values.dim() == 2}
+        raw |= {name: values.sum(1) for name, values in by_token.items()}
+        weights = {
+            reward.name: reward.multiplier.value if reward.multiplier else reward.weight for reward in self.rewards
+        }
+        whole = []
         for reward in self.rewards:
             values = raw[reward.name]
-            if reward.normalize:
+            if reward.name in by_token:
+                if reward.normalize:
+                    raise RewardError(f"reward {reward.name!r}: normalize is for rewards of whole completions")
+                values = torch.zeros_like(values)
+            elif reward.normalize:
                 normalizer = self._normalizers[reward.name]
                 if update:
                     normalizer.update(values)
                 values = normalizer(values)
-            columns_of_values.append(values)
-        objectives = torch.stack(columns_of_values, dim=1)  # [B, K]
-        weights = tuple(reward.weight for reward in self.rewards)
-        total = sum(weight * values for weight, values in zip(weights, columns_of_values, strict=True))
+            whole.append(values)
+        total = sum(weight * values for weight, values in zip(weights.values(), whole, strict=True))
+        token_objectives = None
+        if by_token:
+            shape = next(iter(by_token.values())).shape
+            parts = [by_token.get(reward.name, torch.zeros(shape)) for reward in self.rewards]
+            token_objectives = torch.stack(parts, dim=2).to(self.device, torch.float32)
         if not total.abs().le(torch.finfo(torch.float32).max).all():
             raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
         by_name = {name: values.to(self.device, torch.float32) for name, values in raw.items()}
-        return RewardOutput(
-            total.to(self.device, torch.float32), objectives.to(self.device, torch.float32), weights, by_name
-        )
+        if update:
+            for name, multiplier in self.multipliers.items():
+                multiplier.update(raw[name].mean().item())
+        objectives = torch.stack(whole, dim=1).to(self.device, torch.float32)
+        return RewardOutput(total.to(self.device, torch.float32), objectives, weights, by_name, token_objectives)
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Find out before the first step, rather than after its rollout, that a function wants a column there is not.
@@ -166,20 +201,24 @@ class RewardFunctions:
         """
         names = list(names)
         for reward in self.rewards:
-            _accepted(reward, ["prompts", "completions", *names])
+            _accepted(reward, ["prompts", "completions", "completion_ids", *names])
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """The normalizers by reward name, as JSON can hold them."""
-        return {name: normalizer.state_dict() for name, normalizer in self._normalizers.items()}
+    def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The normalizers and multipliers by reward name, as JSON can hold them."""
+        return {
+            "normalizers": {name: normalizer.state_dict() for name, normalizer in self._normalizers.items()},
+            "multipliers": {name: multiplier.state_dict() for name, multiplier in self.multipliers.items()},
+        }
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, dict[str, float]]]) -> None:
         """Go on from `state` (RewardError if it is of other rewards)."""
-        if set(state) != set(self._normalizers):
-            raise RewardError(
-                f"the saved run normalizes the rewards {sorted(state)}, this one {sorted(self._normalizers)}"
-            )
-        for name, values in state.items():
-            self._normalizers[name].load_state_dict(values)
+        for kind, own in (("normalizers", self._normalizers), ("multipliers", self.multipliers)):
+            if set(state[kind]) != set(own):
+                raise RewardError(
+                    f"the saved run has {kind} of the rewards {sorted(state[kind])}, this one {sorted(own)}"
+                )
+            for name, values in state[kind].items():
+                own[name].load_state_dict(values)
 
 
 def build_rewards(
@@ -207,7 +246,10 @@ def build_rewards(
             function = find_function(config.name, config.function)
         else:
             function = ModelReward(config, device=device, defaults=model_defaults or ModelConfig())
-        rewards.append(Reward(config.name, function, config.weight, config.normalize))
+        multiplier = None
+        if config.threshold is not None:
+            multiplier = LagrangeMultiplier(config.weight, config.threshold, config.multiplier_learning_rate)
+        rewards.append(Reward(config.name, function, config.weight, config.normalize, multiplier))
     return RewardFunctions(rewards, device=device)
 
 
@@ -309,9 +351,8 @@ class ModelReward:
         return scores
 
 
-def _score(reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]) -> Tensor:
-    """Raw rewards [B] float64 on the CPU."""
-    arguments = {"prompts": prompts, "completions": completions, **columns}
+def _score(reward: Reward, arguments: dict[str, list]) -> Tensor:
+    """Raw rewards [B], or by token [B, T], float64 on the CPU."""
     accepted = _accepted(reward, list(arguments))
     try:
         result = reward.function(**{name: arguments[name] for name in accepted})
@@ -319,10 +360,10 @@ def _score(reward: Reward, prompts: list[str], completions: list[str], columns: 
         raise RewardError(
             f"reward {reward.name!r} raised {type(error).__name__}: {error}{_line_of(reward.function, error)}"
         ) from error
-    return _checked(reward.name, result, completions)
+    return _checked(reward.name, result, arguments["completions"], arguments.get("completion_ids"))
 
 
-def _checked(name: str, result: Any, completions: list[str]) -> Tensor:
+def _checked(name: str, result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
     if result is None:
         raise RewardError(f"reward {name!r} returned None, expected {len(completions)} numbers")
     if hasattr(result, "tolist"):  # a tensor or array
@@ -332,6 +373,8 @@ def _checked(name: str, result: Any, completions: list[str]) -> Tensor:
     given = list(result)
     if len(given) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(given)} numbers for {len(completions)} completions")
+    if completion_ids is not None and any(_is_list(item) for item in given):
+        return _checked_by_token(name, given, completions, completion_ids)
     values = [_number(item) for item in given]
     for index, (item, value) in enumerate(zip(given, values, strict=True)):
         if value is None:
@@ -339,6 +382,29 @@ def _checked(name: str, result: Any, completions: list[str]) -> Tensor:
         if not abs(value) <= torch.finfo(torch.float32).max:
             raise RewardError(f"reward {name!r} gave {value} {_at(index, completions)}, expected a finite number")
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _checked_by_token(name: str, given: list[Any], completions: list[str], completion_ids: list[list[int]]) -> Tensor:
+    """[B, T] from B lists, of which each must be as long as its completion."""
+    values = torch.zeros(len(given), max(map(len, completion_ids)), dtype=torch.float64)
+    for index, (row, ids) in enumerate(zip(given, completion_ids, strict=True)):
+        numbers_of_row = [_number(item) for item in row] if _is_list(row) else []
+        if len(numbers_of_row) != len(ids):
+            raise RewardError(
+                f"reward {name!r} gave {row!r:.60} {_at(index, completions)}, expected {len(ids)} numbers, one for "
+                "every token of completion_ids"
+            )
+        for item, value in zip(row, numbers_of_row, strict=True):
+            if value is None or not abs(value) <= torch.finfo(torch.float32).max:
+                raise RewardError(
+                    f"reward {name!r} gave {item!r:.60} to a token {_at(index, completions)}, expected a finite number"
+                )
+        values[index, : len(ids)] = torch.tensor(numbers_of_row, dtype=torch.float64)
+    return values
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 1
 
 
 def _number(item: Any) -> float | None:

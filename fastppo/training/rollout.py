@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fastppo.training.config import RolloutConfig
 from fastppo.training.data import Prompt
@@ -30,6 +30,8 @@ class Rollout(NamedTuple):
     """[B] bool: whether the completion ended by EOS rather than by max_new_tokens."""
     groups: Tensor
     """[B] int64: completions of the same prompt have the same number."""
+    logprobs: Tensor | None = None
+    """[B, T] float32, of the tokens as they were sampled, 0 on padding; None where they were not asked for."""
 
 
 @torch.no_grad()
@@ -40,11 +42,12 @@ def sample(
     config: RolloutConfig,
     *,
     device: torch.device,
+    with_logprobs: bool = False,
 ) -> Rollout:
     """Sample one completion for every prompt (repeat a prompt for several), from the policy's own distribution.
 
     Nothing but the temperature changes that distribution, so the log-probabilities that are computed of the tokens
-    later are those they were sampled with.
+    later are those they were sampled with, up to rounding. `with_logprobs` keeps those of the sampling itself.
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
@@ -67,20 +70,28 @@ def sample(
         prompt_mask[row, width - len(prompt.input_ids) :] = 1
     ids, prompt_mask = ids.to(device), prompt_mask.to(device)
 
-    parts = []
+    parts, logprobs = [], []
     with _own_defaults(policy, generation):
         for start in range(0, len(prompts), config.generation_batch_size):
             rows = slice(start, start + config.generation_batch_size)
+            recorder = _RecordLogprobs(config.temperature)
+            processors = LogitsProcessorList([recorder] if with_logprobs else [])
             try:
-                out = policy.generate(input_ids=ids[rows], attention_mask=prompt_mask[rows])
+                out = policy.generate(
+                    input_ids=ids[rows], attention_mask=prompt_mask[rows], logits_processor=processors
+                )
             except RuntimeError as error:
                 if "probability tensor contains" in str(error):  # torch.multinomial's word for it
                     raise FloatingPointError("the policy's probabilities are not finite") from error
                 raise
             parts.append(out[:, width:])
+            if with_logprobs:
+                logprobs.append(recorder.finish(out))
     longest = max(part.shape[1] for part in parts)
     tokens = torch.cat([F.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id) for part in parts])
 
+    if with_logprobs:
+        logprobs = torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in logprobs])
     is_eos = torch.isin(tokens, torch.tensor(eos, device=device))
     # A token is real up to and with the first EOS; generate() pads after that, often with EOS itself.
     mask = (is_eos.cumsum(1) - is_eos.long()) == 0
@@ -91,7 +102,35 @@ def sample(
         completions=tokenizer.batch_decode(tokens.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True),
         ended=(is_eos & mask).any(1),
         groups=_groups(prompts).to(device),
+        logprobs=logprobs.masked_fill(~mask, 0.0) if with_logprobs else None,
     )
+
+
+class _RecordLogprobs(LogitsProcessor):
+    """Keeps the log-probability of every token that `generate` samples; the logits pass through unchanged.
+
+    The token that was drawn from some logits is known when the next ones come, so one [b, V] stays at a time.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature  # generate() divides by it after this
+        self._waiting: Tensor | None = None
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids)
+        self._waiting = (scores.float() / self._temperature).log_softmax(-1)
+        return scores
+
+    def _take(self, input_ids: Tensor) -> None:
+        if self._waiting is not None:
+            self._steps.append(self._waiting.gather(1, input_ids[:, -1:]))
+            self._waiting = None
+
+    def finish(self, output: Tensor) -> Tensor:
+        """[b, T] of the tokens of generate()'s output."""
+        self._take(output)
+        return torch.cat(self._steps, dim=1)
 
 
 def _groups(prompts: list[Prompt]) -> Tensor:

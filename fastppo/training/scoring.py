@@ -37,14 +37,30 @@ class Scorer:
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """One completion for every prompt."""
+        cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
         with self.models.autocast():
-            return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, device=self.models.device)
+            return sample(
+                self.models.policy,
+                self.tokenizer,
+                prompts,
+                self.config.rollout,
+                device=self.models.device,
+                with_logprobs=cap is not None,
+            )
 
     def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
         """Scores [B]; `update` lets running normalizers learn from them."""
         names = {name for prompt in prompts for name in prompt.columns}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-        return self.rewards([prompt.text for prompt in prompts], rollout.completions, columns, update=update)
+        tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
+        completion_ids = [row[real].tolist() for row, real in zip(tokens.cpu(), rollout.mask.cpu(), strict=True)]
+        return self.rewards(
+            [prompt.text for prompt in prompts],
+            rollout.completions,
+            columns,
+            completion_ids=completion_ids,
+            update=update,
+        )
 
     @torch.no_grad()
     def score(self, rollout: Rollout, rewards: RewardOutput, *, with_values: bool = True) -> Experience:
@@ -64,8 +80,10 @@ class Scorer:
             scores=rewards.total,
             ended=rollout.ended,
             groups=rollout.groups,
+            rollout_logprobs=rollout.logprobs,
             objective_scores=rewards.objectives,
-            objective_weights=rewards.weights,
+            objective_token_scores=rewards.token_objectives,
+            objectives=rewards.weights,
             **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
         )
 
@@ -78,7 +96,9 @@ class Scorer:
             hidden, head = self.models.hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
             if with_values:
-                result["old_values"] = self.models.values(hidden, ids, attention).masked_fill(~mask, 0.0)
+                values = self.models.values(hidden, ids, attention)
+                real = mask if values.dim() == 2 else mask[..., None]
+                result["old_values"] = values.masked_fill(~real, 0.0)
             if self.models.has_reference:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
                 result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
@@ -119,10 +139,13 @@ class Scorer:
         """Means of the rewards as the functions gave them: normalization would hide whether they rise."""
         weighted = self._weighted(rewards)
         metrics = {f"{prefix}/mean": weighted.mean().item(), f"{prefix}/std": weighted.std(correction=0).item()}
-        return metrics | {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
+        metrics |= {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
+        return metrics | {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
 
     def _weighted(self, rewards: RewardOutput) -> Tensor:
-        return sum(reward.weight * rewards.by_name[reward.name] for reward in self.rewards.rewards)
+        """[B], without constraints, whose weights move."""
+        objectives = (reward for reward in self.rewards.rewards if reward.multiplier is None)
+        return sum(reward.weight * rewards.by_name[reward.name] for reward in objectives)
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample held-out prompts, always with the same random numbers and without touching the run's.

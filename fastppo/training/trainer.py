@@ -106,7 +106,9 @@ class Trainer:
         self.algorithm = ALGORITHMS[config.algorithm](
             config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name
         )
-        self.models = ActorCritic(config.model, device=self.device, with_values=self.algorithm.needs_values)
+        by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
+        num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
+        self.models = ActorCritic(config.model, device=self.device, num_values=num_values)
         self.data = load_prompts(
             config.data,
             self.tokenizer,
