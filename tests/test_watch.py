@@ -183,11 +183,12 @@ def test_a_rollback_keeps_what_happened_and_lowers_what_it_goes_back_to():
     [alarm] = [a for step in (5, 6) for a in watch.observe(step, {"x": 3.0})[1]]
     assert (alarm.step, alarm.good_step, alarm.action) == (6, 3, "rollback")
     assert watch.oldest_good_step == 3
-    assert watch.rolled_back_to(early, 0.5) == 0.25
+    before = watch.state_dict()
+    watch.load_state_dict(early)
+    assert watch.rolled_back(before, 0.5) == 0.25
     assert (watch.rollbacks, watch.lr_scale, watch.alarms) == (1, 0.25, [alarm])
     # To where the first rollback has left its mark, only the second's factor is missing.
-    marked = watch.state_dict()
-    assert watch.rolled_back_to(marked, 0.5) == 0.5
+    assert watch.rolled_back(watch.state_dict(), 0.5) == 0.5
     assert (watch.rollbacks, watch.lr_scale) == (2, 0.125)
 
 

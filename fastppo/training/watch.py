@@ -195,18 +195,20 @@ class Watch:
         """Metrics that the configuration's own rules name and that have not come yet."""
         return sorted({rule.metric for rule in self.config.rules} - self._seen)
 
-    def rolled_back_to(self, saved: dict[str, Any], factor: float) -> float:
-        """Go on from the saved state of an earlier step, yet with the alarms, the count of rollbacks and the learning
-        rate's history of now; another rollback is counted.
+    def rolled_back(self, before: dict[str, Any], factor: float) -> float:
+        """After an earlier state was loaded: take back what a rollback does not undo, and count it.
+
+        Args:
+            before: the state before the rollback; its alarms, rollbacks and learning rate's history stay.
+            factor: what this rollback multiplies the learning rate by.
 
         Returns:
-            What the learning rate of that earlier step is to be multiplied by.
+            What the learning rate of the earlier state is to be multiplied by for that.
         """
-        alarms, rollbacks, lr_scale = self.alarms, self.rollbacks + 1, self.lr_scale * factor
-        self.load_state_dict(saved)
-        restored = self.lr_scale
-        self.alarms, self.rollbacks, self.lr_scale = alarms, rollbacks, lr_scale
-        return lr_scale / restored
+        earlier = self.lr_scale
+        self.alarms = [Alarm(**alarm) for alarm in before["alarms"]]
+        self.rollbacks, self.lr_scale = before["rollbacks"] + 1, before["lr_scale"] * factor
+        return self.lr_scale / earlier
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -233,3 +235,8 @@ class Watch:
 
 def _key(rule: WatchRule) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(rule).items())
+
+
+def gravest(alarms: Sequence[Alarm]) -> str:
+    """The action that outweighs the others': warn < lower_lr < rollback < stop."""
+    return max((alarm.action for alarm in alarms), key=("warn", "lower_lr", "rollback", "stop").index)
