@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from fastppo.training.checkpoint import find_checkpoint
 from fastppo.training.config import build_config
 from fastppo.training.metrics import read_alarms, read_metrics, read_samples
 from fastppo.training.trainer import Trainer
@@ -96,32 +94,111 @@ def test_a_run_that_collapses_is_rolled_back_and_finishes(world, tmp_path):
     assert rows[0]["reward/mean"] != abandoned[0]["reward/mean"]
 
 
-@pytest.mark.parametrize("killed_at", [2, 3, 6])
-def test_a_kill_before_in_or_after_a_rollback_changes_nothing(world, tmp_path, killed_at, monkeypatch):
+class Killed(BaseException):
+    """Nothing in a run catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("moment", ["before", "amid", "after"])
+def test_a_run_killed_around_its_rollback_comes_to_the_same_bits(world, tmp_path, moment):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     Trainer(config(world, whole, **COLLAPSE)).train()
-
-    class Killed(BaseException):
-        pass
 
     def kill(*args, **kwargs):
         raise Killed
 
     trainer = Trainer(config(world, killed, **COLLAPSE))
-    if killed_at == 3:  # after the newer checkpoints were deleted, before there is one that knows of the rollback
-        trainer.progress = None
-        roll_back, checkpoint = trainer._roll_back, trainer._checkpoint
-        trainer._roll_back = lambda *a: (setattr(trainer, "_checkpoint", kill), roll_back(*a))
+    if moment == "amid":  # later checkpoints are deleted, and there is none yet that knows of the rollback
+        roll_back = trainer._roll_back
+        trainer._roll_back = lambda *arguments: (setattr(trainer, "_checkpoint", kill), roll_back(*arguments))
     else:
-        step, count = trainer.train_step, []
-        # The third step is the one that is rolled back.
-        trainer.train_step = lambda: kill() if len(count) == {2: 2, 6: 3 + 5}[killed_at] else (count.append(1), step())[1]
+        step, calls = trainer.train_step, []
+        last = 2 if moment == "before" else 3 + 5  # the third is rolled back
+        trainer.train_step = lambda: (calls.append(1), kill() if len(calls) > last else step())[1]
     with pytest.raises(Killed):
         trainer.train()
     resumed = Trainer(config(world, killed, **COLLAPSE), resume=True)
-    assert resumed.train().step == 8
+    assert resumed.step == {"before": 2, "amid": 0, "after": 4}[moment]
+    resumed.train()
     assert same(weights_of(whole), weights_of(killed))
     assert metrics_of(whole) == metrics_of(killed)
     assert read_alarms(whole) == read_alarms(killed)
-    if killed_at != 3:
-        assert [r["step"] for r in read_metrics(killed / "abandoned-1.jsonl")] == [1, 2, 3]
+
+
+def rule(**fields):
+    return {"watch__defaults": False, "watch__rules": [fields]}
+
+
+def test_rollbacks_are_bounded(world, tmp_path):
+    out = tmp_path / "run"
+    changes = rule(metric="completion/length", above=0.0, action="rollback")  # never satisfied
+    result = Trainer(config(world, out, watch__max_rollbacks=2, **changes)).train()
+    assert (result.step, result.final) == (1, None)
+    assert result.stopped.startswith("completion/length")
+    outcomes = [alarm["outcome"] for alarm in read_alarms(out)]
+    assert [outcome.split(",")[0] for outcome in outcomes] == [
+        "rolled back to step 0",
+        "rolled back to step 0",
+        "run stopped after 2 rollbacks",
+    ]
+    rates = [read_metrics(out / f"abandoned-{n}.jsonl")[-1]["lr"] for n in (1, 2)]
+    assert rates == pytest.approx([1e-3, 0.5e-3])
+    assert read_metrics(out / "metrics.jsonl")[-1]["lr"] == pytest.approx(0.25e-3)
+
+
+def test_a_rule_may_lower_the_learning_rate(world, tmp_path):
+    out, scheduled = tmp_path / "run", {"optim__lr_scheduler_type": "linear"}
+    changes = rule(metric="completion/length", above=0.0, patience=2, action="lower_lr") | scheduled
+    Trainer(config(world, out, total_steps=5, **changes)).train()
+    rates = [row["lr"] for row in read_metrics(out / "metrics.jsonl") if "lr" in row]
+    assert rates == pytest.approx([1e-3, 0.8e-3, 0.6e-3 / 2, 0.4e-3 / 2, 0.2e-3 / 4])
+
+
+def test_a_rule_may_stop_the_run_and_a_resume_goes_on(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    changes = rule(metric="completion/length", above=0.0, patience=3, action="stop")
+    result = Trainer(config(world, out, total_steps=5, **changes)).train()
+    assert (result.step, result.final, result.interrupted_by) == (3, None, None)
+    assert "step 3: completion/length" in capsys.readouterr().out
+    assert "run stopped" in (out / "report.html").read_text()
+    resumed = Trainer(config(world, out, total_steps=5, **changes), resume=True)
+    assert resumed.step == 3
+    assert resumed.train().step == 5
+
+
+def test_a_rule_of_a_metric_that_never_comes_is_told_of(world, tmp_path, capsys):
+    changes = rule(metric="policy/entropie", below=0.1)
+    Trainer(config(world, tmp_path / "run", total_steps=1, **changes)).train()
+    assert "watch: there is no metric policy/entropie so far" in capsys.readouterr().out
+
+
+def test_a_healthy_run_raises_no_alarm(world, tmp_path):
+    Trainer(config(world, tmp_path / "run", eval__perplexity=str(world / "texts.txt"))).train()
+    assert read_alarms(tmp_path / "run") == []
+
+
+def one_letter(completions, **_):
+    return [text.count("e") / 8 for text in completions]
+
+
+def test_a_second_reward_and_the_perplexity_reveal_a_policy_that_games_the_first(world, tmp_path):
+    out = tmp_path / "run"
+    gamed = {
+        "total_steps": 25,
+        "rewards": [{"name": "e", "function": f"{__file__}:one_letter"}],
+        "eval__rewards": [{"name": "variety", "function": f"{world / 'rewards.py'}:variety"}],
+        "eval__perplexity": str(world / "texts.txt"),
+        "eval__every": 5,
+        "optim__learning_rate": 1e-2,
+        "rollout__num_prompts": 16,
+    }
+    Trainer(config(world, out, **gamed)).train()
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval/reward" in row]
+    first, last = rows[0], rows[-1]
+    assert last["eval/reward"] > first["eval/reward"] + 0.2
+    assert last["eval/variety"] < first["eval/variety"] - 0.2
+    assert last["eval/perplexity"] > 1.5 * first["eval/perplexity"]
+    assert first["eval/perplexity"] == pytest.approx(first["eval/perplexity_reference"], rel=1e-4)
+    assert last["eval/perplexity_reference"] == first["eval/perplexity_reference"]
+    alarmed = {alarm["metric"] for alarm in read_alarms(out)}
+    assert {"eval/variety_effect", "eval/perplexity"} <= alarmed
+    assert set(read_samples(out, "after")[0]["rewards"]) == {"e", "variety"}
