@@ -91,7 +91,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_leaves_everything_behind(world, tmp_path):
+def test_a_run_leaves_everything_behind(world, tmp_path, with_report):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
