@@ -97,7 +97,8 @@ class RewardConfig:
 
     name: str
     function: str | None = None
-    """`vader_sentiment`, `module:function` or `file.py:function`, called as f(prompts, completions, **columns)."""
+    """`vader_sentiment`, `reasoning_gym`, `module:function` or `file.py:function`, called as f(prompts, completions,
+    **columns)."""
     model: str | None = None
     """A sequence-classification model; its one logit, or that of class `label`, is the reward."""
     label: NonNegativeInt | None = None
