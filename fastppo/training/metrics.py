@@ -8,6 +8,8 @@ The names that the report (report.py) and the progress display (progress.py) kno
     reward/mean  reward/std  reward/<name of a reward>       eval/reward  eval/kl  eval/length (on held-out prompts)
     kl/reference (nats a completion)  kl/coef                policy/entropy (nats a token)  policy/clip_fraction
     policy/approx_kl (nats a token)  loss/policy  loss/value  value/explained_variance  completion/length (tokens)
+    text/distinct_1  text/distinct_2  text/repetition        policy/ratio_max  advantage/extreme
+    eval/perplexity  eval/perplexity_reference               eval/<name of a held-out reward>
     grad_norm  lr  tokens_per_second  time/<phase> and time/step (seconds)
 """
 
