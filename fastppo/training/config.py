@@ -646,6 +646,8 @@ def _check_rewards(config: Config) -> None:
         if reward.threshold is not None and reward.weight < 0:
             raise ConfigError(f"{key}.weight: where a multiplier starts cannot be below 0")
         trained_only = (reward.weight != 1.0, reward.normalize, reward.threshold is not None)
+        if key.startswith("eval.") and not {f"{reward.name}_std", f"{reward.name}_effect"}.isdisjoint(names):
+            raise ConfigError(f"{key}.name: a reward named {reward.name}_std or {reward.name}_effect hides its metrics")
         if key.startswith("eval.") and any(trained_only):
             raise ConfigError(f"{key}: a reward that is not trained on has no weight, normalization or threshold")
     if config.rewards and all(reward.threshold is not None for reward in config.rewards):

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastppo.training.config import WatchConfig, WatchRule
 
-# A rule's metric of an evaluation is compared with the first evaluation, that of the policy before any step.
+# What begins so is measured in evaluations, of which the first is that of the policy before any step.
 _EVAL = "eval/"
 # Below this KL (nats a completion) the reward's gain over its square root is noise over noise.
 _LEAST_KL = 0.1
@@ -121,13 +121,14 @@ class Watch:
             metrics: name to value. A rule whose metric is not among them, or is NaN, is left as it was.
 
         Returns:
-            Metrics that follow from these (`derive`), and the alarms raised, which are also kept in `alarms`.
+            Metrics that follow from these and the first ones (see `_derive`), and the alarms raised, which are also kept
+            in `alarms`.
         """
-        self._seen.update(metrics)
         for name, baseline in self._baselines.items():
             if not baseline.complete and math.isfinite(metrics.get(name, math.nan)):
                 baseline.update(metrics[name])
         derived = self._derive(metrics)
+        self._seen.update(metrics, derived)
         raised = []
         for rule in self.rules:
             value = metrics.get(rule.metric, derived.get(rule.metric, math.nan))
