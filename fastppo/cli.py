@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import fastppo
 
 _DESCRIPTION = """\
-PPO of language models on one machine.
+Policy optimization of language models on one machine.
 
   fastppo train examples/sentiment.yaml            train, with checkpoints, curves and a report
   fastppo train CONFIG.yaml --ppo.kl_coef 0.1      the same with another value for one key
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # An abbreviation of an option could as well be a misspelt key.
     section = {"epilog": _OVERRIDES, "allow_abbrev": False}
 
-    train = commands.add_parser("train", help="train a policy", description="Train a policy with PPO.", **section)
+    train = commands.add_parser(
+        "train", help="train a policy", description="Train a policy by reinforcement.", **section
+    )
     train.add_argument("config", help="YAML file; see examples/")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in output_dir")
     train.add_argument("--plain", action="store_true", help="one plain line a step, also on a terminal")

@@ -222,6 +222,11 @@ def make_config(name: str, sequences: int, depth: int, *, groups_of: int = 1, **
     )
 
 
+def needs_values(config: Config) -> bool:
+    """Whether the algorithm of `config` has a critic."""
+    return ALGORITHMS[config.algorithm](config.algorithm_config).needs_values
+
+
 def make_learner(
     models: TabularModels, config: Config, optimizer: torch.optim.Optimizer | None = None, *, lr: float = 0.1
 ) -> tuple[Algorithm, Learner]:

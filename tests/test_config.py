@@ -57,6 +57,41 @@ def test_round_trip(tmp_path):
         (["--optim.adam_beta1", "1.0"], "optim.adam_beta1"),
         (["--rewards.0.weight", ".inf"], "rewards.0.weight"),
         (["--rewards.0.name", "mean"], "is the name of a metric already"),
+        (["--algorithm", "pppo"], "algorithm: 'pppo' is not one of its values; did you mean 'ppo'?"),
+        (["--algorithm", "reinforce", "--ppo.lam", "1"], "ppo.lam: has no effect, since algorithm is 'reinforce'"),
+        (["--reinforce.baseline", "none"], "reinforce.baseline: has no effect, since algorithm is 'ppo'"),
+        (["--ppo.adv_estimator", "grpo", "--ppo.vf_coef", "1"], "ppo.vf_coef: has no effect without a value function"),
+        (["--ppo.adv_estimator", "rloo", "--ppo.lam", "1"], "ppo.lam: has no effect without GAE"),
+        (["--ppo.scale_rewards", "none"], "ppo.scale_rewards: has no effect without grpo"),
+        (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
+        (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
+        (
+            ["--ppo.adv_estimator", "grpo", "--rollout.num_generations", "1"],
+            "rollout.num_generations: grpo compares the completions of a prompt, of which it needs at least 2",
+        ),
+        (
+            ["--ppo.reference_refresh_steps", "2", "--model.lora.r", "4"],
+            "ppo.reference_refresh_steps: not possible with model.lora",
+        ),
+        (
+            ["--ppo.reference_refresh_steps", "2", "--model.reference", "none", "--ppo.kl_coef", "0"],
+            "ppo.reference_refresh_steps: there is no reference",
+        ),
+        (
+            ["--ppo.kl_controller", "linear", "--model.reference", "none", "--ppo.kl_coef", "0"],
+            "ppo.kl_controller: there is no KL to weigh",
+        ),
+        (
+            ["--ppo.multi_objective_aggregation", "normalize_then_sum"],
+            "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
+        ),
+        (
+            ["--ppo.multi_objective_aggregation", "normalize_then_sum", "--ppo.kl_coef", "0", "--ppo.reward_clip", "1"],
+            "leaves no place for ppo.reward_clip",
+        ),
+        (["--rewards.0.threshold", "1"], "rewards: at least one must be an objective, without a threshold"),
+        (["--rewards.0.threshold", "1", "--rewards.0.weight", "-1"], "rewards.0.weight: where a multiplier starts"),
+        (["--rewards.0.multiplier_learning_rate", "1"], "rewards.0.multiplier_learning_rate: only a constraint"),
     ],
 )
 def test_one_clear_line(tmp_path, overrides, message):
@@ -83,6 +118,21 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_a_section_that_was_set_can_be_dropped(tmp_path):
+    """A file for one algorithm serves another."""
+    path = write(tmp_path, BASE | {"ppo": {"lam": 0.5}})
+    config = load_config(path, ["--algorithm", "reinforce", "--ppo", "{}", "--reinforce.baseline", "batch-mean"])
+    assert config.algorithm_config is config.reinforce
+    assert config.reinforce.baseline == "batch-mean"
+
+
+def test_every_key_is_explained_where_it_was_inherited():
+    help_of = {key.name: key.help for key in documented_keys()}
+    for section in ("ppo", "reinforce", "actor_critic"):
+        assert "KL penalty shapes" in help_of[f"{section}.kl_in"]
+    assert "as in their papers" in help_of["ppo.whiten_advantages"]
 
 
 def test_every_key_is_listed_once():

@@ -379,3 +379,19 @@ def test_what_is_not_finite_is_refused_where_it_counts(name, value, at):
             fastppo.gae(r, v, gamma=0.9, lam=0.9, bootstrap=poisoned(value, 1, r[:, 0]), backend=backend)
         with pytest.raises(ValueError, match="overflow"):
             fastppo.gae(torch.full((1, 40), 3e38), torch.zeros(1, 40), gamma=1, lam=1, backend=backend)
+
+
+def test_agrees_with_torchrl():
+    """Another library's, on what it has: no padding, episodes that end within a row and ones that go on after it."""
+    pytest.importorskip("torchrl", reason="torchrl, the peer to compare with, is not installed")
+    from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+    rewards, values = (torch.randn(5, 13, dtype=torch.float64) for _ in range(2))
+    dones, bootstrap = torch.rand(5, 13) < 0.2, torch.randn(5, dtype=torch.float64)
+    following = torch.cat([values[:, 1:], bootstrap[:, None]], dim=1)
+    columns = (x[..., None] for x in (values, following, rewards, dones))
+    # It rounds γ and λ to float32, so they are numbers that this leaves as they are.
+    theirs = generalized_advantage_estimate(0.875, 0.75, *columns)
+    ours = fastppo.gae(rewards, values, gamma=0.875, lam=0.75, dones=dones, bootstrap=bootstrap)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other[..., 0], atol=1e-12, rtol=1e-12)

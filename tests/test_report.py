@@ -268,6 +268,18 @@ def test_reward_names_that_mean_something_to_a_plotting_library(tmp_path):
     assert "長さ" in page.text
 
 
+def test_multipliers_and_critics_of_single_rewards_have_curves(tmp_path):
+    lines = [(n, {f"multiplier/{HOSTILE}": 0.1 * n, "value/explained_variance/a": 0.5}) for n in (1, 2)]
+    log(tmp_path, lines)
+    plots = {plot.name: plot for plot in report._plots(report._load(tmp_path))}
+    shown = {
+        curve.label for name in ("reward_parts", "value") for panel in plots[name].panels for curve in panel.curves
+    }
+    assert {HOSTILE, "a"} <= shown
+    write_report(tmp_path)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"reward_parts", "value"}
+
+
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for folder in (tmp_path, tmp_path / "missing"):

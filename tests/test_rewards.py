@@ -247,6 +247,74 @@ def test_normalizers_resume_to_the_same_bits():
         RewardFunctions([Reward("length", length)]).load_state_dict(rewards.state_dict())
 
 
+# ---- rewards by token, and constraints
+
+
+def test_rewards_by_token_stand_at_their_tokens():
+    ids = [[5, 6, 7], [8], [9, 10]]
+
+    def positions(completion_ids, **_):
+        return [[float(10 * i + t) for t in range(len(row))] for i, row in enumerate(completion_ids)]
+
+    rewards = RewardFunctions([Reward("length", length, 2.0), Reward("positions", positions, 0.5)])
+    out = rewards(["p"] * 3, ["abc", "d", "ef"], {}, completion_ids=ids)
+    assert out.total.tolist() == [6.0, 2.0, 4.0]
+    assert out.weights == {"length": 2.0, "positions": 0.5}
+    assert out.objectives.tolist() == [[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+    assert out.token_objectives[..., 0].abs().sum() == 0
+    assert out.token_objectives[..., 1].tolist() == [[0.0, 1.0, 2.0], [10.0, 0.0, 0.0], [20.0, 21.0, 0.0]]
+    assert out.by_name["positions"].tolist() == [3.0, 10.0, 41.0]
+    tensors = RewardFunctions([Reward("t", lambda completion_ids: [torch.ones(len(row)) for row in completion_ids])])
+    assert tensors(["p"] * 3, ["abc", "d", "ef"], {}, completion_ids=ids).token_objectives.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([[1.0], [1.0]], r"expected 2 numbers, one for every token"),
+        ([[1.0, 2.0], 1.0], r"reward 'f' gave 1.0 for completion 1, 'b', expected 1 numbers, one for every token"),
+        ([[1.0, "x"], [1.0]], r"gave 'x' to a token for completion 0, 'a', expected a finite number"),
+        ([[1.0, math.nan], [1.0]], r"gave nan to a token"),
+    ],
+)
+def test_wrong_rewards_by_token_are_named(result, message):
+    rewards = RewardFunctions([Reward("f", lambda completions: result)])
+    with pytest.raises(RewardError, match=message):
+        rewards(["p", "p"], ["a", "b"], {}, completion_ids=[[1, 2], [3]])
+
+
+def test_rewards_by_token_are_not_normalized():
+    rewards = RewardFunctions([Reward("f", lambda completions: [[1.0], [2.0]], normalize=True)])
+    with pytest.raises(RewardError, match="normalize is for rewards of whole completions"):
+        rewards(["p", "p"], ["a", "b"], {}, completion_ids=[[1], [3]])
+
+
+def test_a_constraints_weight_rises_while_it_is_violated():
+    def make():
+        return build_rewards(
+            [
+                RewardConfig("length", function=f"{__name__}:length"),
+                RewardConfig(
+                    "safe", function=f"{__name__}:zero", weight=0.5, threshold=2.0, multiplier_learning_rate=0.1
+                ),
+            ]
+        )
+
+    rewards = make()
+    for weight in (0.5, 0.7, 0.9):
+        out = rewards(["p", "p"], ["a", "bb"], {})
+        assert out.weights["safe"] == pytest.approx(weight)
+        assert out.total.tolist() == [1.0, 2.0]
+    rewards(["p", "p"], ["a", "bb"], {}, update=False)
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(rewards.state_dict())))
+    assert resumed.multipliers["safe"].value == rewards.multipliers["safe"].value == pytest.approx(1.1)
+
+
+def zero(completions):
+    return [0.0] * len(completions)
+
+
 # ---- finding functions
 
 

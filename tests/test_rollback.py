@@ -18,6 +18,12 @@ def vowels(prompts, completions, **_):
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 
 
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Plots take longer than a tiny run; where the report is what matters, a test undoes this."""
+    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
@@ -74,7 +80,8 @@ COLLAPSE = {
 }
 
 
-def test_a_run_that_collapses_is_rolled_back_and_finishes(world, tmp_path, with_report):
+def test_a_run_that_collapses_is_rolled_back_and_finishes(world, tmp_path, monkeypatch):
+    monkeypatch.undo()
     out = tmp_path / "run"
     result = Trainer(config(world, out, **COLLAPSE)).train()
     assert (result.step, result.stopped) == (8, None)

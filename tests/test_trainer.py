@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from fastppo.training.checkpoint import CheckpointError
+from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError, build_config
 from fastppo.training.data import DataError
 from fastppo.training.learner import NonFiniteError
@@ -24,6 +24,12 @@ from fastppo.training.rewards import RewardError, RewardOutput
 from fastppo.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing plots is most of a tiny run's time; the test that looks at them undoes this."""
+    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
 
 
 def vowels(prompts, completions, **_):
@@ -91,7 +97,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_leaves_everything_behind(world, tmp_path, with_report):
+def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
+    monkeypatch.undo()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
@@ -198,6 +205,67 @@ def test_resumed_runs_give_the_same_bits(world, tmp_path, name):
     start = load_file(world / "model" / "model.safetensors")
     assert not same(start, weights_of(tmp_path / "a"))  # it did train
     assert all(torch.isfinite(w).all() for w in weights_of(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("changes", [{"algorithm": "reinforce"}, {"ppo__adv_estimator": "rloo"}])
+def test_without_a_critic_there_is_no_value_anywhere(world, tmp_path, changes):
+    trainer = Trainer(config(world, tmp_path / "run", model__value_model="separate", **changes))
+    assert trainer.models.value is None
+    trainer.train()
+    assert not [row for row in metrics_of(tmp_path / "run") if any("value" in name for name in row)]
+    assert not [path for path in (tmp_path / "run").rglob("*value*") if "plots" not in path.parts]
+    assert set(find_checkpoint(tmp_path / "run" / "checkpoints").groups) == {"policy", "optimizer", "rng"}
+
+
+def test_sampling_keeps_its_own_logprobs(world, tmp_path):
+    """In float32 they are those of the scoring; so the importance weights are 1."""
+    out = tmp_path / "run"
+    changes = {"ppo__importance_sampling_cap": 2.0, "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
+    trainer = Trainer(config(world, out, **changes))
+    rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+    experience = trainer.scorer.score(rollout, fixed_rewards(8))
+    torch.testing.assert_close(experience.rollout_logprobs, experience.old_logprobs, atol=2e-4, rtol=1e-4)
+    assert experience.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    trainer.train()
+    assert metrics_of(out)[1]["policy/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_reference_is_refreshed(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", ppo__reference_refresh_steps=2, total_steps=5))
+    trainer.train()
+    kl = {row["step"]: row["kl/reference"] for row in metrics_of(tmp_path / "run") if "lr" in row}
+    assert [kl[step] == 0.0 for step in (1, 2, 3, 4, 5)] == [True, False, True, False, True]
+    assert not same(trainer.models.reference_parameters(), trainer.models.policy_parameters())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_policy_with_other_parameters(world, tmp_path, lora):
+    """`Learner.policy.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
+    # SDPA's kernel on a CPU has no forward-mode derivative.
+    trainer = Trainer(config(world, tmp_path / "run", model__lora=lora, model__attn_implementation="eager"))
+    rollout = trainer.scorer.sample(trainer.data.train[:4])
+    batch = trainer.scorer.score(rollout, fixed_rewards(4))
+    policy = trainer.learner.policy
+    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    other = {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
+
+    tangent = {name: value - start[name] for name, value in other.items()}
+    with torch.no_grad():
+        _, forward = torch.func.jvp(lambda p: policy.hidden(batch, p)[0], (other,), (tangent,))
+    _, pull = torch.func.vjp(lambda p: policy.hidden(batch, p)[0], other)
+    cotangent = torch.randn_like(forward)
+    backward = sum((pull(cotangent)[0][name] * value).sum() for name, value in tangent.items())
+    torch.testing.assert_close((forward * cotangent).sum(), backward, atol=1e-3, rtol=1e-3)
+
+    with torch.no_grad():
+        hidden, head = policy.hidden(batch, other)
+        before = policy.hidden(batch)
+        policy.load(other)
+        loaded = policy.hidden(batch)
+    assert trainer.learner.changed
+    assert not torch.allclose(hidden, before[0])
+    torch.testing.assert_close(hidden, loaded[0])
+    torch.testing.assert_close(head.weight, loaded[1].weight)  # a tied head follows its embedding
 
 
 def test_backends_agree(world, tmp_path):

@@ -127,7 +127,12 @@ class Algorithm:
         return False
 
     def estimate_advantages(self, experience: Experience) -> dict[str, Tensor]:
-        """Fill in `experience.advantages` and `.returns`; returns metrics of them."""
+        """Fill in `experience.advantages` and `.returns`; returns metrics of them.
+
+        Raises:
+            ValueError: the experience lacks something that the configuration asks for.
+        """
+        self._check(experience)
         mask = experience.mask
         if self.config.multi_objective_aggregation == "normalize_then_sum":
             advantages, metrics = self._advantages_by_objective(experience)
@@ -140,10 +145,22 @@ class Algorithm:
         experience.advantages = whiten(advantages, mask=mask) if self.whitens_advantages else advantages
         return metrics
 
+    def _check(self, experience: Experience) -> None:
+        by_objective = self.config.multi_objective_aggregation == "normalize_then_sum"
+        for name, needed, reason in (
+            ("old_values", self.needs_values, "this algorithm has a critic"),
+            ("ended", self.config.missing_eos_penalty is not None, "missing_eos_penalty is given"),
+            ("objective_scores", by_objective, "multi_objective_aggregation is normalize_then_sum"),
+            ("objectives", by_objective, "multi_objective_aggregation is normalize_then_sum"),
+        ):
+            if needed and getattr(experience, name) is None:
+                raise ValueError(f"experience.{name}: needed, since {reason}")
+
     def _advantages_by_objective(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ_k w_k A_k with each objective's advantages normalized first, so that no reward's scale drowns another's
         (GDPO: Liu et al., 2026, arXiv:2601.05242, there for groups)."""
-        mask, values, by_token = experience.mask, experience.old_values, experience.objective_token_scores
+        mask, by_token = experience.mask, experience.objective_token_scores
+        values = experience.old_values if self.needs_values else None  # [B, T, K]
         total, returns, metrics = torch.zeros_like(experience.old_logprobs), [], {}
         for k, (name, weight) in enumerate(experience.objectives.items()):
             rewards = torch.zeros_like(total) if by_token is None else by_token[..., k].to(total.dtype)
@@ -176,11 +193,11 @@ class Algorithm:
         if config.missing_eos_penalty is not None:
             scores = scores - config.missing_eos_penalty * (~experience.ended).to(rewards.dtype)
         if config.length_penalty:
-            scores = scores - config.length_penalty * mask.sum(1)
+            scores = scores - config.length_penalty * mask.sum(1).to(rewards.dtype)
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
         if experience.objective_token_scores is not None:
-            weights = torch.tensor(list(experience.objectives.values()), device=rewards.device)
+            weights = rewards.new_tensor(list(experience.objectives.values()))
             rewards += (experience.objective_token_scores * weights).sum(2)
         return _add_at_end(rewards, scores, mask)
 

@@ -18,7 +18,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def subtract_baseline(
-    returns: Tensor, mask: Tensor, groups: Tensor, *, baseline: str, scale_rewards: str = "group"
+    returns: Tensor, mask: Tensor, groups: Tensor | None, *, baseline: str, scale_rewards: str = "group"
 ) -> Tensor:
     """Advantages [B, T] from rewards to go [B, T], less a baseline of whole completions' returns.
 
@@ -28,15 +28,17 @@ def subtract_baseline(
     Args:
         returns: rewards to go; the first is the completion's return.
         mask: [B, T] bool.
-        groups: [B] int64, equal for completions of the same prompt.
+        groups: [B] int64, equal for completions of the same prompt; needed for rloo and grpo.
         baseline: none, batch-mean, rloo or grpo.
         scale_rewards: with grpo, what is divided by: the standard deviation of the `group` or of the `batch`, or `none`
             (Dr. GRPO: Liu et al., 2025, arXiv:2503.20783).
 
     Raises:
-        ValueError: an unknown baseline, or rloo with a group of one.
+        ValueError: an unknown baseline, no groups, or rloo with a group of one.
     """
-    totals, together = returns[:, 0], torch.zeros_like(groups)
+    if baseline in ("rloo", "grpo") and groups is None:
+        raise ValueError(f"groups: needed for the baseline {baseline}")
+    totals, together = returns[:, 0], torch.zeros(len(returns), dtype=torch.int64, device=returns.device)
     if baseline == "none":
         return returns
     if baseline == "batch-mean":

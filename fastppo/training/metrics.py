@@ -11,6 +11,7 @@ The names that the report (report.py) and the progress display (progress.py) kno
     text/distinct_1  text/distinct_2  text/repetition        policy/ratio_max  advantage/extreme
     eval/perplexity  eval/perplexity_reference               eval/<name of a held-out reward>
     grad_norm  lr  tokens_per_second  time/<phase> and time/step (seconds)
+    multiplier/<name of a constraint>  value/explained_variance/<name of a reward>
 """
 
 from __future__ import annotations

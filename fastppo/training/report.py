@@ -240,12 +240,18 @@ def _plots(run: _Run) -> list[_Plot]:
 
     parts = sorted(name for name in run.series if name.startswith("reward/") and name not in _REWARD_STATISTICS)
     part_curves = [_Curve(name, name.removeprefix("reward/"), color) for color, name in enumerate(parts)]
+    reward_parts = [_Panel("reward", part_curves if len(parts) > 1 else [], height=2)]
+    if multipliers := _named(run, "multiplier/"):
+        reward_parts.append(_Panel("multiplier", multipliers, from_zero=True))
+    explained = _named(run, "value/explained_variance/") or [
+        _Curve("value/explained_variance", "explained variance", 2)
+    ]
     kl = [_Panel("nats/completion", both("kl/reference", "eval/kl"), height=2)]
     if _varies(run, "kl/coef"):
         kl.append(_Panel("coefficient", [_Curve("kl/coef", "coefficient", 3)]))
     value = [
         _Panel("value loss", [_Curve("loss/value", "value loss")], height=2),
-        _Panel("expl. variance", [_Curve("value/explained_variance", "explained variance", 2)], floor=-1.0),
+        _Panel("expl. variance", explained, floor=-1.0),
     ]
     clip_fraction = _Curve("policy/clip_fraction", "clip fraction")
     clipping = [
@@ -277,7 +283,7 @@ def _plots(run: _Run) -> list[_Plot]:
     return [
         _Plot("reward", "Reward", [_Panel("reward", both("reward/mean", "eval/reward"))]),
         # One part alone says no more than the total.
-        _Plot("reward_parts", "Parts of the reward", [_Panel("reward", part_curves if len(parts) > 1 else [])]),
+        _Plot("reward_parts", "Parts of the reward", reward_parts),
         _Plot("kl", "KL to the reference", kl),
         _Plot("entropy", "Policy entropy", [_Panel("nats/token", [_Curve("policy/entropy", "entropy")])]),
         _Plot("value", "Value function", value),
@@ -290,6 +296,12 @@ def _plots(run: _Run) -> list[_Plot]:
         _Plot("optimizer", "Optimizer", optimizer),
         _Plot("throughput", "Throughput", [throughput]),
     ]
+
+
+def _named(run: _Run, prefix: str) -> list[_Curve]:
+    """The curves that there are for each of several rewards."""
+    names = sorted(name for name in run.series if name.startswith(prefix))
+    return [_Curve(name, name.removeprefix(prefix), color) for color, name in enumerate(names)]
 
 
 def _varies(run: _Run, metric: str) -> bool:

@@ -155,8 +155,7 @@ class Scorer:
         """Means of the rewards as the functions gave them: normalization would hide whether they rise."""
         weighted = self._weighted(rewards)
         metrics = {f"{prefix}/mean": weighted.mean().item(), f"{prefix}/std": weighted.std(correction=0).item()}
-        metrics |= {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
-        return metrics | {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
+        return metrics | {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
 
     def _weighted(self, rewards: RewardOutput) -> Tensor:
         """[B], without constraints, whose weights move."""

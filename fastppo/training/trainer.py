@@ -265,6 +265,7 @@ class Trainer:
 
         sequence_kl = experience.kl.sum(1).mean().item() if experience.kl is not None else None
         metrics |= self.scorer.reward_metrics(rewards)
+        metrics |= {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
         metrics |= {name: value.item() for name, value in shaped.items()}
         metrics |= {
             "completion/length": rollout.mask.sum(1).float().mean().item(),
