@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py                                   # SmolLM2's head: 1,024 tokens, D 576, V 49,152, bfloat16
     python benchmarks/cpu.py --dim 2048 --dtype float32 --rounds 5
-    python benchmarks/cpu.py --output benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+    python benchmarks/cpu.py --output benchmarks/results/cpu.json; python benchmarks/plot.py benchmarks/results/cpu.json
 
 The floor is the plain matrix products alone: h Wᵀ, ∂zᵀ h and ∂z W one after the other, into memory that is there
 already. Contenders take turns within a round, so that whatever else the machine does strikes all of them; what counts
@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", help="comma-separated contenders; default: all")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
-    parser.add_argument("--plot", type=Path, help="draw the ratios here")
     args = parser.parse_args()
 
     machine = describe_machine()
@@ -57,10 +56,8 @@ def main() -> None:
     print_table(results)
 
     if args.output:
-        settings = {k: v for k, v in vars(args).items() if k not in ("output", "plot", "only")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("output", "only")}
         args.output.write_text(json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1))
-    if args.plot:
-        plot(results, args)
 
 
 def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -217,19 +214,6 @@ def print_table(results: list[dict]) -> None:
         ratio = f"{r['ratio']:.2f}" if r["ratio"] else ""
         memory = f"{r['extra_mib']:.0f}" if r["extra_mib"] is not None else ""
         print(f"{r['name']:52}{r['median_s']:10.4f}{r['min_s']:10.4f}{ratio:>9}{memory:>12}")
-
-
-def plot(results: list[dict], args: argparse.Namespace) -> None:
-    import matplotlib.pyplot as plt
-
-    shown = [r for r in results if r["ratio"]]
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(shown) + 1))
-    axes.barh([r["name"] for r in shown], [r["ratio"] for r in shown])
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"time / plain matrix products  (N {args.tokens}, D {args.dim}, V {args.vocab}, {args.dtype})")
-    figure.tight_layout()
-    figure.savefig(args.plot)
 
 
 def describe_machine() -> dict:

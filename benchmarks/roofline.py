@@ -35,7 +35,8 @@ class Floor(NamedTuple):
 def floors(tokens: int, dim: int, vocab: int, itemsize: int = 2) -> dict[str, Floor]:
     """For each operator, hidden and weight of `itemsize` bytes an element.
 
-    forward: one product. three products: the logits kept. vocabulary tiles: a fourth, the logits recomputed.
+    forward: one product. three products: the logits kept. vocabulary tiles: a fourth, the logits recomputed. whole
+    rows: three products and the exponentials of all logits written, read, overwritten and read by two products.
     """
     product = 2.0 * tokens * dim * vocab
     operands = itemsize * dim * (tokens + vocab)
@@ -45,10 +46,15 @@ def floors(tokens: int, dim: int, vocab: int, itemsize: int = 2) -> dict[str, Fl
         "linear_kl, forward only": Floor(2 * product, 2 * operands),
         "linear_ppo_loss, three products": Floor(3 * product, 2 * operands),
         "linear_ppo_loss, vocabulary tiles": Floor(4 * product, 3 * operands),
+        "linear_ppo_loss, whole rows": Floor(3 * product, 2 * operands + 5 * logits),
+        "linear_ppo_loss with exact KL": Floor(6 * product, 5 * operands),
         "linear_kl with gradients": Floor(6 * product, 5 * operands),
         "selective_logprob, forward": Floor(0.0, logits),
         "selective_logprob, backward": Floor(0.0, 2 * logits),
+        "selective_logprob, backward of a divergence": Floor(0.0, 3 * logits),
+        "ppo_loss from logits": Floor(0.0, 3 * logits),
         "gae": Floor(0.0, 16.0 * tokens),
+        "gae whitened": Floor(0.0, 24.0 * tokens),
     }
 
 

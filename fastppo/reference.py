@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo.ops.outputs import LogprobOutput
+from fastppo.ops.outputs import FisherOutput, LogprobOutput
 from fastppo.ops.transform import LogitTransform
 
 # exp() of a log-ratio beyond this overflows float32 once multiplied by an advantage; no sampled token comes near it.
@@ -78,6 +78,36 @@ def exact_kl(z: Tensor, ref_z: Tensor, kind: str = "reverse") -> Tensor:
         log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=z.dtype))
         return 0.5 * expectation(p, log_p - log_m) + 0.5 * expectation(q, log_q - log_m)
     raise ValueError(f"kind: expected reverse, forward or jsd, got {kind!r}")
+
+
+def fisher_vector_product(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    d_hidden: Tensor,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    row_weights: Tensor,
+    transform: LogitTransform,
+) -> FisherOutput:
+    """Σ_n w_n J_nᵀ (diag(p_n) − p_n p_nᵀ) J_n v with J_n = ∂z_n/∂(h, W, b) and v = (d_hidden, d_weight, d_bias).
+
+    The Fisher matrix of a softmax is the Gauss-Newton matrix of its cross-entropy (Martens, 2020, arXiv:1412.1193).
+    All rows [N, D] with row_weights [N]; rows of weight 0 may hold anything, NaN included.
+    """
+    alive = (row_weights != 0).unsqueeze(-1)
+    hidden, d_hidden = hidden.masked_fill(~alive, 0.0), d_hidden.masked_fill(~alive, 0.0)
+    z = transform.apply(upcast(F.linear(hidden, weight, bias)))
+    dz = upcast(F.linear(d_hidden, weight, d_bias))
+    if d_weight is not None:
+        dz = dz + upcast(F.linear(hidden, d_weight))
+    dz = transform.backward_(dz.clone(), z)  # the transform acts elementwise: its derivative is its own transpose
+    p = torch.softmax(z, dim=-1)
+    u = row_weights.unsqueeze(-1) * p * (dz - (p * dz).sum(-1, keepdim=True))
+    g = transform.backward_(u, z).to(hidden.dtype)
+    return FisherOutput(
+        g @ weight, None if d_weight is None else g.T @ hidden, None if d_bias is None else g.sum(0).to(d_bias.dtype)
+    )
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
@@ -251,7 +281,8 @@ def value_loss(
     squared = (values - returns).square()
     clipped_fraction = values.new_zeros(())
     if cliprange_value is not None:
-        clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+        # Bounds, not old + clip(v − old): that is not v to the last bit within them, and would count as clipped.
+        clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
         clipped_squared = (clipped_values - returns).square()
         token_weights = aggregation_weights(mask, "token-mean", values.dtype)
         clipped_fraction = (token_weights * ((clipped_squared > squared) & mask)).sum().detach()

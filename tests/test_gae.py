@@ -276,6 +276,38 @@ def test_strides_mixed_dtypes_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_whitened_in_one_go(name, packed):
+    rewards, values, mask = torch.randn(3, 4, 29)
+    rewards, mask = 100 + 5 * rewards, mask > -0.5
+    options = {"gamma": 0.97, "lam": 0.9, "mask": mask}
+    if packed:
+        rewards, values = rewards.flatten(), values.flatten()
+        options |= {"mask": mask.flatten(), "cu_seqlens": torch.tensor([0, 29, 29, 80, 116])}
+    with engine(name) as backend:
+        plain = fastppo.gae(rewards, values, backend=backend, **options)
+        whitened = fastppo.gae(rewards, values, backend=backend, whiten=True, **options)
+    real = plain.advantages.double()[options["mask"]]
+    want = (real - real.mean()) / (real.var() + 1e-8).sqrt()
+    torch.testing.assert_close(whitened.advantages.double()[options["mask"]], want, atol=1e-5, rtol=1e-5)
+    assert whitened.advantages[~options["mask"]].abs().sum() == 0
+    assert torch.equal(whitened.returns, plain.returns)
+    again = fastppo.whiten(plain.advantages, mask=options["mask"])
+    torch.testing.assert_close(whitened.advantages, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_whitening_one_or_no_token_gives_zero(name):
+    one = torch.tensor([[False, True, False]])
+    for mask in (one, torch.zeros_like(one)):
+        with engine(name) as backend:
+            out = fastppo.gae(
+                torch.ones(1, 3), torch.zeros(1, 3), gamma=1.0, lam=1.0, mask=mask, whiten=True, backend=backend
+            )
+        assert torch.equal(out.advantages, torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_value_beyond_a_done_token_is_ignored(name):
     r, v = torch.randn(2, 2, 21)
     dones = torch.zeros(2, 21, dtype=torch.bool)
@@ -306,7 +338,7 @@ def test_compiles_whole(name):
 
 def test_operator_is_declared_as_it_behaves():
     r, v = torch.randn(2, 3, 33)
-    torch.library.opcheck(torch.ops.fastppo.gae, (r, v, r > 0, None, r[:, 0], None, 0.9, 0.9, None))
+    torch.library.opcheck(torch.ops.fastppo.gae, (r, v, r > 0, None, r[:, 0], None, 0.9, 0.9, True, None))
 
 
 R = torch.zeros(2, 5)

@@ -159,3 +159,10 @@ def test_scratch_budget_is_checked_and_restored(monkeypatch):
         scratch_bytes()
     with pytest.raises(ValueError, match="scratch"), fastppo.scratch_budget(0):
         pass
+
+
+def test_the_value_clip_fraction_leaves_out_what_is_within_the_range():
+    """old + (v - old) is not v to the last bit: nothing may count as clipped for that."""
+    values = torch.randn(40, 50)
+    out = fastppo.value_loss(values, torch.randn(40, 50), old_values=values + 0.1 * torch.rand(40, 50))
+    assert out.metrics["clip_fraction"] == 0

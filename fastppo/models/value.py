@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from fastppo.models.head import backbone_and_head, token_hidden
 from fastppo.models.load import ModelError, ModelSource, disable_dropout, enable_gradient_checkpointing, load_pretrained
-from fastppo.training.config import ModelConfig
+
+if TYPE_CHECKING:
+    from fastppo.training.config import ModelConfig
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -112,6 +115,8 @@ class ValueModel(nn.Module):
             ModelError: something is absent or damaged.
         """
         from transformers import AutoModel
+
+        from fastppo.training.config import ModelConfig
 
         config = config or ModelConfig()
         if not Path(folder, "config.json").exists():

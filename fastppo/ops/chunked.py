@@ -65,7 +65,7 @@ def statistics(
     num_rows, vocab = targets.numel(), weight.shape[0]
     dtype = _accumulation_dtype(hidden.dtype)
     out = torch.zeros(8 if kl_kind else 4, num_rows, dtype=dtype, device=hidden.device)
-    block, width = _tiling(rows.numel(), vocab, weight.shape[1], budget)
+    block, width = tiling(rows.numel(), vocab, weight.shape[1], budget)
 
     for start in range(0, rows.numel(), block):
         index = rows[start : start + block]
@@ -122,7 +122,7 @@ def vjp(
     if upstream:
         contributes = contributes & torch.stack([g != 0 for g in upstream]).any(0)
     rows = contributes.nonzero().squeeze(-1) if upstream else targets.new_empty(0)
-    block, width = _tiling(rows.numel(), vocab, dim, budget)
+    block, width = tiling(rows.numel(), vocab, dim, budget)
 
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
     d_bias = torch.empty_like(bias) if need_bias else weight.new_empty(0)
@@ -145,11 +145,11 @@ def vjp(
         for span, policy, reference, target, scalars in blocks:
             dz = _logit_gradient(policy, reference, target, scalars, lo, hi)
             if need_weight:
-                _add_product(d_weight_tile, dz.t(), policy.hidden, compute_dtype, last_sum=len(blocks) == 1)
+                add_product(d_weight_tile, dz.t(), policy.hidden, compute_dtype, last_sum=len(blocks) == 1)
             if need_bias:
                 d_bias_tile += dz.sum(0)
             if need_hidden:
-                _add_product(d_hidden_rows[span], dz, weight[lo:hi], compute_dtype, last_sum=hi - lo == vocab)
+                add_product(d_hidden_rows[span], dz, weight[lo:hi], compute_dtype, last_sum=hi - lo == vocab)
         if need_weight:
             d_weight[lo:hi] = d_weight_tile
         if need_bias:
@@ -182,12 +182,7 @@ class _Logits:
 
     def tile(self, lo: int, hi: int) -> Tensor:
         """z [R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
-        weight = self.weight[lo:hi].to(self.hidden.dtype)
-        if self.hidden.is_cuda and self.hidden.dtype in (torch.bfloat16, torch.float16):
-            x = torch.mm(self.hidden, weight.t(), out_dtype=torch.float32)
-        else:
-            # On a CPU a bfloat16 product comes rounded to bfloat16, as the naive path's logits do.
-            x = torch.mm(self.hidden, weight.t()).to(self.accumulation_dtype)
+        x = upcast_product(self.hidden, self.weight[lo:hi]).to(self.accumulation_dtype)
         if self.bias is not None:
             x += self.bias[lo:hi]
         return self.transform.apply_(x)
@@ -358,7 +353,17 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, compute_dtype: torch.dtype, *, last_sum: bool) -> None:
+def upcast_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [R, D] times weight [v, D] transposed, in rows' precision; float32 from a low one, float64 from float64."""
+    weight = weight.to(rows.dtype)
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    # On a CPU a bfloat16 product comes rounded to bfloat16, as the naive path's logits do.
+    product = torch.mm(rows, weight.t())
+    return product.to(_accumulation_dtype(product.dtype))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, compute_dtype: torch.dtype, *, last_sum: bool) -> None:
     """out += a @ b, accumulated in out's float32.
 
     A CPU's bfloat16 product comes rounded to bfloat16. That is fine where the product is the whole sum (`last_sum`:
@@ -378,7 +383,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiling(rows: int, vocab: int, dim: int, budget: int) -> tuple[int, int]:
+def tiling(rows: int, vocab: int, dim: int, budget: int) -> tuple[int, int]:
     """Rows in a block and columns in a tile, so that what a tile needs stays within `budget` bytes.
 
     At its widest (∂z with a divergence) five float32 buffers [R, v] are alive, and two copies of the weight tile.

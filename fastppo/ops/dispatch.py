@@ -19,7 +19,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu", "chunked", "reference", "triton"),
     "linear_kl": ("cpu", "chunked", "reference", "triton"),
     "linear_ppo_loss": ("cpu", "chunked", "reference", "triton"),
+    "fisher_vector_product": ("chunked", "reference", "triton"),
     "selective_logprob": ("cpu", "chunked", "reference", "triton"),
+    "ppo_loss": ("cpu", "chunked", "reference", "triton"),
     "gae": ("cpu", "reference", "triton"),
 }
 NAMES = ("reference", "chunked", "cpu", "triton")
@@ -52,7 +54,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     """The backend that computes `op` on tensors of this device and dtype.
 
     An explicit `backend` is taken or refused. FASTPPO_BACKEND is a preference: operators that have no such backend
-    use the fastest they have.
+    use the fastest they have, and so do tensors that it cannot serve, after one warning that says why.
 
     Raises:
         ValueError: an unknown backend, or one that does not serve this operator, device or dtype.
@@ -69,8 +71,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     wanted = os.environ.get("FASTPPO_BACKEND") or "auto"
     if wanted not in (*NAMES, "auto"):
         raise ValueError(f"FASTPPO_BACKEND: expected one of {', '.join(NAMES)}, auto; got {wanted!r}")
-    if wanted in available and unusable(wanted, device, dtype) is None:
-        return wanted
+    if wanted in available:
+        reason = unusable(wanted, device, dtype)
+        if reason is None:
+            return wanted
+        warn_once(f"FASTPPO_BACKEND={wanted} is not used: {reason}; another backend takes its place")
     for name in available:
         reason = unusable(name, device, dtype)
         if reason is None:

@@ -17,7 +17,7 @@ class GAEOutput(NamedTuple):
     """What `gae` returns: float32 (float64 for float64), shape of `rewards`, detached, 0 where masked.
 
     Attributes:
-        advantages: A_t, not whitened.
+        advantages: A_t, whitened on request.
         returns: A_t + V_t, the value function's target.
     """
 
@@ -35,6 +35,7 @@ def gae(
     dones: Tensor | None = None,
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    whiten: bool = False,
     backend: str | None = None,
 ) -> GAEOutput:
     """Generalized advantage estimation (Schulman et al., 2016, arXiv:1506.02438):
@@ -54,6 +55,8 @@ def gae(
         bootstrap: [B], or [S] for packed sequences: the value of the state after a row's last real token. 0 if not
             given; ignored where that token is done.
         cu_seqlens: [S + 1] int32 or int64: sequence s is the tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1.
+        whiten: also give the advantages mean 0 and variance 1 over all real tokens, as `fastppo.whiten` does, with the
+            mean and variance gathered while they are computed where the backend can. The returns stay as they are.
         backend: `triton`, `cpu` or `reference`; see `fastppo.ops.dispatch`.
 
     Raises:
@@ -93,7 +96,9 @@ def gae(
     dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
     bootstrap = None if bootstrap is None else bootstrap.detach().to(dtype)
-    return GAEOutput(*_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, float(gamma), float(lam), backend))
+    return GAEOutput(
+        *_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, float(gamma), float(lam), whiten, backend)
+    )
 
 
 # One opaque operator: torch.compile need not look into the extension, its absence, or the reference's loop over time.
@@ -107,6 +112,7 @@ def _gae(
     cu_seqlens: Tensor | None,
     gamma: float,
     lam: float,
+    whiten: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     chosen = select("gae", rewards.device, rewards.dtype, backend)
@@ -117,8 +123,10 @@ def _gae(
     if rewards.numel() == 0:
         return advantages, returns
     if chosen == "triton":
-        options = () if cu_seqlens is None else (int(cu_seqlens.diff().max()),)
-        out = triton_kernels.gae.gae(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, *options)
+        longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
+        out = triton_kernels.gae.gae(
+            rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, longest, whiten=whiten
+        )
         advantages, returns = out.advantages, out.returns
         finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
     elif chosen == "cpu":
@@ -128,6 +136,8 @@ def _gae(
         finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
     if not finite:
         raise ValueError(_what_is_not_finite(rewards, values, mask, bootstrap))
+    if whiten and chosen != "triton":
+        _whiten_(advantages, mask)
     return advantages, returns
 
 
@@ -154,6 +164,18 @@ def _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advant
         *map(flat, (mask, dones, bootstrap)),
         torch.get_num_threads(),
     )
+
+
+def _whiten_(advantages: Tensor, mask: Tensor | None) -> None:
+    """In place, 0 on padding; the formula of `reference.whiten`."""
+    real = advantages if mask is None else advantages[mask]
+    if real.numel() == 0:
+        return
+    variance, mean = torch.var_mean(real, correction=0)
+    variance = variance * (real.numel() / max(real.numel() - 1, 1))
+    advantages.sub_(mean).mul_(torch.rsqrt(variance + 1e-8))
+    if mask is not None:
+        advantages.masked_fill_(~mask, 0.0)
 
 
 def _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, cpu, triton_engine
+from fastppo.ops import chunked, cpu, gradient_filter, triton_engine
 from fastppo.ops.budget import scratch_bytes
-from fastppo.ops.checks import check_head, check_targets
+from fastppo.ops.checks import check_head, check_targets, looks_at_values
 from fastppo.ops.dispatch import select
+from fastppo.ops.gradient_filter import FilteredEngine
 from fastppo.ops.transform import LogitTransform, check_transform
+from fastppo.ops.vocabulary_parallel import Slices, VocabularyParallel, local_slice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 IGNORED = -100  # what a row that is left out carries as its target inside the library
 
@@ -32,47 +37,110 @@ class Options(NamedTuple):
     transform: LogitTransform
     compute_dtype: torch.dtype
     budget: int
+    slices: Slices | None = None  # where the vocabulary is spread over ranks
+    filter_mass: float = 0.0
 
     def flat(self) -> tuple:
         """The trailing arguments of an engine's operators."""
         return (*self.transform, self.compute_dtype, self.budget)
 
     @property
-    def engine(self) -> ModuleType:
-        """The module whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
-        return ENGINES[self.backend]
+    def engine(self) -> ModuleType | VocabularyParallel | FilteredEngine:
+        """Whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
+        engine = ENGINES[self.backend]
+        if self.slices is not None:
+            return VocabularyParallel(engine, self.slices)
+        if self.filter_mass > 0 and self.backend in gradient_filter.ENGINES:
+            return FilteredEngine(self.backend, self.filter_mass)
+        return engine
 
 
 ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton_engine}
 
 
 def open_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", device: torch.device | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    prefix: str = "",
+    device: torch.device | None = None,
+    group: ProcessGroup | None = None,
 ) -> Head:
-    """Check one model's head and flatten its hidden states to rows; a sharded (DTensor) weight is gathered."""
-    weight, bias = _whole(weight), _whole(bias)
+    """Check one model's head and flatten its hidden states to rows.
+
+    A sharded (DTensor) weight is gathered, or with `group` stays the slice that this rank has.
+    """
+    if group is None:
+        weight, bias = whole(weight), whole(bias)
+    else:
+        weight, bias = local_slice(f"{prefix}weight", weight, group), local_slice(f"{prefix}bias", bias, group)
     check_head(hidden, weight, bias, prefix=prefix, device=device)
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
-def open_targets(targets: Tensor, hidden: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    """Checked targets as rows [N] int64, with IGNORED where they carry no token."""
+def open_slices(head: Head, group: ProcessGroup | None) -> Slices | None:
+    return None if group is None else Slices.open(group, head.hidden, head.weight)
+
+
+def open_targets(
+    targets: Tensor, hidden: Tensor, head: Head, ignore_index: int, slices: Slices | None = None
+) -> Tensor:
+    """Checked targets as rows [N] int64, with IGNORED where they carry no token; numbered within the rank's slice."""
+    vocab = head.weight.shape[0]
+    if slices is not None and looks_at_values(targets):
+        vocab = int(slices.vocab)
     check_targets(targets, tuple(hidden.shape[:-1]), vocab, hidden.device, ignore_index)
     rows = targets.reshape(-1).long()
-    return rows if ignore_index == IGNORED else rows.masked_fill(rows == ignore_index, IGNORED)
+    if ignore_index != IGNORED:
+        rows = rows.masked_fill(rows == ignore_index, IGNORED)
+    return rows if slices is None else slices.localize(rows, head.weight.shape[0], IGNORED)
 
 
 def open_options(
-    op: str, backend: str | None, hidden: Tensor, temperature: float, logit_scale: float, softcap: float | None
+    op: str,
+    backend: str | None,
+    hidden: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    slices: Slices | None = None,
+    filter_mass: float = 0.0,
 ) -> Options:
+    if not 0.0 <= filter_mass < 1.0:
+        raise ValueError(f"filter_mass: expected a probability in [0, 1), got {filter_mass}")
     name = select(op, hidden.device, hidden.dtype, backend)
+    if slices is not None and name == "reference":
+        if backend is not None:
+            raise ValueError("backend: 'reference' has no form for a vocabulary spread over ranks; use 'chunked'")
+        name = "chunked"
     transform = check_transform(temperature, logit_scale, softcap)
-    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device))
+    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), slices, filter_mass)
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    """FSDP2 leaves a DTensor where the lm_head weight was; its gradient is reduced and scattered back by autograd."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """FSDP2 leaves a DTensor where the lm_head weight was; gathered, it is a plain tensor."""
+    return _Gathered.apply(tensor) if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Gathered(torch.autograd.Function):
+    """All rows of a sharded parameter; a rank's gradient is that of its own tokens, and the ranks' mean is scattered.
+
+    So does FSDP2. Where the ranks have the same tokens, they have the same gradient, which is its own mean.
+    """
+
+    @staticmethod
+    def forward(ctx, sharded):
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return sharded.full_tensor()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        from torch.distributed.tensor import DTensor, Partial
+
+        each = [Partial()] * ctx.mesh.ndim
+        share = DTensor.from_local(gradient / ctx.mesh.size(), ctx.mesh, each, run_check=False)
+        return share.redistribute(placements=ctx.placements)
 
 
 def compute_dtype_for(hidden: Tensor) -> torch.dtype:

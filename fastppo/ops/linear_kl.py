@@ -6,14 +6,19 @@ backward  both recomputed; gradients reach the first model only                 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
 from fastppo.ops.checks import check_mask
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices
 from fastppo.ops.linear_logprob import backward_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KINDS = ("reverse", "forward", "jsd")
 
@@ -31,6 +36,7 @@ def linear_kl(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Per-token divergence [...] between p (hidden, weight) and q (ref_hidden, ref_weight), never negative, in nats.
@@ -42,17 +48,22 @@ def linear_kl(
             m = ½ (p + q), at most ln 2.
         mask: [...] bool, True for a real token; the others give 0 and cost nothing.
         temperature, logit_scale, softcap: of both models' logits.
+        group: as in `linear_logprob`; both weights are then slices of the same rows. Not for jsd, whose mixture needs
+            every rank's normalizers before its sum.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or vocabularies that don't go together.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    head = open_head(hidden, weight, bias)
-    ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    if kind == "jsd" and group is not None:
+        raise ValueError("kind: 'jsd' has no form for a vocabulary spread over ranks; leave out group")
+    head = open_head(hidden, weight, bias, group=group)
+    ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group)
     shape = hidden.shape[:-1]
     mask = check_mask(mask, hidden.detach()[..., 0]).reshape(-1)
-    options = open_options("linear_kl", backend, hidden, temperature, logit_scale, softcap)
+    slices = open_slices(head, group)
+    options = open_options("linear_kl", backend, hidden, temperature, logit_scale, softcap, slices)
     if options.backend == "reference":
         z, ref_z = (reference.logits(*model, options.transform, mask) for model in (head, ref))
         divergence = reference.exact_kl(z, ref_z, kind)
@@ -62,10 +73,17 @@ def linear_kl(
 
 
 def open_reference(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    group: ProcessGroup | None = None,
 ) -> Head:
     """Check the reference model's head against the policy's."""
-    ref = open_head(ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device)
+    ref = open_head(
+        ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device, group=group
+    )
     ref = ref._replace(bias=None if ref.bias is None else ref.bias.detach())
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(

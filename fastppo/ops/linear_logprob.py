@@ -6,13 +6,18 @@ backward  upstream scalars a row        ->  ∂hidden, ∂weight, ∂bias       
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
 from fastppo.ops.outputs import LogprobOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_logprob(
@@ -26,6 +31,8 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    filter_mass: float = 0.0,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LogprobOutput:
     """log p(target) under softmax(transform(hidden @ weight.T + bias)), without materializing the logits.
@@ -36,6 +43,14 @@ def linear_logprob(
         targets: [...] int64 or int32 token ids, or `ignore_index`.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
         return_entropy: also the entropy of the whole distribution, in nats.
+        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
+            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
+            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL or of a
+            vocabulary spread over ranks.
+        group: the ranks that hold the vocabulary's rows between them, in rank order; weight (and bias) then are this
+            rank's slice, of any size, or a DTensor of Shard(0) over the group, and every rank gives the same tokens.
+            ∂hidden is summed over the ranks. Without a group a DTensor weight is gathered, and its gradient averaged
+            over the mesh as FSDP2 does.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -45,9 +60,10 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.
     """
-    head = open_head(hidden, weight, bias)
-    rows = open_targets(targets, hidden, weight.shape[0], ignore_index)
-    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap)
+    head = open_head(hidden, weight, bias, group=group)
+    slices = open_slices(head, group)
+    rows = open_targets(targets, hidden, head, ignore_index, slices)
+    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap, slices, filter_mass)
     if options.backend == "reference":
         z = reference.logits(*head, options.transform, rows != IGNORED)
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
@@ -66,7 +82,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*head, targets, *saved)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        logprobs, entropy, row_max, log_sum = saved
+        logprobs, entropy, row_max, log_sum = saved[:4]
         return logprobs.clone(), entropy.clone(), row_max + log_sum
 
     @staticmethod

@@ -4,21 +4,29 @@
     scalars  old, advantages, ...    ->  the loss, and ∂loss/∂(log-prob, entropy, KL): a few numbers a row
     pass 2   tiles recomputed        ->  ∂z in place  ->  ∂weight tile, ∂hidden                          6NDV
 
+An engine may take whole rows instead, all three steps for a chunk of them, and compute the logits once, 6NDV in all:
+see `fastppo.ops.triton_engine.loss_with_gradients`.
+
 Rows whose scalars are all zero (clipped tokens with no entropy or KL term, zero advantages) are left out of pass 2.
 Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradient itself is the only [V, D] tensor.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_targets
+from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
 from fastppo.ops.linear_kl import open_reference
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_ppo_loss(
@@ -45,6 +53,8 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    filter_mass: float = 0.0,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PPOLossOutput:
     """PPO's clipped loss with entropy bonus and KL penalty, without materializing the logits.
@@ -69,6 +79,12 @@ def linear_ppo_loss(
         entropy_coef: weight of the entropy bonus.
         loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
+        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
+            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
+            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL or of a
+            vocabulary spread over ranks.
+        group: the ranks that hold the vocabulary's rows between them; see `linear_logprob`. ref_weight is then a slice
+            of the same rows.
         backend: None chooses by device; see `fastppo doctor`.
 
     Returns:
@@ -86,15 +102,16 @@ def linear_ppo_loss(
     has_ref_model = ref_hidden is not None and ref_weight is not None
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden, ref_weight: give both or neither")
-    head = open_head(hidden, weight, bias)
-    targets_rows = open_targets(targets, hidden, weight.shape[0], IGNORED)
+    head = open_head(hidden, weight, bias, group=group)
+    slices = open_slices(head, group)
+    targets_rows = open_targets(targets, hidden, head, IGNORED, slices)
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
-    ref = open_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) if has_ref_model else None
-    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap)
+    ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
+    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices, filter_mass)
 
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
@@ -132,29 +149,13 @@ class _LinearPPOLoss(torch.autograd.Function):
         options: Options,
         loss_options: LossOptions,
     ):
-        head, shape = Head(hidden, weight, bias), rollout.mask.shape
-        kl_kind = "reverse" if ref is not None else ""
-        ref_head = ref if ref is not None else (None, None, None)
+        head = Head(hidden, weight, bias)
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None)
-        # The gradient is certain to be asked for: an engine may keep logits for it where ∂weight will be.
-        engine = options.engine
-        keep = needs[1] and hasattr(engine, "keeps") and engine.keeps(hidden, weight, ref_head[1])
-        pass_1 = engine.keeping_statistics if keep else engine.statistics
-        outputs = pass_1(*head, targets, *ref_head, kl_kind, *options.flat())
-        saved, store = (outputs[:-4], outputs[-4:]) if keep else (outputs, None)
-        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
-        kl = saved[4].view(shape) if ref is not None else None
+        logprobs, entropy, kl, gradients = _statistics_and_gradients(
+            head, targets, ref, rollout, options, loss_options, needs
+        )
         loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
-
-        if any(needs):
-            upstream = rollout.loss_gradient(logprobs, loss_options)
-            d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
-            arguments = (*head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat())
-            if keep:
-                d_hidden, d_bias = engine.keeping_vjp(*arguments, needs[0], needs[2], *store)
-                gradients = (d_hidden, store[0], d_bias)
-            else:
-                gradients = engine.vjp(*arguments, *needs)
+        if gradients is not None:
             ctx.save_for_backward(*gradients)
         ctx.needs, ctx.handed_over = needs, False
         outputs = (
@@ -177,6 +178,45 @@ class _LinearPPOLoss(torch.autograd.Function):
             ctx.handed_over = True
         gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
         return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None)
+
+
+def _statistics_and_gradients(
+    head: Head,
+    targets: Tensor,
+    ref: Head | None,
+    rollout: Rollout,
+    options: Options,
+    loss_options: LossOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+    """(logprobs, entropy, exact KL if `ref`), of the mask's shape, and (∂hidden, ∂weight, ∂bias) if any is needed."""
+    engine, shape = options.engine, rollout.mask.shape
+    hidden, weight = head.hidden, head.weight
+    kl_kind, ref_head = ("reverse", ref) if ref is not None else ("", (None, None, None))
+
+    if any(needs) and hasattr(engine, "loss_with_gradients"):
+        *saved, d_hidden, d_weight, d_bias = engine.loss_with_gradients(
+            *head, targets, *ref_head, kl_kind, *rollout, *loss_options, *options.flat(), *needs
+        )
+        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
+        return logprobs, entropy, saved[4].view(shape) if ref is not None else None, (d_hidden, d_weight, d_bias)
+
+    # The gradient is certain to be asked for: an engine may keep logits for it where ∂weight will be.
+    keep = needs[1] and hasattr(engine, "keeps") and engine.keeps(hidden, weight, ref_head[1])
+    pass_1 = engine.keeping_statistics if keep else engine.statistics
+    outputs = pass_1(*head, targets, *ref_head, kl_kind, *options.flat())
+    saved, store = (outputs[:-4], outputs[-4:]) if keep else (outputs, None)
+    logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
+    kl = saved[4].view(shape) if ref is not None else None
+    if not any(needs):
+        return logprobs, entropy, kl, None
+    upstream = rollout.loss_gradient(logprobs, loss_options)
+    d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
+    arguments = (*head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat())
+    if not keep:
+        return logprobs, entropy, kl, engine.vjp(*arguments, *needs)
+    d_hidden, d_bias = engine.keeping_vjp(*arguments, needs[0], needs[2], *store)
+    return logprobs, entropy, kl, (d_hidden, store[0], d_bias)
 
 
 def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:

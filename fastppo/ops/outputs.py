@@ -35,3 +35,17 @@ class PPOLossOutput(NamedTuple):
     logprobs: Tensor
     entropy: Tensor | None
     metrics: dict[str, Tensor]
+
+
+class FisherOutput(NamedTuple):
+    """A Fisher matrix times a direction, as the vector that reverse mode carries on; every field is detached.
+
+    Attributes:
+        hidden: [..., D] in the dtype of `hidden`; 0 where masked.
+        weight: [V, D] in the dtype of `weight`; None without a direction for the weight.
+        bias: [V] in the dtype of `bias`; None without a direction for the bias.
+    """
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None

@@ -1,4 +1,8 @@
-"""The PPO loss for those who have log-probabilities or logits already."""
+"""The PPO loss for those who have log-probabilities or logits already.
+
+forward   one read of logits [N, V] (and of a reference's)   ->  log-prob, entropy, KL a row  ->  the loss
+backward  ∂loss/∂(those), a few scalars a row  ->  one read, one write of ∂logits [N, V], in place on request
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastppo import reference
-from fastppo.ops.checks import check_floating, check_shape, check_targets
+from fastppo.ops.checks import check_floating, check_shape, check_tensor
 from fastppo.ops.head import IGNORED
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
-from fastppo.ops.selective_logprob import selective_logprob
-from fastppo.ops.transform import LogitTransform
+from fastppo.ops.selective_logprob import selective
+from fastppo.ops.transform import check_transform
 
 
 def ppo_loss(
@@ -46,7 +50,7 @@ def ppo_loss(
         logprobs: [..., T] of the sampled tokens, differentiable, with `entropy` [..., T] if it enters the loss.
         logits: [..., T, V] instead, with `targets` [..., T]; row t predicts targets[t].
         ref_logits: [..., T, V], for kl_estimator exact; only together with `logits`.
-        inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`). Not with `ref_logits`.
+        inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`).
         mask, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator, entropy_coef, loss_agg:
             see `linear_ppo_loss`; temperature, logit_scale, softcap apply to logits only.
 
@@ -59,36 +63,31 @@ def ppo_loss(
     options = LossOptions(clip_low, clip_high, dual_clip, ratio_level, kl_coef, kl_estimator, entropy_coef, loss_agg)
     if (logprobs is None) == (logits is None):
         raise ValueError("logprobs, logits: give exactly one of them")
-    if ref_logits is not None and (logits is None or inplace_backward):
-        raise ValueError("ref_logits: only together with logits, and without inplace_backward")
+    if ref_logits is not None and logits is None:
+        raise ValueError("ref_logits: only together with logits")
     if (logits is None) != (targets is None):
         raise ValueError("targets: given with logits, to pick the sampled tokens' log-probabilities, and only then")
     exact_kl = None
     if logits is not None:
         check_floating("logits", logits)
-        check_targets(targets, tuple(logits.shape[:-1]), logits.shape[-1], logits.device, IGNORED)
+        check_tensor("targets", targets, logits.device)
+        check_shape("targets", targets, tuple(logits.shape[:-1]), "one for each row of logits")
         options.check(
             has_ref_logprobs=ref_logprobs is not None, has_ref_model=ref_logits is not None, dims=targets.dim()
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
         rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
         rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
-        logprobs, entropy, _ = selective_logprob(
+        logprobs, entropy, _, exact_kl = selective(
+            "ppo_loss",
             logits,
+            ref_logits,
             targets.masked_fill(~rollout.mask, IGNORED),
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            return_entropy=True,
+            transform=check_transform(temperature, logit_scale, softcap),
+            ignore_index=IGNORED,
             inplace_backward=inplace_backward,
             backend=backend,
         )
-        if ref_logits is not None:
-            check_floating("ref_logits", ref_logits, logits.device)
-            check_shape("ref_logits", ref_logits, tuple(logits.shape), "like logits")
-            transform, padding = LogitTransform(temperature, logit_scale, softcap), ~rollout.mask.unsqueeze(-1)
-            z, ref_z = (transform.apply(reference.upcast(x).masked_fill(padding, 0.0)) for x in (logits, ref_logits))
-            exact_kl = reference.exact_kl(z, ref_z.detach())
     else:
         check_floating("logprobs", logprobs)
         options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=False, dims=logprobs.dim())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import triton_kernels
+from fastppo.ops.loss_options import LossOptions, Rollout
 
 
 @torch.library.custom_op("fastppo::triton_statistics", mutates_args=())
@@ -108,3 +109,93 @@ def _(hidden, weight, bias, *args):
         weight.new_empty(weight.shape if need_weight else (0,)),
         bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
     )
+
+
+@torch.library.custom_op("fastppo::triton_loss_with_gradients", mutates_args=())
+def loss_with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    kl_kind: str,
+    mask: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    loss_agg: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    budget: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> list[Tensor]:
+    """The statistics of a loss's rows and its gradients, by the tiling that the cost model prefers.
+
+    Whole rows (6NDV) where they fit the budget and are expected to be faster; else tiles of the vocabulary (8NDV), as
+    for every loss with a reference model. Where one ratio stands for a sequence its rows stay together, so a sequence
+    that does not fit the budget goes by tiles of the vocabulary too.
+
+    Args:
+        mask … ref_logprobs: the fields of `Rollout`; clip_low … loss_agg: those of `LossOptions`. The others: see
+            `fastppo.ops.chunked`.
+
+    Returns:
+        What `statistics` returns, then ∂hidden, ∂weight, ∂bias as of `vjp`.
+    """
+    head, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    transform, needs = (temperature, logit_scale, softcap), (need_hidden, need_weight, need_bias)
+    rollout = Rollout(mask, old_logprobs, advantages, ref_logprobs)
+    options = LossOptions(clip_low, clip_high, dual_clip, ratio_level, kl_coef, kl_estimator, entropy_coef, loss_agg)
+
+    def row_scalars(logprobs: Tensor) -> list[Tensor | None]:
+        """∂loss/∂(logprobs, entropy, KL), [N]."""
+        gradients = rollout.loss_gradient(logprobs.view(mask.shape), options)
+        return [None if g is None else g.reshape(-1) for g in gradients]
+
+    linear = triton_kernels.linear
+    if not kl_kind:
+        unit = linear.ROW_MULTIPLE if ratio_level == "token" else mask.shape[-1]
+        tiling = linear.choose_tiling(hidden, weight, unit, compute_dtype, budget)
+        if tiling.whole:
+            saved, *gradients = linear.row_chunks(
+                *head,
+                targets,
+                lambda saved, span: [None if g is None else g[span] for g in row_scalars(saved[0])[:2]],
+                *transform,
+                compute_dtype,
+                tiling.rows,
+                unit,
+                *needs,
+            )
+            return [*(x.clone() for x in saved), *gradients]
+    saved = linear.statistics(*head, targets, *reference, kl_kind, *transform, compute_dtype)
+    d_logprobs, d_entropy, d_kl = row_scalars(saved[0])
+    gradients = linear.vjp(
+        *head, targets, *reference, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *transform, compute_dtype,
+        budget, *needs,
+    )  # fmt: skip
+    return [*(x.clone() for x in saved), *gradients]
+
+
+@loss_with_gradients.register_fake
+def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *args):
+    need_hidden, need_weight, need_bias = args[-3:]
+    return [
+        *(hidden.new_empty(targets.shape, dtype=torch.float32) for _ in range(8 if kl_kind else 4)),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
+    ]

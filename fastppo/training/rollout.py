@@ -43,23 +43,27 @@ def sample(
     *,
     device: torch.device,
     with_logprobs: bool = False,
+    eos_ids: list[int] | None = None,
 ) -> Rollout:
     """Sample one completion for every prompt (repeat a prompt for several), from the policy's own distribution.
 
     Nothing but the temperature changes that distribution, so the log-probabilities that are computed of the tokens
     later are those they were sampled with, up to rounding. `with_logprobs` keeps those of the sampling itself.
 
+    Args:
+        eos_ids: tokens that end a completion; the policy's own, or the tokenizer's, if not given.
+
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
     """
-    eos = _eos_ids(policy, tokenizer)
+    eos = _eos_ids(policy, tokenizer) if eos_ids is None else eos_ids
     generation = GenerationConfig(
         do_sample=True,
         temperature=config.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=config.max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=eos or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     width = max(len(prompt.input_ids) for prompt in prompts)
@@ -92,7 +96,7 @@ def sample(
 
     if with_logprobs:
         logprobs = torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in logprobs])
-    is_eos = torch.isin(tokens, torch.tensor(eos, device=device))
+    is_eos = torch.isin(tokens, torch.tensor(eos, dtype=torch.long, device=device))
     # A token is real up to and with the first EOS; generate() pads after that, often with EOS itself.
     mask = (is_eos.cumsum(1) - is_eos.long()) == 0
     return Rollout(

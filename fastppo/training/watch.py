@@ -121,8 +121,8 @@ class Watch:
             metrics: name to value. A rule whose metric is not among them, or is NaN, is left as it was.
 
         Returns:
-            Metrics that follow from these and the first ones (see `_derive`), and the alarms raised, which `alarms` also
-            keeps.
+            Metrics that follow from these and the first ones (see `_derive`), and the alarms raised; `alarms` keeps
+            them too.
         """
         for name, baseline in self._baselines.items():
             if not baseline.complete and math.isfinite(metrics.get(name, math.nan)):

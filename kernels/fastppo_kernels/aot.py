@@ -1,9 +1,9 @@
-"""`python -m fastppo_kernels.aot`: every kernel compiled to a cubin, for chips that are not there, and inspected.
+"""`python -m fastppo_kernels.aot`: every kernel compiled to machine code, for chips that are not there, and inspected.
 
 The public functions of this package run on meta tensors of real shapes; what they would launch on each architecture is
-recorded and compiled as the just-in-time compiler would (pointers aligned, integers specialized). For each kernel the
-table shows registers, spills (local memory), shared memory against the chip's limit, tensor-core instructions, 16-byte
-loads.
+recorded and compiled as the just-in-time compiler would (pointers aligned, integers specialized), to a cubin for
+NVIDIA's chips and a code object for AMD's. For each kernel the table shows registers, spills (local memory), shared
+memory against the chip's limit, tensor-core instructions, 16-byte loads.
 
 Exit status 1 on a spill, on shared memory over the limit, on a GEMM that asked for tensor cores and has no instruction
 of theirs, or where compilation itself fails.
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +32,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastppo_kernels import aot_cases
 from fastppo_kernels.launch import INTERPRETED, recording
 
-# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities). sm_80's entries
-# also serve sm_86, sm_89 and sm_120, which have 99 KiB.
-SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities; CDNA 3 and 4
+# instruction set guides). sm_80's entries also serve sm_86, sm_89 and sm_120, which have 99 KiB.
+SHARED_LIMIT = {
+    "sm_80": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -77,9 +83,9 @@ class Report(NamedTuple):
         limit = SHARED_LIMIT[self.launch.arch]
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
-        # Products in true float32 have no tensor-core instruction on any of these chips.
-        asks = dict(self.launch.constants)
-        if "PRECISION" in asks and not (asks["PRECISION"] == "ieee" and asks["COMPUTE"].is_fp32()):
+        # Products in true float32 have no tensor-core instruction on NVIDIA's chips.
+        asks, amd = dict(self.launch.constants), self.launch.arch.startswith("gfx")
+        if "PRECISION" in asks and (amd or not (asks["PRECISION"] == "ieee" and asks["COMPUTE"].is_fp32())):
             wanted = TENSOR_CORE[self.launch.arch]
             if self.tensor_core == "-":
                 found.append(f"no {wanted}")
@@ -143,16 +149,23 @@ def compile_launch(launch: Launch) -> Report:
         constexprs=dict(launch.constants),
         attrs={position: [["tt.divisibility", 16]] for position in launch.attributes},
     )
-    target = GPUTarget("cuda", int(launch.arch.removeprefix("sm_")), 32)
+    amd = launch.arch.startswith("gfx")
+    target = GPUTarget("hip", launch.arch, 64) if amd else GPUTarget("cuda", int(launch.arch.removeprefix("sm_")), 32)
     try:
         compiled = triton.compile(source, target=target, options=dict(launch.options))
     except Exception as error:
         return Report(launch, 0, 0, 0, "-", False, f"{type(error).__name__}: {str(error).strip()[:300]}")
+    shared = compiled.metadata.shared
+    if amd:
+        text = compiled.asm["amdgcn"]
+        wide = r"(global|buffer)_load_(lds_)?dwordx4"
+        matrix = "v_mfma" if "v_mfma" in text else "-"
+        return Report(launch, *amd_resources(text), shared, matrix, re.search(wide, text) is not None, "")
     registers, local = resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     tensor_core = next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-")
     wide = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg[^;]*0x10|cp\.async\.bulk"
-    return Report(launch, registers, local, compiled.metadata.shared, tensor_core, re.search(wide, ptx) is not None, "")
+    return Report(launch, registers, local, shared, tensor_core, re.search(wide, ptx) is not None, "")
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -166,6 +179,15 @@ def resources(cubin: bytes) -> tuple[int, int]:
         max(map(int, re.findall(rf"{key}:(\d+)", text)), default=0) for key in ("REG", "STACK", "LOCAL")
     )
     return registers, stack + local
+
+
+def amd_resources(assembly: str) -> tuple[int, int]:
+    """(vector registers, private memory and spilled registers in bytes) a thread, from the code object's metadata."""
+    registers, spilled, scalars_spilled, private = (
+        max(map(int, re.findall(rf"\.{key}:\s*(\d+)", assembly)), default=0)
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    )
+    return registers, private + 4 * (spilled + scalars_spilled)
 
 
 def describe(launch: Launch) -> str:
@@ -202,18 +224,19 @@ def main(arguments: list[str] | None = None) -> int:
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: the compiler is not there to be asked")
     launches = [x for x in collect(options.arch) if options.kernel in x.kernel]
-    run = map_in_processes if options.jobs > 1 else map
-    reports = list(run(compile_launch, launches))
+    start = time.monotonic()
+    reports = map_in_processes(options.jobs, launches) if options.jobs > 1 else list(map(compile_launch, launches))
     print(table(reports))
     failed = sum(bool(r.failures()) for r in reports)
-    print(f"\n{len(reports)} kernels for {', '.join(options.arch)} by Triton {triton.__version__}: {failed} failed")
+    chips, seconds = ", ".join(options.arch), time.monotonic() - start
+    print(f"\n{len(reports)} kernels for {chips} by Triton {triton.__version__} in {seconds:.0f} s: {failed} failed")
     return 1 if failed else 0
 
 
-def map_in_processes(function: Callable, items: list) -> list:
+def map_in_processes(jobs: int, launches: list[Launch]) -> list[Report]:
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
-        return list(pool.map(function, items))
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(compile_launch, launches, chunksize=4))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels import gae, linear, selective
+from fastppo_kernels import fisher, gae, linear, selective
 
 N, D, V = 8192, 4096, 128256
 BUDGET = 256 * 2**20
@@ -46,6 +46,11 @@ class LinearCase(NamedTuple):
         with float32_matmul_precision("high" if self.tf32 else "highest"):
             linear.statistics(*arguments, *options)
             linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
+            if not self.kind:
+                linear.row_chunks(
+                    *arguments[:4], lambda saved, span: (saved[0, span], saved[1, span]), *options, N, 128, True, True,
+                    self.bias,
+                )  # fmt: skip
 
 
 LINEAR_CASES = (
@@ -66,10 +71,42 @@ LINEAR_CASES = (
 )
 
 
+class FisherCase(NamedTuple):
+    """A call of `fisher.fisher_vector_product`, with the weight constant and with a direction for it."""
+
+    label: str
+    dtype: torch.dtype
+    dim: int = D
+    bias: bool = False
+    transform: dict = PLAIN
+    weight_dtype: torch.dtype | None = None
+    tf32: bool = False
+
+    def run(self) -> None:
+        weights = [meta(V, self.dim, dtype=self.weight_dtype or self.dtype) for _ in range(2)]
+        rows = [meta(N, self.dim, dtype=weights[0].dtype) for _ in range(2)]
+        bias = meta(V, dtype=weights[0].dtype) if self.bias else None
+        options = (meta(N), *self.transform.values(), self.dtype, BUDGET)
+        with float32_matmul_precision("high" if self.tf32 else "highest"):
+            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], None, None, *options)
+            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], weights[1], bias, *options)
+
+
+FISHER_CASES = (
+    FisherCase("bf16 fisher", torch.bfloat16),
+    FisherCase("fp16 fisher bias softcap", torch.float16, bias=True, transform=CAPPED),
+    FisherCase("bf16 fisher ragged D", torch.bfloat16, dim=4112),
+    FisherCase("bf16 fisher odd D", torch.bfloat16, dim=4097),
+    FisherCase("bf16 fisher autocast", torch.bfloat16, weight_dtype=torch.float32),
+    FisherCase("fp32 fisher ieee", torch.float32),
+    FisherCase("fp32 fisher tf32", torch.float32, tf32=True),
+)
+
+
 def cases() -> list[tuple[str, Callable[[], None]]]:
     """(label, call) pairs."""
     return [
-        *((case.label, case.run) for case in LINEAR_CASES),
+        *((case.label, case.run) for case in (*LINEAR_CASES, *FISHER_CASES)),
         *(
             (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
             for d in (torch.bfloat16, torch.float32)
@@ -81,8 +118,10 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
 
 def selective_case(dtype: torch.dtype) -> None:
     logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
-    saved = selective.statistics(logits, targets, *CAPPED.values())
-    selective.vjp_into(logits, logits, targets, saved, meta(N), meta(N), None, *CAPPED.values())
+    saved = selective.statistics(logits, None, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, None, targets, saved, meta(N), meta(N), None, None, *CAPPED.values())
+    saved = selective.statistics(logits, logits, targets, *CAPPED.values())
+    selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *CAPPED.values())
 
 
 def gae_padded() -> None:
@@ -92,7 +131,7 @@ def gae_padded() -> None:
 
 def gae_packed() -> None:
     tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
-    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, with_moments=True)
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, whiten=True)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Generalized advantage estimation over padded or packed sequences: one kernel, or three for few and long ones."""
+"""Generalized advantage estimation over padded or packed sequences: one kernel, or three for few and long ones.
+
+Whitening takes its mean and variance from the same pass, and one more over the advantages.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from fastppo_kernels.configs import ELEMENTWISE
 from fastppo_kernels.gae_carry import gae_carry_kernel
 from fastppo_kernels.gae_scan import gae_scan_kernel
 from fastppo_kernels.gae_summary import gae_summary_kernel
+from fastppo_kernels.gae_whiten import gae_whiten
 from fastppo_kernels.launch import launch, processors
 
 # A chunk of time is at least this many blocks long: below that the summaries cost more than the parallelism brings.
@@ -39,6 +43,7 @@ def gae(
     max_length: int | None = None,
     *,
     with_moments: bool = False,
+    whiten: bool = False,
 ) -> GAE:
     """A_t = r_t + γ V_{t+1} − V_t + γ λ A_{t+1} over the real tokens (Schulman et al., 2016, arXiv:1506.02438).
 
@@ -47,7 +52,8 @@ def gae(
         mask, dones: bool, same shape, or None; bootstrap: [S] float32 or None.
         cu_seqlens: [S + 1] int32 or int64: sequence s is the tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1.
         max_length: of a packed sequence; N if not given, which only costs empty programs.
-        with_moments: also the mean and variance that whitening needs, from the same pass.
+        with_moments: also the mean and variance of the real advantages, from the same pass.
+        whiten: the advantages come back with mean 0 and variance 1; the moments are those before.
     """
     rewards, values, mask, dones, bootstrap, offsets = (
         None if x is None else x.contiguous() for x in (rewards, values, mask, dones, bootstrap, cu_seqlens)
@@ -73,7 +79,7 @@ def gae(
         blocks = triton.cdiv(sequences, 32)
         launch(gae_carry_kernel, (blocks,), summary, bootstrap, carry, sequences, chunks, ROWS=32, num_warps=1)
     moments = None
-    if with_moments:
+    if with_moments or whiten:
         moments = torch.zeros(grid[0] * grid[1], 3, dtype=torch.float32, device=rewards.device)
     launch(
         gae_scan_kernel,
@@ -93,7 +99,12 @@ def gae(
         BLOCK=block,
         num_warps=warps,
     )
-    return GAE(advantages, returns, *((None, None) if moments is None else _merge(moments)))
+    if moments is None:
+        return GAE(advantages, returns, None, None)
+    mean, variance = _merge(moments)
+    if whiten:
+        gae_whiten(advantages, mask, mean, variance)
+    return GAE(advantages, returns, mean, variance)
 
 
 def _tiling(sequences: int, time: int, programs: int) -> tuple[int, int, int]:

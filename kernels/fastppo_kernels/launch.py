@@ -1,7 +1,12 @@
 """What a launch needs to know of the machine: architecture, precision, processors, descriptors."""
 
 import contextlib
+import functools
+import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import triton
@@ -9,7 +14,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastppo_kernels.configs import GEMM, Gemm
+from fastppo_kernels.configs import CEILINGS, GEMM, Ceilings, Gemm
 from fastppo_kernels.tile import exp
 
 # Decided by TRITON_INTERPRET when triton is imported, for the whole process.
@@ -51,8 +56,8 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs on the CPU only"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if not torch.version.cuda:
-        return "the configurations are proved for NVIDIA chips only"
+    if torch.version.hip:
+        return "the kernels compile for AMD chips (MI300, MI350) but have not run on one yet"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
@@ -64,19 +69,25 @@ def architecture(device: torch.device) -> str:
         return _recording[0]
     if INTERPRETED:
         return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-def precision(dtype: torch.dtype) -> str:
-    """half, tf32 or ieee; tf32 only where torch.set_float32_matmul_precision asks for it."""
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """half, tf32 or ieee: float32 products are exact unless PyTorch's own switch allows TensorFloat-32 for them.
+
+    That switch is torch.set_float32_matmul_precision("high"), torch.backends.cuda.matmul.allow_tf32 or, from PyTorch
+    2.9 on, torch.backends.cuda.matmul.fp32_precision. AMD's chips multiply in float32 whatever it says.
+    """
     if dtype != torch.float32:
         return "half"
-    return "ieee" if INTERPRETED or torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def dot_precision(name: str) -> str:
-    """What tl.dot is told; half precision products are exact in float32 whatever it says."""
-    return "ieee" if name == "half" else name
+    if INTERPRETED or architecture(device).startswith("gfx"):
+        return "ieee"
+    # The older getters raise where the newer switch was used.
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    allowed = newer == "tf32" if newer is not None else torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def gemm_config(
@@ -84,14 +95,68 @@ def gemm_config(
 ) -> Gemm:
     """The entry for products in compute_dtype with this weight (and others like it) over hidden sizes `dims`."""
     arch = architecture(weight.device)
-    kind = precision(compute_dtype)
+    kind = precision(compute_dtype, weight.device)
+    tuned = {} if _recording is not None else tuned_for(weight.device).get("gemm", {}).get(kernel, {})
     if arch != "interpreter":
         if weight.element_size() > compute_dtype.itemsize:
             kind = "mixed"
         if any(dim % 16 for dim in dims):
-            arch = "odd"
-    plain = GEMM[kernel][arch, kind]
-    return GEMM[kernel].get((arch, f"{kind} capped"), plain) if softcap else plain
+            arch = "gfx odd" if arch.startswith("gfx") else "odd"
+    table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items() if "odd" not in arch}
+    plain = table[arch, kind]
+    return table.get((arch, f"{kind} capped"), plain) if softcap else plain
+
+
+def gemm_options(config: Gemm, compute_dtype: torch.dtype, device: torch.device, *dims: int) -> dict:
+    """The compile-time arguments that every kernel with a product over hidden sizes `dims` has."""
+    kind = precision(compute_dtype, device)
+    return {
+        "EVEN_K": all(dim % config.block_k == 0 for dim in dims),
+        "COMPUTE": TRITON_DTYPE[compute_dtype],
+        "PRECISION": "ieee" if kind == "half" else kind,  # half-precision products are exact in float32 anyway
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Of this device: as `tune` measured them, else the nominal ones."""
+    measured = {} if _recording is not None else tuned_for(device)
+    return measured.get("ceilings") or CEILINGS[architecture(device)]
+
+
+def tuned_for(device: torch.device) -> dict:
+    """What `tune` wrote for this device, from the file that FASTPPO_TUNED names; empty where there is none."""
+    path = os.environ.get("FASTPPO_TUNED")
+    return _read_tuned(path, device_name(device)) if path else {}
+
+
+@functools.cache
+def _read_tuned(path: str, name: str) -> dict:
+    try:
+        found = json.loads(Path(path).read_text()).get(name)
+        if found is None:
+            return {}
+        gemm = {
+            kernel: {kind: Gemm(**config) for kind, config in entries.items()}
+            for kernel, entries in found["gemm"].items()
+        }
+        return {"gemm": gemm, "ceilings": Ceilings(**found["ceilings"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"FASTPPO_TUNED={path} is not used: {type(error).__name__}: {error}; "
+            "write it with `python -m fastppo_kernels.tune`",
+            stacklevel=2,
+        )
+        return {}
+
+
+def device_name(device: torch.device) -> str:
+    return "interpreter" if device.type != "cuda" else torch.cuda.get_device_name(device)
 
 
 def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,10 +177,6 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 def fits_descriptor(x: torch.Tensor) -> bool:
     """TMA wants a contiguous last dimension and 16-byte alignment of the base and of every row."""
     return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
-def even(dim: int, block: int) -> bool:
-    return dim % block == 0
 
 
 def balanced_splits(blocks_m: int, tiles: int, programs: int, limit: int) -> int:

@@ -7,13 +7,19 @@
       row_max, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m), z[target]                         [BLOCK_M] each, carried over the columns
               |
       partial [4, splits, N] float32  ->  combine_statistics
+      kept    [N, V] on request: eᶻ⁻ᵐ with the m of the moment, which the gradient then need not recompute
 
 Bytes: the weight once for every GROUP_M row blocks, V · D · ceil(N / (GROUP_M · BLOCK_M)); the hidden states once for
-every split, mostly from L2; 16 · splits · N written. FLOPs: 2 N D V, and about 12 a logit for the softmax.
+every split, mostly from L2; 16 · splits · N written, and N · V of the products' dtype where they are kept. FLOPs:
+2 N D V, and about 12 a logit for the softmax.
 Tiling: a work item is BLOCK_M rows × one split of the vocabulary. Programs are persistent, one a processor, and take
 items in an order that keeps GROUP_M row blocks × a few splits alive at a time, a patch that L2 holds. The number of
 rows is read on the device (`compact_rows`), so ignored rows cost nothing and the host needs not know.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,15 +28,12 @@ import triton.language as tl
 from fastppo_kernels.combine_statistics import combine_statistics
 from fastppo_kernels.gather_rows import gather_rows
 from fastppo_kernels.launch import (
-    TRITON_DTYPE,
     balanced_splits,
     descriptor,
-    dot_precision,
-    even,
     fits_descriptor,
     gemm_config,
+    gemm_options,
     launch,
-    precision,
     processors,
 )
 from fastppo_kernels.tile import LOWEST, exp, finish_logits, grouped_order, raise_max, raw_logits
@@ -48,6 +51,8 @@ def linear_statistics_kernel(
     rows,
     count,
     partial,
+    kept,
+    kept_max,
     num_rows,
     vocab,
     dim,
@@ -55,6 +60,7 @@ def linear_statistics_kernel(
     hidden_stride,
     weight_stride,
     weight_stride_k,
+    kept_stride,
     inner,
     outer,
     SOFTCAP: tl.constexpr,
@@ -99,12 +105,43 @@ def linear_statistics_kernel(
             scale = exp(shift)
             weighted = (weighted + total * shift) * scale + tl.sum(e * z, 1)
             total = total * scale + tl.sum(e, 1)
+            if kept is not None:
+                exists = (m < real_rows)[:, None] & (columns < vocab)[None, :]
+                place = kept + m.to(tl.int64)[:, None] * kept_stride + columns[None, :]
+                tl.store(place, e.to(kept.dtype.element_ty), mask=exists)
+                tl.store(kept_max + m.to(tl.int64) * tiles + tile, row_max, mask=m < real_rows)
         inside = m < real_rows
         out = partial + split * num_rows + m
         tl.store(out, row_max, mask=inside)
         tl.store(out + splits * num_rows, total, mask=inside)
         tl.store(out + 2 * splits * num_rows, weighted, mask=inside)
         tl.store(out + 3 * splits * num_rows, taken, mask=inside)
+
+
+class Kept(NamedTuple):
+    """What `linear_statistics` wrote down of each logit, by compacted row: eᶻ⁻ᵐ, and m for each tile of columns.
+
+    Attributes:
+        values: [R, ≥ V] in the dtype of the products, rows 32-byte aligned; maxima: [N, tiles] float32.
+        tile: columns that share a maximum.
+    """
+
+    values: torch.Tensor
+    maxima: torch.Tensor
+    tile: int
+
+    @classmethod
+    def make(cls, memory: torch.Tensor, num_rows: int, weight: torch.Tensor, *, softcap: bool) -> Kept:
+        """In `memory`: flat, of the products' dtype, `kept_stride(V)` elements a row; for N rows at most."""
+        vocab, dim = weight.shape
+        tile = gemm_config("linear_statistics_kept", memory.dtype, weight, dim, softcap=softcap).block_n
+        stride = kept_stride(vocab)
+        maxima = torch.empty(num_rows, triton.cdiv(vocab, tile), dtype=torch.float32, device=memory.device)
+        return cls(memory[: memory.numel() // stride * stride].view(-1, stride), maxima, tile)
+
+
+def kept_stride(vocab: int) -> int:
+    return -(-vocab // 16) * 16
 
 
 def linear_statistics(
@@ -119,6 +156,7 @@ def linear_statistics(
     outer: float,
     softcap: bool,
     compute_dtype: torch.dtype,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """logprobs, entropy, row_max, log_sum: [4, N] float32, zeros in rows that `rows` does not name.
 
@@ -127,9 +165,11 @@ def linear_statistics(
         targets: [N] int64; rows, count: of `compact_rows`.
         inner, outer, softcap: the logit transform, see `tile.transform`.
         compute_dtype: of the products, accumulated in float32.
+        kept: filled for `kept_gradient`, with a row for each that `rows` names.
     """
     (num_rows, dim), vocab = hidden.shape, weight.shape[0]
-    config = gemm_config("linear_statistics", compute_dtype, weight, dim, softcap=softcap)
+    kernel = "linear_statistics" if kept is None else "linear_statistics_kept"
+    config = gemm_config(kernel, compute_dtype, weight, dim, softcap=softcap)
     programs = processors(hidden.device)
     tiles = triton.cdiv(vocab, config.block_n)
     splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)
@@ -148,27 +188,21 @@ def linear_statistics(
         rows,
         count,
         partial,
+        *((None, None) if kept is None else (kept.values, kept.maxima)),
         num_rows,
         vocab,
         dim,
         splits,
         dim if compact else hidden.stride(0),
         *weight.stride(),
+        0 if kept is None else kept.values.stride(0),
         inner,
         outer,
         SOFTCAP=softcap,
-        EVEN_K=even(dim, config.block_k),
-        COMPUTE=TRITON_DTYPE[compute_dtype],
-        PRECISION=dot_precision(precision(compute_dtype)),
         HIDDEN_TMA=compact,
         WEIGHT_TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
         FLATTEN=config.flatten,
         SPECIALIZE=config.specialize,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **gemm_options(config, compute_dtype, weight.device, dim),
     )
     return combine_statistics(partial, rows, count, vocab)

@@ -23,16 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastppo_kernels.launch import (
-    TRITON_DTYPE,
-    descriptor,
-    dot_precision,
-    even,
-    fits_descriptor,
-    gemm_config,
-    launch,
-    precision,
-)
+from fastppo_kernels.launch import descriptor, fits_descriptor, gemm_config, gemm_options, launch
 from fastppo_kernels.tile import (
     exp,
     finish_logits,
@@ -259,14 +250,6 @@ def logit_gradient(
         outer,
         KIND=kind,
         SOFTCAP=softcap,
-        EVEN_K=even(dim, config.block_k) and even(ref_dim, config.block_k),
-        COMPUTE=TRITON_DTYPE[policy.hidden.dtype],
-        PRECISION=dot_precision(precision(policy.hidden.dtype)),
         TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **gemm_options(config, policy.hidden.dtype, policy.weight.device, dim, ref_dim),
     )

@@ -1,12 +1,12 @@
 """∂loss/∂logits from logits that are already there, in one read and one write, over the logits themselves on request.
 
-    logits [N, V], a few scalars a row  ->  out [N, V] in the logits' dtype
-        ∂z = p (a + b log p) + c [v = target], then the transform's derivative
+    logits [N, V], a few scalars a row  (and a reference model's logits)  ->  out [N, V] in the logits' dtype
+        ∂z = p (a + b log p) + c [v = target] + d_kl · p (log p − log q − KL), then the transform's derivative
 
 with a = d_logsumexp − d_logprobs − d_entropy · entropy, b = −d_entropy, c = d_logprobs.
 
-Bytes: N · V read, N · V written; rows that cannot contribute are written as zeros without being read. FLOPs: about 12
-a logit.
+Bytes: N · V read of either model, N · V written; rows that cannot contribute are written as zeros without being read.
+FLOPs: about 12 a logit, 20 with a reference.
 Tiling: one program for BLOCK columns of a row; every element is read before it is written, by the thread that writes
 it.
 """
@@ -23,16 +23,22 @@ from fastppo_kernels.tile import NO_MASS, exp, transform, transform_gradient
 @triton.jit
 def selective_gradient_kernel(
     logits,
+    ref_logits,
     targets,
     entropy,
     row_max,
     log_sum,
+    kl_center,
+    ref_row_max,
+    ref_log_sum,
     d_logprobs,
     d_entropy,
     d_logsumexp,
+    d_kl,
     out,
     vocab,
     stride,
+    ref_stride,
     out_stride,
     inner,
     outer,
@@ -43,31 +49,40 @@ def selective_gradient_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocab
     target = tl.load(targets + row)
-    a, b, c = 0.0, 0.0, 0.0
+    a, b, c, k = 0.0, 0.0, 0.0, 0.0
     if d_logprobs is not None:
         c += tl.load(d_logprobs + row)
     if d_entropy is not None:
         b -= tl.load(d_entropy + row)
     if d_logsumexp is not None:
         a += tl.load(d_logsumexp + row)
+    if ref_logits is not None:
+        k += tl.load(d_kl + row)
     destination = out + row * out_stride + column
-    if (target < 0) | ((a == 0.0) & (b == 0.0) & (c == 0.0)):
+    if (target < 0) | ((a == 0.0) & (b == 0.0) & (c == 0.0) & (k == 0.0)):
         tl.store(destination, tl.zeros((BLOCK,), dtype=out.dtype.element_ty), mask=inside)
         return
     a = a - c + b * tl.load(entropy + row)
     x = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     z = transform(x, inner, outer, SOFTCAP)
     log_p = tl.maximum((z - tl.load(row_max + row)) - tl.load(log_sum + row), NO_MASS)
-    dz = exp(log_p) * (a + b * log_p) + tl.where(column == target, c, 0.0)
+    factor = a + b * log_p
+    if ref_logits is not None:
+        ref_x = tl.load(ref_logits + row * ref_stride + column, mask=inside, other=0.0).to(tl.float32)
+        ref_z = transform(ref_x, inner, outer, SOFTCAP)
+        log_q = tl.maximum((ref_z - tl.load(ref_row_max + row)) - tl.load(ref_log_sum + row), NO_MASS)
+        factor += k * (log_p - log_q - tl.load(kl_center + row))
+    dz = exp(log_p) * factor + tl.where(column == target, c, 0.0)
     dx = transform_gradient(dz, z, inner, outer, SOFTCAP)
     tl.store(destination, dx.to(out.dtype.element_ty), mask=inside)
 
 
 def selective_gradient(
     logits: torch.Tensor,
+    ref_logits: torch.Tensor | None,
     targets: torch.Tensor,
     saved: torch.Tensor | list[torch.Tensor],
-    upstream: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    upstream: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
     *,
     inner: float,
@@ -77,9 +92,10 @@ def selective_gradient(
     """∂logits into out [N, V], which may be the logits.
 
     Args:
-        logits, out: last dimension contiguous; targets: [N] int64, contiguous.
-        saved: the four of `selective_statistics`.
-        upstream: d_logprobs, d_entropy, d_logsumexp: [N] float32, contiguous, or None.
+        logits, ref_logits, out: last dimension contiguous; targets: [N] int64, contiguous. No ref_logits where no
+            d_kl comes.
+        saved: the four or eight of `selective_statistics`.
+        upstream: d_logprobs, d_entropy, d_logsumexp, d_kl: [N] float32, contiguous, or None.
     """
     num_rows, vocab = logits.shape
     config = ELEMENTWISE["selective_gradient"]
@@ -88,12 +104,15 @@ def selective_gradient(
         selective_gradient_kernel,
         (num_rows, triton.cdiv(vocab, block)),
         logits,
+        ref_logits,
         targets,
         *saved[1:4],
+        *((None, None, None) if ref_logits is None else saved[5:8]),
         *upstream,
         out,
         vocab,
         logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
         out.stride(0),
         inner,
         outer,

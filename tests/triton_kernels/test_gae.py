@@ -108,6 +108,31 @@ def test_moments_survive_a_large_common_value(device):
     torch.testing.assert_close(out.variance.double(), rewards.double().var(), atol=0, rtol=1e-3)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_whitened_in_one_go(device, packed):
+    tokens = 3 * 61
+    rewards, values, mask, dones, bootstrap = inputs(tokens, 3, 0.2, 0.05)
+    rewards = 50 + rewards
+    want = expected([61] * 3, rewards, values, mask, dones, bootstrap, 0.97, 0.9)
+    want = torch.where(mask, (want - want[mask].mean()) / (want[mask].var() + 1e-8).sqrt(), 0.0)
+    arguments = [x.to(device) if packed else x.view(3, 61).to(device) for x in (rewards, values, mask, dones)]
+    options = {"cu_seqlens": torch.tensor([0, 61, 122, 183], device=device)} if packed else {}
+    out = fastppo.gae(
+        *arguments[:2], gamma=0.97, lam=0.9, mask=arguments[2], dones=arguments[3], bootstrap=bootstrap.to(device),
+        whiten=True, backend="triton", **options,
+    )  # fmt: skip
+    torch.testing.assert_close(out.advantages.flatten().cpu().double(), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("real", [0, 1])
+def test_whitening_one_or_no_token_gives_zero(device, real):
+    mask = torch.zeros(1, 3, dtype=torch.bool, device=device)
+    mask[0, :real] = True
+    ones = torch.ones(1, 3, device=device)
+    out = fastppo.gae(ones, ones, gamma=1.0, lam=1.0, mask=mask, whiten=True, backend="triton")
+    assert torch.equal(out.advantages, torch.zeros_like(ones))
+
+
 def test_what_a_done_cuts_off_may_be_nan(device):
     dones = torch.zeros(2, 5, dtype=torch.bool, device=device)
     dones[:, -1] = True

@@ -420,3 +420,22 @@ def test_same_bits_every_time(device):
         (out.logprobs + out.entropy).sum().backward()
         runs.append((out.logprobs.detach(), h.grad, w.grad, bb.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_filtered_gradients_are_those_of_the_other_engine(device, monkeypatch):
+    """The bound itself is tested with the engine in plain PyTorch, by tests/test_gradient_filter.py."""
+    from fastppo.ops import gradient_filter
+
+    monkeypatch.setattr(gradient_filter, "TILE", 64)
+    hidden, weight, b = random_head(40, 12, 300, device, bias=True, scale=4.0)
+    targets = torch.randint(0, 300, (40,), device=device)
+    targets[::7] = -100
+    upstream = torch.randn(3, 40, device=device)
+    found = []
+    for backend in ("triton", "chunked"):
+        h, w, bb = leaves(hidden, weight, b)
+        out = fastppo.linear_logprob(h, w, targets, bias=bb, return_entropy=True, filter_mass=1e-3, backend=backend)
+        sum((g * o).sum() for g, o in zip(upstream, out, strict=True)).backward()
+        found.append((*out, h.grad, w.grad, bb.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)

@@ -110,8 +110,70 @@ def test_masked_columns_and_ignored_rows(device):
 def test_the_operators_keep_their_contract(device):
     logits, targets = torch.randn(5, 30, device=device), torch.randint(0, 30, (5,), device=device)
     options, checks = (1.0, 1.0, None, 2**20, "triton"), ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops._statistics, (logits, targets, *options), test_utils=checks)
-    saved = ops._statistics(logits, targets, *options)
+    torch.library.opcheck(ops._statistics, (logits, None, targets, *options), test_utils=checks)
+    saved = ops._statistics(logits, None, targets, *options)
     upstream = (torch.randn(5, device=device), None, torch.randn(5, device=device))
     for op in (ops._vjp, ops._vjp_):
-        torch.library.opcheck(op, (logits.clone(), targets, saved, *upstream, *options), test_utils=checks)
+        torch.library.opcheck(op, (logits.clone(), None, targets, saved, *upstream, None, *options), test_utils=checks)
+    torch.library.opcheck(ops._statistics, (logits, logits, targets, *options), test_utils=checks)
+    saved = ops._statistics(logits, logits.clone(), targets, *options)
+    torch.library.opcheck(
+        ops._vjp, (logits, logits.clone(), targets, saved, *upstream, upstream[0], *options), test_utils=checks
+    )
+
+
+PPO_CASES = [
+    {"clip_low": 0.1, "clip_high": 0.3, "entropy_coef": 0.02},
+    {"kl_coef": 0.2, "kl_estimator": "k3", "loss_agg": "seq-mean-token-sum-norm", "dual_clip": 1.3},
+    {"kl_coef": 0.3, "kl_estimator": "exact", "entropy_coef": 0.01, "softcap": 4.0, "temperature": 0.8},
+    {"kl_coef": 0.3, "kl_estimator": "exact", "ratio_level": "sequence"},
+]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", PPO_CASES, ids=str)
+def test_ppo_loss_from_logits(device, case, inplace):
+    b, t, v = 3, 7, 89
+    logits, ref_logits = 3 * torch.randn(b, t, v), 3 * torch.randn(b, t, v)
+    targets, mask, advantages = torch.randint(0, v, (b, t)), torch.rand(b, t) < 0.7, torch.randn(b, t)
+    transform = {k: case[k] for k in ("softcap", "temperature") if k in case}
+    options = {k: x for k, x in case.items() if k not in transform}
+    exact = logits.double().requires_grad_()
+    identity = torch.eye(v, dtype=torch.float64)
+    z, ref_z = (oracle.logits(x.view(b * t, v), identity, **transform) for x in (exact, ref_logits.double()))
+    rows = [oracle.row(z[n], targets.flatten()[n]) for n in range(b * t)]
+    now = torch.stack([r[0] for r in rows]).detach().view(b, t)
+    old, ref = (now + 0.3 * torch.randn(b, t)).float(), (now + 0.3 * torch.randn(b, t)).float()
+
+    def grid(flat):
+        return [[flat[i * t + j] for j in range(t)] for i in range(b)]
+
+    kls = grid([oracle.divergence(z[n], ref_z[n], "reverse") for n in range(b * t)])
+    want = oracle.ppo(
+        grid([r[0] for r in rows]), grid([r[1] for r in rows]), old.double(), advantages.double(), mask.tolist(),
+        ref=ref.double(), exact_kl=kls, **options,
+    )  # fmt: skip
+    want.backward()
+
+    given = {"ref_logits": ref_logits} if options.get("kl_estimator") == "exact" else {"ref_logprobs": ref}
+    leaf = logits.masked_fill(~mask.unsqueeze(-1), float("nan")).to(device).requires_grad_()
+    on_device = {k: x.to(device) for k, x in {"targets": targets, "mask": mask, **given}.items()}
+    out = fastppo.ppo_loss(
+        old.to(device), advantages.to(device), logits=leaf * 1.0, inplace_backward=inplace, backend="triton",
+        **on_device, **case,
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach().double().cpu(), want.detach(), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(leaf.grad.double().cpu(), exact.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_the_divergence_of_logits_close_together_keeps_its_digits(device):
+    """KL is quadratic in the difference: sums of whole logits would leave none of its digits."""
+    logits = torch.randn(6, 200, dtype=torch.float64)
+    moved = logits + 0.03 * torch.randn(6, 200, dtype=torch.float64)
+    want = torch.stack([oracle.divergence(a, b, "reverse") for a, b in zip(logits, moved, strict=True)])
+    kernels = ops.triton_kernels.selective
+    targets = torch.zeros(6, dtype=torch.long, device=device)
+    rounded = [x.to(device, torch.float32) for x in (logits, moved)]
+    kl = kernels.statistics(*rounded, targets, 1.0, 1.0, None)[4]
+    torch.testing.assert_close(kl.double().cpu(), want, atol=0, rtol=0.02)

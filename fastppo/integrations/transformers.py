@@ -1,0 +1,378 @@
+"""A transformers model whose forward also gives log-probabilities, entropy and loss, without making logits.
+
+    input_ids [B, T] ── backbone ──> hidden [B, T, D] ── lm_head, labels shifted by one ──> logprobs, entropy [B, T - 1]
+
+The model stays what it was: the same class, parameters and signature. Only a call with ``return_logprobs=True`` takes
+the new way, so generation and everything else that wants logits still gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastppo.integrations.versions import require
+from fastppo.models.head import backbone_and_head
+from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.ops.transform import check_transform
+
+SUPPORTED = ">=4.57,<6"
+IGNORED = -100  # transformers' own
+
+SLOT = "_fastppo_patch"  # the attribute of a patched model that holds what its new forward needs
+
+
+class CausalLMLogprobs(NamedTuple):
+    """What ``model(..., labels=labels, return_logprobs=True)`` returns; 0 where the label is -100.
+
+    The loss comes first, so that transformers' own Trainer finds it.
+    """
+
+    loss: Tensor
+    """Scalar float32: −log p summed over the labels, over their number (or `num_items_in_batch`), plus the aux_loss."""
+    logprobs: Tensor
+    """[B, T - 1] float32 log-probabilities of the labels ([B, T] with `shift_labels`)."""
+    entropy: Tensor
+    """[B, T - 1] float32 entropy of the whole distribution, in nats, differentiable."""
+    label_mask: Tensor
+    """[B, T - 1] bool: where there is a label."""
+    aux_loss: Tensor | None
+    """Scalar: the load-balancing loss of a mixture of experts whose router logits were asked for."""
+
+
+def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | None = None) -> nn.Module:
+    """Give a causal language model a forward without logits; `unpatch_model` takes it away.
+
+    ``model(input_ids=..., attention_mask=..., labels=..., return_logprobs=True)`` then returns a `CausalLMLogprobs`.
+    Without ``return_logprobs`` the forward is the model's own. Works under autocast, torch.compile, gradient
+    checkpointing, DDP and FSDP2, with LoRA adapters (also on the head), tied weights, and 4- or 8-bit base weights.
+
+    Args:
+        model: any AutoModelForCausalLM or a vision-language model, wrapped by peft or not; patched in place.
+        temperature: divides the logits, as the sampler's does.
+        backend: of the operator; None chooses by device.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: transformers is missing, or its version is outside the supported range.
+        TypeError: not a transformers model.
+        RuntimeError: fastppo or another library has replaced the model's forward already.
+        ValueError: its head is not ``h Wᵀ + b`` with a constant scale and soft cap; nothing is changed then.
+    """
+    install(model, "return_logprobs", lambda out: out, temperature=temperature, backend=backend)
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Restore the forward that the model had before `patch_model`, or before TRL gave it ours. Returns the model.
+
+    Raises:
+        RuntimeError: the model is not patched by fastppo, or another library has patched over it since.
+    """
+    causal = _causal(model)
+    patch = vars(causal).get(SLOT)
+    if patch is None:
+        raise RuntimeError(f"{type(causal).__name__} is not patched by fastppo")
+    if (other := _not_ours(causal)) is not None:
+        raise RuntimeError(f"{other} has replaced fastppo's forward of {type(causal).__name__}; undo that first")
+    if patch.replaced is None:
+        del causal.forward
+    else:
+        causal.forward = patch.replaced
+    delattr(causal, SLOT)
+    return model
+
+
+def install(
+    model: nn.Module,
+    keyword: str,
+    convert: Callable[[CausalLMLogprobs], Any],
+    *,
+    temperature: float,
+    backend: str | None = None,
+    float32_head: bool = False,
+) -> None:
+    """What `patch_model` does, for any library's own convention.
+
+    Args:
+        keyword: the forward's argument that asks for log-probabilities.
+        convert: makes the library's output of ours.
+        float32_head: project in float32, outside autocast, with a weight that is in float32 itself.
+
+    Raises:
+        See `patch_model`.
+    """
+    require("transformers", SUPPORTED)
+    check_transform(temperature, 1.0, None)
+    causal = _causal(model)
+    name = type(causal).__name__
+    earlier = vars(causal).get(SLOT)
+    if earlier is not None:
+        raise RuntimeError(f"{name} is already patched by fastppo ({earlier.keyword}=True); call unpatch_model first")
+    if (other := _foreign_forward(causal)) is not None:
+        raise RuntimeError(
+            f"{other} has replaced the forward of {name}. Two patches over one another train on wrong numbers: undo "
+            "that one, or do without this one"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
+        raise RuntimeError(f"{name} is partitioned by DeepSpeed ZeRO-3, which hides the lm_head; use FSDP2 instead")
+    try:
+        backbone, head = backbone_and_head(causal)
+    except AttributeError as error:
+        raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
+    if not float32_head and _foreign_instance_forward(causal.get_output_embeddings()) is not None:
+        raise RuntimeError(f"the forward of {name}'s lm_head has been replaced; undo that first")
+    accepted = inspect.signature(type(backbone).forward).parameters
+    patch = _Patch(
+        replaced=vars(causal).get("forward"),
+        keyword=keyword,
+        convert=convert,
+        temperature=temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        backend=backend,
+        float32_head=float32_head,
+        positional=tuple(inspect.signature(type(causal).forward).parameters)[1:],
+        no_cache={"use_cache": False} if "use_cache" in accepted else {},
+    )
+    setattr(causal, SLOT, patch)
+    causal.forward = _make_forward(type(causal)).__get__(causal)
+    try:
+        _check(causal)
+    except BaseException:
+        unpatch_model(causal)
+        raise
+
+
+@dataclass
+class _Patch:
+    """What the new forward needs; kept in the model, so that a deep copy of the model has one of its own."""
+
+    replaced: Callable | None
+    """The instance's own forward before (accelerate puts one there to move inputs), or None."""
+    keyword: str
+    convert: Callable[[CausalLMLogprobs], Any]
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    backend: str | None
+    float32_head: bool
+    positional: tuple[str, ...]
+    """Names of the forward's arguments in order: the backbone's order may be another."""
+    no_cache: dict[str, bool]
+
+
+def _make_forward(model_class: type[nn.Module]) -> Callable:
+    own = model_class.forward
+
+    @functools.wraps(own)  # generate() and Trainer read the signature
+    def forward(self, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        patch = getattr(self, SLOT)
+        targets = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        if not kwargs.pop(patch.keyword, False):
+            kwargs |= {name: value for name, value in targets.items() if value is not None}
+            return own(self, *args, **kwargs) if patch.replaced is None else patch.replaced(*args, **kwargs)
+        kwargs |= zip(patch.positional, args, strict=False)
+        return patch.convert(_without_logits(self, patch, kwargs, **targets))
+
+    return forward
+
+
+def _without_logits(
+    causal: nn.Module,
+    patch: _Patch,
+    inputs: dict[str, Any],
+    *,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> CausalLMLogprobs:
+    if labels is None and shift_labels is None:
+        raise ValueError(f"labels: required with {patch.keyword}=True, -100 where no log-probability is wanted")
+    config = causal.config.get_text_config()
+    inputs = {name: value for name, value in inputs.items() if name not in ("use_cache", "return_dict")}
+    if inputs.get("output_router_logits") is None and getattr(config, "output_router_logits", False):
+        inputs["output_router_logits"] = True
+    # Both are looked up on every call: FSDP replaces parameters, and LoRA on the head makes a weight of two.
+    backbone, head = backbone_and_head(causal)
+    outputs = backbone(**inputs, **patch.no_cache)
+    hidden = outputs.last_hidden_state
+    # The last state predicts nothing; a label of -100 for it costs no copy, unlike hidden[:, :-1].
+    shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
+
+    weight, bias = head.weight, head.bias
+    device = hidden.device.type
+    context = contextlib.nullcontext()
+    if patch.float32_head:
+        context = torch.autocast(device, enabled=False)
+        hidden = hidden.float()
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    elif not torch.is_autocast_enabled(device):
+        hidden = hidden.to(weight.dtype)  # where adapters on the head are in a wider precision
+    if hidden.device != weight.device:  # a model split over devices by device_map
+        hidden, shifted = hidden.to(weight.device), shifted.to(weight.device)
+    with context:
+        scored = linear_logprob(
+            hidden,
+            weight,
+            shifted,
+            bias=bias,
+            temperature=patch.temperature,
+            logit_scale=patch.logit_scale,
+            softcap=patch.softcap,
+            return_entropy=True,
+            backend=patch.backend,
+        )
+    keep = slice(None, -1) if shift_labels is None else slice(None)
+    mask = (shifted != IGNORED)[..., keep]
+    # Copies: FSDP2 would lose its hook on a view that somebody changes in place.
+    logprobs, entropy = scored.logprobs[..., keep].clone(), scored.entropy[..., keep].clone()
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, Tensor):
+        count = count.to(logprobs.device)
+    loss = -logprobs.sum() / count
+    aux_loss = None
+    if inputs.get("output_router_logits"):
+        aux_loss = _load_balancing_loss(causal, config, outputs.router_logits, inputs.get("attention_mask"))
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
+    return CausalLMLogprobs(loss, logprobs, entropy, mask, aux_loss)
+
+
+def _load_balancing_loss(causal: nn.Module, config: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
+    """As the model's own forward computes it: its module has the function, by the same name in every architecture."""
+    formula = getattr(sys.modules[type(causal).__module__], "load_balancing_loss_func", None)
+    experts = getattr(causal, "num_experts", getattr(config, "num_experts", None))
+    chosen = getattr(causal, "num_experts_per_tok", getattr(config, "num_experts_per_tok", None))
+    if formula is None or experts is None or chosen is None:
+        raise ValueError(
+            f"output_router_logits: the load-balancing loss of {type(causal).__name__} is not known here; leave it off"
+        )
+    return formula(router_logits, experts, chosen, mask)
+
+
+# Finding what is there already
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    """The transformers model inside its peft wrapper, if it has one."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (hasattr(causal, "get_output_embeddings") and hasattr(causal, "config")):
+        raise TypeError(
+            f"model: expected a transformers model or one wrapped by peft, got {type(model).__name__}; patch it before "
+            "it is wrapped for distributed training or compiled"
+        )
+    return causal
+
+
+def _origin(function: Any) -> str:
+    """The module whose code a forward runs; its `__module__` may be that of what it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None) or "something"
+
+
+def _foreign_instance_forward(module: nn.Module) -> str | None:
+    """Who gave this one module a forward of its own; accelerate's hooks, which only move inputs, do not count."""
+    forward = vars(module).get("forward")
+    if forward is None or "_hf_hook" in vars(module):
+        return None
+    if "_original_forward" in vars(module):
+        return "Accelerator.prepare (patch the model before it is prepared)"
+    return _origin(forward)
+
+
+def _foreign_forward(causal: nn.Module) -> str | None:
+    """Who has replaced the forward of the instance or of its class, if anybody has."""
+    if (who := _foreign_instance_forward(causal)) is not None:
+        return who
+    owner = next(cls for cls in type(causal).__mro__ if "forward" in vars(cls))
+    function = vars(owner)["forward"]
+    known = {owner.__module__.partition(".")[0], "transformers", "torch"}  # decorators live there
+    while function is not None:
+        origin = _origin(function)
+        function = getattr(function, "__wrapped__", None)
+        # The function at the bottom is the class's own; above it there are only decorators.
+        if origin.partition(".")[0] not in known or (function is None and origin != owner.__module__):
+            return origin
+    return None
+
+
+def _not_ours(causal: nn.Module) -> str | None:
+    """Who has replaced the forward that `install` set, if anybody has."""
+    forward = vars(causal).get("forward")
+    if forward is None:
+        return "something"
+    origin = _origin(forward)
+    return None if origin == __name__ else origin
+
+
+# The check at the door
+
+
+def _check(causal: nn.Module) -> None:
+    """Score a few tokens with and without logits: architectures scale and cap them under many names."""
+    if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
+        return  # no values, or shards of them; a forward here would be a collective call
+    patch, name = getattr(causal, SLOT), type(causal).__name__
+    ids = _probe_ids(causal)
+    with torch.no_grad(), _evaluating(causal), _converted_by(patch, lambda out: out):
+        try:
+            ours = causal(input_ids=ids, labels=ids, **{patch.keyword: True}).logprobs
+            logits = causal(input_ids=ids).logits[:, :-1].float() / patch.temperature
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
+    own = logits.log_softmax(-1).gather(-1, ids[:, 1:].to(logits.device).unsqueeze(-1)).squeeze(-1)
+    # The logits of a half-precision model are rounded to it; ours are not.
+    exact = causal.get_output_embeddings().weight.dtype in (torch.float32, torch.float64)
+    tolerance = (1e-4 if exact else 3e-2) * (1 + logits.abs().max())
+    if not (ours - own).abs().max() <= tolerance:
+        raise ValueError(
+            f"{name} makes its logits in a way that is not a linear head with a constant scale and soft cap, so its "
+            "log-probabilities cannot be computed from hidden states"
+        )
+
+
+def _probe_ids(causal: nn.Module) -> Tensor:
+    """[1, 5] ordinary tokens: those with a role of their own (an image's place) would need what goes with them."""
+    config = causal.config
+    special = {
+        value
+        for part in (config, config.get_text_config())
+        for name, value in vars(part).items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    weight = causal.get_input_embeddings().weight
+    ordinary = (token for token in range(1, weight.shape[0]) if token not in special)
+    return torch.tensor([[token for token, _ in zip(ordinary, range(5), strict=False)]], device=weight.device)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextlib.contextmanager
+def _converted_by(patch: _Patch, convert: Callable) -> Iterator[None]:
+    before, patch.convert = patch.convert, convert
+    try:
+        yield
+    finally:
+        patch.convert = before

@@ -1,0 +1,115 @@
+"""TRL's PPOConfig: transformers' TrainingArguments and PPO's options, with TRL's names and defaults."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastppo.integrations.transformers import SUPPORTED
+from fastppo.integrations.versions import require
+from fastppo.training import config as options
+
+require("transformers", SUPPORTED)
+
+from transformers import TrainingArguments  # noqa: E402
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """transformers' TrainingArguments, and PPO's with TRL's names and defaults.
+
+    A step (`logging_steps`, `save_steps`, `eval_steps`, `max_steps`) is a rollout of ``per_device_train_batch_size ·
+    gradient_accumulation_steps`` prompts in each process.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate, of both models."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many rollouts."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Completions in all; num_train_epochs of the dataset if not given."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Sequences generated, or scored without gradients, at a time."}
+    )
+    num_sample_generations: int = field(
+        default=10, metadata={"help": "How often in a run completions of eval_dataset are shown; 0: never."}
+    )
+    response_length: int = field(default=53, metadata={"help": "Most tokens of a completion."})
+    stop_token: Literal["eos"] | None = field(
+        default=None, metadata={"help": "`eos` ends completions at the tokenizer's; by default nothing does."}
+    )
+    stop_token_id: int | None = field(default=None, metadata={"help": "The same by number."})
+    temperature: float = field(default=0.7, metadata={"help": "Of the sampler; also divides the scored logits."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of a completion without an EOS."}
+    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Divide the rewards by their deviation."})
+    kl_coef: float = field(default=0.05, metadata={"help": "Of the KL to the reference, in the rewards."})
+    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "How a token's KL is estimated."})
+    cliprange: float = field(default=0.2, metadata={"help": "Of the probability ratio."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move in an update."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
+    model_adapter_name: str | None = field(default=None, metadata={"help": "The trained adapter's name."})
+    ref_adapter_name: str | None = field(default=None, metadata={"help": "An adapter that is the reference."})
+    sft_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
+    reward_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "For scripts; not read here."})
+    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Of old scripts; has no effect."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_token not in (None, "eos"):
+            raise ValueError(f"stop_token: expected 'eos' or None, got {self.stop_token!r}")
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id: give one of them")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {self.kl_estimator!r}")
+        for name in (
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "local_rollout_forward_batch_size",
+            "response_length",
+            "temperature",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+def a_rollout_a_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
+    """A copy whose batch is a whole rollout, for Trainer's loop."""
+    rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if rollout < args.num_mini_batches:
+        raise ValueError(f"num_mini_batches: {args.num_mini_batches}, but a rollout has {rollout} completions")
+    needed = rollout * args.world_size
+    if len(train_dataset) < needed:
+        raise ValueError(f"train_dataset: {len(train_dataset)} prompts, fewer than the {needed} of a rollout")
+    args = copy.copy(args)
+    if args.max_steps <= 0:
+        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
+        args.max_steps = math.ceil(episodes / needed)
+    args.per_device_train_batch_size = rollout
+    args.gradient_accumulation_steps = 1
+    args.remove_unused_columns = False
+    args.gradient_checkpointing = False  # it is on already, in both models
+    return args
+
+
+def algorithm_options(args: PPOConfig) -> options.PPOConfig:
+    return options.PPOConfig(
+        num_ppo_epochs=args.num_ppo_epochs,
+        num_mini_batches=args.num_mini_batches,
+        clip_low=args.cliprange,
+        clip_high=args.cliprange,
+        vf_coef=args.vf_coef,
+        cliprange_value=args.cliprange_value,
+        gamma=args.gamma,
+        lam=args.lam,
+        whiten_rewards=args.whiten_rewards,
+        kl_coef=args.kl_coef,
+        kl_estimator=args.kl_estimator,
+    )

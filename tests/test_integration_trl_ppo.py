@@ -1,0 +1,291 @@
+"""The PPOTrainer that an old TRL script finds: it trains, saves, resumes, evaluates and logs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import make_tiny_model
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="the trainer is transformers' own")
+datasets = pytest.importorskip("datasets", reason="prompts come as a dataset")
+pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+
+from fastppo.integrations.trl_ppo import PPOConfig, PPOTrainer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def _classifier(tiny, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, local_files_only=True)
+
+
+def _trainer(tiny, output_dir, *, peft_config=None, callbacks=None, models=None, **options) -> PPOTrainer:
+    """The trainer as an old script builds it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True, padding_side="left")
+    prompts = [f"{'Good ' * (n % 3)}Number {n} is" for n in range(24)]
+    dataset = datasets.Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
+    given = {
+        "model": transformers.AutoModelForCausalLM.from_pretrained(tiny, local_files_only=True),
+        "ref_model": None,
+        "reward_model": _classifier(tiny, 1),
+        "value_model": _classifier(tiny, 2),
+    } | (models or {})
+    arguments = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 5,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "total_episodes": 32,
+        "num_sample_generations": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | options
+    return PPOTrainer(
+        args=PPOConfig(**arguments),
+        processing_class=tokenizer,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)),
+        peft_config=peft_config,
+        callbacks=callbacks,
+        **given,
+    )
+
+
+def _parameters(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_names_and_defaults_are_trls(tmp_path):
+    args = PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    expected = {
+        "learning_rate": 3e-6,
+        "kl_coef": 0.05,
+        "kl_estimator": "k1",
+        "cliprange": 0.2,
+        "vf_coef": 0.1,
+        "cliprange_value": 0.2,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "num_ppo_epochs": 4,
+        "num_mini_batches": 1,
+        "whiten_rewards": False,
+        "response_length": 53,
+        "temperature": 0.7,
+        "missing_eos_penalty": None,
+        "stop_token": None,
+        "total_episodes": None,
+        "local_rollout_forward_batch_size": 64,
+        "num_sample_generations": 10,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    # Scripts parse them from the command line.
+    parsed = transformers.HfArgumentParser(PPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--kl_coef", "0.1", "--stop_token", "eos", "--use_cpu", "true"]
+    )[0]
+    assert (parsed.kl_coef, parsed.stop_token) == (0.1, "eos")
+    for wrong in ({"kl_estimator": "k4"}, {"stop_token": "x"}, {"stop_token": "eos", "stop_token_id": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **wrong)
+
+
+def test_trains_logs_and_saves(tiny, tmp_path):
+    trainer = _trainer(tiny, tmp_path, stop_token="eos", missing_eos_penalty=1.0)
+    before, reference = _parameters(trainer), copy.deepcopy(trainer.ref_model.state_dict())
+    trainer.train()
+    after = _parameters(trainer)
+    assert trainer.state.global_step == 4  # 32 episodes in rollouts of 8
+    assert any(not after[name].equal(before[name]) for name in before if name.startswith("policy."))
+    assert any(not after[name].equal(before[name]) for name in before if name.startswith("value_model."))
+    assert all(value.equal(reference[name]) for name, value in trainer.ref_model.state_dict().items())
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["episode"] for row in rows] == [8, 16, 24, 32]
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the policy is still its reference
+    assert rows[0]["policy/approxkl_avg"] >= 0
+    for name in ("objective/scores", "objective/rlhf_reward", "loss/policy_avg", "loss/value_avg", "val/ratio"):
+        assert all(torch.tensor(row[name]).isfinite() for row in rows), name
+
+    trainer.save_model(str(tmp_path / "final"))
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", local_files_only=True)
+    value = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "final" / "value_model", local_files_only=True
+    )
+    for saved, name in ((policy, "policy"), (value, "value_model")):
+        for key, parameter in saved.named_parameters():
+            assert parameter.equal(after[f"{name}.{key}"]), key
+    files = {path.suffix for path in (tmp_path / "final").rglob("*") if path.is_file()}
+    assert not files & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_resumed_run_ends_at_the_same_bits(tiny, tmp_path):
+    """Policy, value model, optimizer, schedule, data order and random numbers all go on."""
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "save_total_limit": 2}
+    whole = _trainer(tiny, tmp_path / "whole", **options)
+    whole.train()
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    _trainer(tiny, tmp_path / "parts", callbacks=[Stop()], **options).train()
+    checkpoints = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert checkpoints == ["checkpoint-1", "checkpoint-2"]
+    # A kill while the next was being written leaves this behind.
+    (tmp_path / "parts" / ".saving" / "checkpoint-3").mkdir(parents=True)
+    resumed = _trainer(tiny, tmp_path / "parts", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    want = _parameters(whole)
+    for name, parameter in _parameters(resumed).items():
+        assert parameter.equal(want[name]), name
+    curves = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
+    assert curves[0] == curves[1]
+
+
+def test_evaluates_without_changing_the_run(tiny, tmp_path, capsys):
+    plain = _trainer(tiny, tmp_path / "plain")
+    plain.train()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "num_sample_generations": 2}
+    watched = _trainer(tiny, tmp_path / "watched", **options)
+    watched.train()
+    want = _parameters(plain)
+    assert all(parameter.equal(want[name]) for name, parameter in _parameters(watched).items())
+    rows = [row for row in watched.state.log_history if "eval_objective/scores" in row]
+    assert len(rows) == 4
+    assert watched.evaluate() == watched.evaluate()
+    assert set(watched.evaluate()) == {
+        "eval_objective/scores",
+        "eval_objective/kl",
+        "eval_objective/rlhf_reward",
+        "eval_response_length",
+    }
+    shown = watched.generate_completions()
+    assert len(shown) == 4
+    assert shown[0]["query"].endswith("Number 0 is")
+    assert "Number 0 is" in capsys.readouterr().out
+
+
+def test_best_model_is_kept_and_loaded(tiny, tmp_path):
+    trainer = _trainer(
+        tiny,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_objective/scores",
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(best, local_files_only=True)
+    assert all(p.equal(q) for p, q in zip(saved.parameters(), trainer.model.policy.parameters(), strict=True))
+    newest = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert newest["best_model_checkpoint"] == best
+
+
+def test_adapters_train_save_and_resume(tiny, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft's adapters")
+    options = {
+        "peft_config": peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "v_proj"]),
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    trainer = _trainer(tiny, tmp_path, **options)
+    assert trainer.ref_model is None
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(rows[-1]["objective/kl"]) > 1e-4
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
+    again = _trainer(tiny, tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    want = _parameters(trainer)
+    for name, parameter in _parameters(again).items():
+        assert parameter.equal(want[name]), name
+
+
+def test_micro_batches_add_up_to_the_mini_batch(tiny, tmp_path):
+    """However a rollout is cut for memory, the first update is the same."""
+    ends = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = _trainer(
+            tiny,
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            num_mini_batches=1,
+            num_ppo_epochs=1,
+            total_episodes=8,
+            optim="sgd",
+        )
+        trainer.train()
+        ends.append(_parameters(trainer))
+    for name, parameter in ends[0].items():
+        torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_reward_is_at_the_last_token_and_rises(tiny, tmp_path):
+    """Scores against the reward model called alone on each unpadded sequence; and PPO does maximize them."""
+    trainer = _trainer(tiny, tmp_path, stop_token="eos", total_episodes=160, learning_rate=3e-3, kl_coef=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rollout = trainer._sample(batch)
+    experience = trainer._experience(rollout)
+    trainer.reward_model.config.pad_token_id = None
+    for row in range(len(experience)):
+        alone = experience.sequences[row][experience.attention_mask[row].bool()][None]
+        own = trainer.reward_model(input_ids=alone).logits.item()
+        assert experience.scores[row].item() == pytest.approx(own, rel=1e-4, abs=1e-4)
+    trainer.reward_model.config.pad_token_id = trainer.processing_class.pad_token_id
+    before = trainer.evaluate()["eval_objective/scores"]
+    trainer.train()
+    scores = [row["objective/scores"] for row in trainer.state.log_history if "loss" in row]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5
+    assert trainer.evaluate()["eval_objective/scores"] > before
+
+
+def test_nonfinite_stops_before_any_parameter_changes(tiny, tmp_path):
+    trainer = _trainer(tiny, tmp_path)
+    before = _parameters(trainer)
+    with torch.no_grad():
+        trainer.reward_model.score.weight.fill_(float("nan"))
+    with pytest.raises((FloatingPointError, ValueError), match="finite"):
+        trainer.train()
+    assert all(parameter.equal(before[name]) for name, parameter in _parameters(trainer).items())
+
+
+def test_what_does_not_fit_is_refused(tiny, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, local_files_only=True)
+    reward = _classifier(tiny, 1)
+    two = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2, local_files_only=True)
+    for models, error, match in (
+        ({"model": model, "ref_model": model}, ValueError, "ref_model"),
+        ({"reward_model": reward, "value_model": reward}, ValueError, "value_model: the same object"),
+        ({"reward_model": two}, ValueError, "num_labels=1"),
+        ({"value_model": model}, TypeError, "value_model: expected a sequence-classification"),
+    ):
+        with pytest.raises(error, match=match):
+            _trainer(tiny, tmp_path, models=models)
+    with pytest.raises(ValueError, match="fewer than the 800 of a rollout"):
+        _trainer(tiny, tmp_path, per_device_train_batch_size=400)
+    with pytest.raises(ValueError, match="more than the 128 that the policy can read"):
+        _trainer(tiny, tmp_path, response_length=126).train()
+    trainer = _trainer(tiny, tmp_path)
+    trainer.train_dataset = datasets.Dataset.from_dict({"prompt": ["a"] * 8})
+    with pytest.raises(ValueError, match="come tokenized"):
+        trainer.train()
