@@ -11,6 +11,7 @@ from tiny import make_tiny_model
 
 from fastppo.training.config import build_config
 from fastppo.training.metrics import read_alarms, read_metrics, read_samples
+from fastppo.training.report import write_report
 from fastppo.training.trainer import Trainer
 
 
@@ -18,10 +19,12 @@ def vowels(prompts, completions, **_):
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    """Plots take longer than a tiny run; where the report is what matters, a test undoes this."""
-    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+@pytest.fixture(scope="module", autouse=True)
+def _no_report():
+    """Plots take longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +83,21 @@ COLLAPSE = {
 }
 
 
-def test_a_run_that_collapses_is_rolled_back_and_finishes(world, tmp_path, monkeypatch):
-    monkeypatch.undo()
-    out = tmp_path / "run"
-    result = Trainer(config(world, out, **COLLAPSE)).train()
+@pytest.fixture(scope="module")
+def collapsed(world, tmp_path_factory):
+    """Such a run that nothing disturbed, and how it ended."""
+    out = tmp_path_factory.mktemp("collapsed") / "run"
+    return out, Trainer(config(world, out, **COLLAPSE)).train()
+
+
+def test_a_run_that_collapses_is_rolled_back_and_finishes(collapsed):
+    out, result = collapsed
     assert (result.step, result.stopped) == (8, None)
     assert result.final is not None
     [alarm] = [a for a in read_alarms(out) if a["action"] == "rollback"]
     assert (alarm["step"], alarm["metric"]) == (3, "kl/reference")
     assert "rolled back to step 0, with other random numbers" in alarm["outcome"]
-    assert alarm["outcome"] in (out / "report.html").read_text()
+    assert alarm["outcome"] in write_report(out).read_text()
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "lr" in row]
     assert [row["step"] for row in rows] == list(range(1, 9))  # the abandoned steps are elsewhere
     assert all(row["lr"] == pytest.approx(0.3 * 0.003) and row["watch/rollbacks"] == 1 for row in rows)
@@ -106,9 +114,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["before", "amid", "after"])
-def test_a_run_killed_around_its_rollback_comes_to_the_same_bits(world, tmp_path, moment):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    Trainer(config(world, whole, **COLLAPSE)).train()
+def test_a_run_killed_around_its_rollback_comes_to_the_same_bits(world, collapsed, tmp_path, moment):
+    whole, killed = collapsed[0], tmp_path / "killed"
 
     def kill(*args, **kwargs):
         raise Killed
