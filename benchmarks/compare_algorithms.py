@@ -34,16 +34,20 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "sentiment.yaml"
 
 # The section of an algorithm begins anew: the example's own `ppo` section is dropped first. All share its penalty on
 # the KL, with a fixed coefficient, so that no controller stands between an algorithm and its path.
-COMMON = {"kl_coef": 0.05, "gradient_accumulation_steps": 2}
+COMMON = {"kl_coef": 0.05}
+# 32 completions go through the model 16 at a time in either case.
+STEPS = {"num_mini_batches": 2}
+NATURAL = {"gradient_accumulation_steps": 2, "max_kl": 0.02, "cg_iterations": 4, "fisher_fraction": 0.25}
+CRITIC = {"num_value_epochs": 2, "lam": 1.0}
 FIRST_ORDER = {"optim.learning_rate": 4e-5, "optim.value_learning_rate": 1e-3}
-NATURAL = {"max_kl": 0.02, "cg_iterations": 4, "fisher_fraction": 0.25, "num_value_epochs": 2, "lam": 1.0}
+VALUES_ONLY = {"optim.value_learning_rate": 1e-3}
 CONTENDERS: dict[str, tuple[str, dict, dict]] = {
     # label: (algorithm, its section, other keys)
-    "REINFORCE (RLOO)": ("reinforce", {"baseline": "rloo"}, FIRST_ORDER),
-    "GRPO": ("ppo", {"adv_estimator": "grpo", "num_ppo_epochs": 2}, FIRST_ORDER),
-    "PPO": ("ppo", {"num_ppo_epochs": 2, "lam": 1.0}, FIRST_ORDER),
-    "TRPO": ("trpo", NATURAL, {"optim.value_learning_rate": 1e-3}),
-    "NPG": ("npg", NATURAL, {"optim.value_learning_rate": 1e-3}),
+    "REINFORCE (RLOO)": ("reinforce", {"baseline": "rloo"} | STEPS, FIRST_ORDER),
+    "GRPO": ("ppo", {"adv_estimator": "grpo", "num_ppo_epochs": 1} | STEPS, FIRST_ORDER),
+    "PPO": ("ppo", {"num_ppo_epochs": 1, "lam": 1.0} | STEPS, FIRST_ORDER),
+    "TRPO": ("trpo", NATURAL | CRITIC, VALUES_ONLY),
+    "NPG": ("npg", NATURAL | CRITIC, VALUES_ONLY),
 }
 COLORS = ("#2a6fb5", "#c7621a", "#2f8a5b", "#7b57b3", "#a8892a")
 
