@@ -41,7 +41,7 @@ def draw(title: str, cases: dict[str, list[tuple[str, float]]], output: Path) ->
 
     heights = [len(rows) + 2 for rows in cases.values()]
     figure, panels = plt.subplots(
-        len(cases), 1, figsize=(9, 0.28 * sum(heights) + 1), squeeze=False, height_ratios=heights
+        len(cases), 1, figsize=(9, 0.28 * sum(heights) + 1), squeeze=False, height_ratios=heights, layout="constrained"
     )
     for axes, (case, rows) in zip(panels[:, 0], cases.items(), strict=True):
         names, ratios = zip(*rows, strict=True)
@@ -51,11 +51,11 @@ def draw(title: str, cases: dict[str, list[tuple[str, float]]], output: Path) ->
         if max(ratios) > 10:
             axes.set_xscale("log")
         axes.invert_yaxis()
+        axes.margins(x=0.1, y=0.01)
         axes.tick_params(labelsize=7)
         axes.set_title(case, fontsize=9)
     panels[-1, 0].set_xlabel("time / floor")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(output, dpi=150)
 
 

@@ -49,6 +49,8 @@ def floors(tokens: int, dim: int, vocab: int, itemsize: int = 2) -> dict[str, Fl
         "linear_ppo_loss, whole rows": Floor(3 * product, 2 * operands + 5 * logits),
         "linear_ppo_loss with exact KL": Floor(6 * product, 5 * operands),
         "linear_kl with gradients": Floor(6 * product, 5 * operands),
+        "linear_kl jsd, forward only": Floor(4 * product, 4 * operands),
+        "fisher_vector_product": Floor(8 * product, 5 * operands),
         "selective_logprob, forward": Floor(0.0, logits),
         "selective_logprob, backward": Floor(0.0, 2 * logits),
         "selective_logprob, backward of a divergence": Floor(0.0, 3 * logits),

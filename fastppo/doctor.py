@@ -10,6 +10,7 @@ import platform
 import torch
 
 import fastppo
+from fastppo.ops import cpu
 from fastppo.ops.dispatch import BACKENDS, NAMES, select, unusable
 
 # Package, and what is lost without it.
@@ -54,7 +55,10 @@ def report() -> str:
                 lines.append(f"  {name:16} not part of this version")
                 continue
             reason = unusable(name, device)
-            lines.append(f"  {name:16} {f'unusable on {device}: {reason}' if reason else f'usable on {device}'}")
+            state = f"unusable on {device}: {reason}" if reason else f"usable on {device}"
+            if name == "cpu" and not reason and (slow := cpu.why_slow()):
+                state += f", but at the speed of chunked: {slow}"
+            lines.append(f"  {name:16} {state}")
         lines += [f"    {op:18} -> {select(op, device, torch.float32)}" for op in BACKENDS]
     return "\n".join(lines)
 

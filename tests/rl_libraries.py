@@ -26,14 +26,19 @@ def load(name: str) -> ModuleType:
         pytest.skip(f"{library} is not installed")
     if name in sys.modules:
         return sys.modules[name]
-    finder = _StandIns([heavy for heavy in HEAVY[library] if importlib.util.find_spec(heavy) is None])
-    sys.meta_path.append(finder)
+    finder = _StandIns([heavy for heavy in HEAVY[library] if not _is_installed(heavy)])
+    sys.meta_path.insert(0, finder)
     try:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
         for module in [m for m in sys.modules if m.partition(".")[0] in finder.packages]:
             del sys.modules[module]
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name on the path has none
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -95,6 +95,16 @@ class Tree:
             0, self.states(self.sequences).flatten(), weight.flatten()
         )
 
+    def advantages(self, logits: Tensor) -> Tensor:
+        """A(s, a) [M, depth] of every token of every completion, 0 on padding."""
+        probabilities = self.token_logprobs(logits).exp()
+        values = []
+        for t in range(self.depth + 1):  # of each completion's first t tokens
+            same = (self.sequences[:, None, : t + 1] == self.sequences[None, :, : t + 1]).all(2)
+            values.append((same * probabilities[:, t:].prod(1) * self.rewards).sum(1))
+        values = torch.stack(values, 1)
+        return (values[:, 1:] - values[:, :-1]).masked_fill(~self.mask, 0.0)
+
     def kl(self, logits: Tensor, other: Tensor) -> Tensor:
         """KL(π ‖ other) of whole completions, nats."""
         log_p, log_q = logits.log_softmax(-1), other.log_softmax(-1)
@@ -108,6 +118,13 @@ class Tree:
         return torch.multinomial(
             given[prompts.repeat_interleave(groups_of)], 1, replacement=True, generator=self.generator
         ).squeeze(1)
+
+    def stratified_sample(self, logits: Tensor, count: int) -> Tensor:
+        """[count], each completion as often as is expected of it, to within one."""
+        points = (torch.arange(count) + torch.rand((), generator=self.generator)) / count
+        return torch.searchsorted(self.probabilities(logits.detach()).cumsum(0), points.double()).clamp(
+            max=len(self.sequences) - 1
+        )
 
 
 class TabularModels:
@@ -167,7 +184,7 @@ class TabularModels:
     def autocast(self):
         return contextlib.nullcontext()
 
-    def training(self):
+    def training(self, mode: bool = True):
         return contextlib.nullcontext()
 
     @torch.no_grad()

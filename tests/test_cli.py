@@ -73,6 +73,13 @@ def test_missing_config(capsys):
     assert "nothing.yaml" in capsys.readouterr().err
 
 
+def test_doctor_says_when_the_cpu_backend_is_slow(capsys, monkeypatch):
+    monkeypatch.setattr("fastppo.ops.cpu.PRODUCTS", ())
+    monkeypatch.setattr("fastppo.doctor.unusable", lambda name, device: None)
+    assert main(["doctor"]) == 0
+    assert "at the speed of chunked: this PyTorch does not export" in capsys.readouterr().out
+
+
 def test_doctor_and_keys(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out

@@ -28,6 +28,7 @@ from fastppo.models import (
     resolve,
     token_hidden,
 )
+from fastppo.models.attention import NAME as SHORT_ATTENTION
 from fastppo.models.load import _flash_attention_fits
 from fastppo.training.config import LoraConfig, ModelConfig
 
@@ -300,7 +301,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny):
 def test_attention(tiny, monkeypatch):
     assert load_causal_lm(_config(tiny, attn_implementation="eager")).config._attn_implementation == "eager"
     model = load_causal_lm(_config(tiny))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == SHORT_ATTENTION
     half, cuda = _config(tiny, dtype="bfloat16"), torch.device("cuda")
     found = importlib.machinery.ModuleSpec("flash_attn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found if name == "flash_attn" else None)

@@ -20,6 +20,7 @@ from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError, build_config
 from fastppo.training.data import DataError
 from fastppo.training.learner import NonFiniteError
+from fastppo.training.progress import ProgressDisplay
 from fastppo.training.rewards import RewardError, RewardOutput
 from fastppo.training.trainer import Trainer
 
@@ -169,6 +170,10 @@ VARIANTS = {
     "reference backend": {"backend": "reference"},
     "reinforce": {"algorithm": "reinforce"},
     "reinforce with a critic": {"algorithm": "reinforce", "reinforce__baseline": "learned"},
+    "trpo": {"algorithm": "trpo", "trpo__cg_iterations": 3, "trpo__fisher_fraction": 0.5},
+    "trpo by differences": {"algorithm": "trpo", "trpo__fisher_method": "finite_difference", "model__lora": {"r": 4}},
+    "npg": {"algorithm": "npg", "npg__preconditioner": "diagonal", "model__gradient_checkpointing": True},
+    "cpi": {"algorithm": "cpi", "cpi__step_size": "bound"},
     "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2, "optim__value_learning_rate": 1e-2},
     "grpo": {"ppo__adv_estimator": "grpo", "ppo__kl_in": "loss", "ppo__kl_estimator": "k3"},
     "linear kl, refreshed reference": {
@@ -298,6 +303,39 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=f"{agg} {name}")
 
 
+def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch):
+    """With one part a step its forward is kept: a pass less, and the gradient of a pass anew."""
+    passes, gradients = {}, {}
+    for name in ("kept", "anew"):
+        settings = config(world, tmp_path / name, ppo__num_ppo_epochs=2, ppo__num_mini_batches=1)
+        trainer = Trainer(settings, progress=ProgressDisplay(4))
+        trainer.models.value.weight.data.fill_(0.1)  # so that it has a say in the backbone's gradient
+        if name == "anew":
+            monkeypatch.setattr(trainer.models, "hidden_before_update", trainer.models.hidden)
+        counted, steps = [], []
+        trainer.models.policy.model.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        step = trainer.optimizer.step
+        parameters = trainer.learner.parameters()
+
+        def keep_gradients(steps=steps, parameters=parameters, step=step):
+            steps.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+            step()
+
+        trainer.optimizer.step = keep_gradients
+        prompts = [trainer.data.train[i] for i in (0, 1, 2, 0) for _ in range(2)]
+        rollout = trainer.scorer.sample(prompts)
+        counted.clear()
+        experience = trainer.scorer.score(rollout, trainer.scorer.reward(prompts, rollout))
+        trainer.algorithm.estimate_advantages(experience)
+        trainer.algorithm.update(trainer.learner, experience)
+        passes[name], gradients[name] = len(counted), steps
+    assert passes == {"kept": 2, "anew": 3}
+    kept, anew = (steps[0] for steps in gradients.values())
+    for name, gradient in kept.items():
+        scale = anew[name].abs().max().item()
+        torch.testing.assert_close(gradient, anew[name], rtol=0, atol=1e-3 * scale + 1e-7)
+
+
 def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
     for agg in ("seq-mean-token-sum-norm", "seq-mean-token-mean"):
         seen = []
@@ -392,6 +430,22 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy)
     trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
     if policy == "stop":
         with pytest.raises(NonFiniteError, match=r"step 1.*gradient"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert metrics_of(tmp_path / "run")[1]["policy/skipped_steps"] == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["trpo", "npg"])
+def test_a_natural_gradient_that_is_not_finite_is_not_followed(world, tmp_path, policy, name):
+    trainer = Trainer(config(world, tmp_path / "run", algorithm=name, ppo={}, on_nonfinite=policy, total_steps=1))
+    before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
+    loss = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"step 1.*not finite"):
             trainer.train()
     else:
         trainer.train()

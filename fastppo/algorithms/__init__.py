@@ -2,7 +2,17 @@
 
 from fastppo.algorithms.actor_critic import ActorCritic
 from fastppo.algorithms.algorithm import Algorithm
+from fastppo.algorithms.conservative import ConservativePolicyIteration
+from fastppo.algorithms.natural_gradient import NaturalPolicyGradient
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.reinforce import Reinforce
+from fastppo.algorithms.trpo import TRPO
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"reinforce": Reinforce, "actor_critic": ActorCritic, "ppo": PPO}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "reinforce": Reinforce,
+    "actor_critic": ActorCritic,
+    "ppo": PPO,
+    "trpo": TRPO,
+    "npg": NaturalPolicyGradient,
+    "cpi": ConservativePolicyIteration,
+}

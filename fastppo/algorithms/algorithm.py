@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -56,6 +57,9 @@ class Policy(Protocol):
             parameters: used in place of the policy's own, all or some of them, differentiably in both modes.
         """
 
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which the head's products are meant to be made."""
+
     def load(self, parameters: dict[str, Tensor]) -> None:
         """Copy these values into the policy's own parameters."""
 
@@ -90,8 +94,22 @@ class Learner(Protocol):
     ) -> dict[str, float]:
         """The same on the critic alone; loss(batch, values [b, T])."""
 
+    def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The gradient of a loss in the policy's parameters, and its metrics; nothing moves. `values` is None."""
+
+    def measure(
+        self, experience: Experience, loss: Loss, parameters: dict[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """What a loss reports of the policy, by its own or other parameters. `values` is None."""
+
     def micro_batches(self, experience: Experience) -> Iterator[Experience]:
         """Parts that fit one forward and backward pass, in order."""
+
+    def forget_policy_moments(self) -> None:
+        """Start the optimizer anew for the policy: its next steps have another goal than those before."""
+
+    def skip_nonfinite(self, what: str) -> None:
+        """Something is not finite and the step cannot be made: stop the run, or say so and go on, as configured."""
 
 
 class Algorithm:

@@ -46,6 +46,10 @@ class Experience:
     """[B, T] log-probabilities under the reference."""
     ref_hidden: Tensor | None = None
     """[B, T, D'] the reference's last hidden states, kept where the loss needs its whole distribution."""
+    old_hidden: Tensor | None = None
+    """[B, T, D] last hidden states of the policy that sampled the tokens, where its whole distribution is needed."""
+    target_hidden: Tensor | None = None
+    """[B, T, D] those of another policy that this one is to become like."""
     advantages: Tensor | None = None
     """[B, T]"""
     returns: Tensor | None = None

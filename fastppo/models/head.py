@@ -98,7 +98,7 @@ def check_head(model: nn.Module) -> None:
             "log-probabilities cannot be computed from hidden states"
         )
     # In half precision the rounding of a deep model is too near to what padding does to tell them apart.
-    if exact and not _close(padded, hidden, 1e-3):
+    if exact and not hidden_close(padded, hidden):
         raise ValueError(f"the hidden states of {name} depend on padding, so sequences cannot be batched")
 
 
@@ -121,6 +121,11 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     return backbone(**arguments).last_hidden_state
+
+
+def hidden_close(given: Tensor, expected: Tensor) -> bool:
+    """Whether float32 hidden states are the same but for rounding."""
+    return _close(given, expected, 1e-3)
 
 
 def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -95,8 +95,7 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     if source.gguf_file:
         arguments |= _dense_gguf(name)
     model = load_pretrained(AutoModelForCausalLM, source, config, **arguments)
-    if config.attn_implementation == "auto" and _flash_attention_fits(model, config, torch.device(device)):
-        model.set_attn_implementation("flash_attention_2")
+    choose_attention(model, config, torch.device(device))
     disable_dropout(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -297,6 +296,18 @@ def _dense_gguf(name: str) -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def choose_attention(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> None:
+    """What `attn_implementation: auto` stands for on `device`, where the model has a choice."""
+    if config.attn_implementation != "auto":
+        return
+    if _flash_attention_fits(model, config, device):
+        model.set_attn_implementation("flash_attention_2")
+    elif device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+        from fastppo.models import attention
+
+        model.set_attn_implementation(attention.NAME)
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:

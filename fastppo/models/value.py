@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastppo.models.head import backbone_and_head, token_hidden
-from fastppo.models.load import ModelError, ModelSource, disable_dropout, enable_gradient_checkpointing, load_pretrained
+from fastppo.models.load import (
+    ModelError,
+    ModelSource,
+    choose_attention,
+    disable_dropout,
+    enable_gradient_checkpointing,
+    load_pretrained,
+)
 
 if TYPE_CHECKING:
     from fastppo.training.config import ModelConfig
@@ -126,6 +133,7 @@ class ValueModel(nn.Module):
         backbone = load_pretrained(
             AutoModel, ModelSource(str(folder), None), config, dtype=getattr(torch, config.dtype), **arguments
         )
+        choose_attention(backbone, config, torch.device(device))
         disable_dropout(backbone)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(backbone)

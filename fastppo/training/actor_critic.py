@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from fastppo import models
 from fastppo.models import LMHead, ValueHead, ValueModel, backbone_and_head, token_hidden
+from fastppo.models.packing import Packed, can_pack, pack, packed_hidden
 from fastppo.training.config import ConfigError, ModelConfig
 
 
@@ -45,6 +47,7 @@ class ActorCritic:
         elif config.reference == "frozen":
             self._reference = models.freeze_copy(policy)
         self.policy = policy
+        self._kept: _KeptPass | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -65,11 +68,32 @@ class ActorCritic:
 
         With `parameters`, by the names of `policy_parameters`, these stand in for the policy's own.
         """
-        arguments = (sequences, attention_mask, num_completion)
+        if parameters is None and torch.is_grad_enabled() and self._kept is not None:
+            kept, self._kept = self._kept, None
+            states = kept.states(self._versions(), sequences, attention_mask)
+            if states is not None:
+                return states, backbone_and_head(self.policy)[1]
+        layout = _layout(self.policy, sequences, attention_mask, num_completion)
+        arguments = (sequences, attention_mask, num_completion, layout)
         if parameters is None:
             return _states_and_head(self.policy, *arguments)
         named = {f"policy.{name}": value for name, value in parameters.items()}
         return functional_call(_StatesAndHead(self.policy), named, arguments)
+
+    def hidden_before_update(
+        self, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    ) -> tuple[Tensor, LMHead]:
+        """As `hidden`, detached; but the pass is kept, with its activations, for the first `hidden` of these sequences
+        (in any order) under these parameters: a forward pass less in every step whose update begins with all of them.
+        """
+        with torch.enable_grad():
+            states, head = self.hidden(sequences, attention_mask, num_completion)
+        self._kept = _KeptPass(self._versions(), sequences, attention_mask, states)
+        return states.detach(), head
+
+    def _versions(self) -> int:
+        """Grows whenever a parameter of the policy is changed in place."""
+        return sum(parameter._version for parameter in self.policy.parameters())
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
         """Values [B, T] or [B, T, K] float32 before each completion token; `hidden` is the policy's there."""
@@ -83,7 +107,8 @@ class ActorCritic:
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
         """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
         with self._as_reference() as model:
-            return _states_and_head(model, sequences, attention_mask, num_completion)
+            layout = _layout(model, sequences, attention_mask, num_completion)
+            return _states_and_head(model, sequences, attention_mask, num_completion, layout)
 
     def reference_head(self) -> LMHead:
         """The reference's head alone."""
@@ -99,18 +124,20 @@ class ActorCritic:
                 yield self.policy
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Train mode where gradient checkpointing asks for it; dropout is off in either mode."""
+    def training(self, mode: bool = True) -> Iterator[None]:
+        """Train mode (or eval mode) where gradient checkpointing asks for it; dropout is off in either."""
         checkpointed = (
             [m for m in (self.policy, self.value) if m is not None] if self.config.gradient_checkpointing else []
         )
+        before = [module.training for module in checkpointed]
         for module in checkpointed:
-            module.train()
+            module.train(mode)
         try:
             yield
         finally:
-            for module in checkpointed:
-                module.eval()
+            self._kept = None
+            for module, was in zip(checkpointed, before, strict=True):
+                module.train(was)
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained of the policy, by name: all of it, or its adapters."""
@@ -131,6 +158,29 @@ class ActorCritic:
             parameter.copy_(policy[name])
 
 
+class _KeptPass(NamedTuple):
+    """A forward pass that a backward pass may still go through."""
+
+    versions: int
+    sequences: Tensor
+    attention_mask: Tensor
+    hidden: Tensor
+    """[B, T, D] with its graph."""
+
+    def states(self, versions: int, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """The states of these sequences, where they are the ones of this pass in some order."""
+        if versions != self.versions or sequences.shape != self.sequences.shape:
+            return None
+        row_of = {row: index for index, row in enumerate(self._rows(self.sequences, self.attention_mask))}
+        order = [row_of.get(row) for row in self._rows(sequences, attention_mask)]
+        # Equal sequences have equal states, so one row may stand for several of them.
+        return None if None in order else self.hidden[torch.tensor(order, device=self.hidden.device)]
+
+    @staticmethod
+    def _rows(*tensors: Tensor) -> list[tuple[int, ...]]:
+        return [tuple(row) for row in torch.cat(tensors, 1).tolist()]
+
+
 class _StatesAndHead(nn.Module):
     """A policy whose call gives what training needs of it, for `functional_call`: it may replace parameters there."""
 
@@ -138,14 +188,24 @@ class _StatesAndHead(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
-        return _states_and_head(self.policy, sequences, attention_mask, num_completion)
+    def forward(self, *arguments) -> tuple[Tensor, LMHead]:
+        return _states_and_head(self.policy, *arguments)
+
+
+def _layout(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Packed | None:
+    """How to compute these sequences' states with less, where the model allows it and it is less."""
+    backbone, head = backbone_and_head(model)
+    if not can_pack(backbone):
+        return None
+    return pack(sequences, attention_mask, num_completion, head.weight.shape[1])
 
 
 def _states_and_head(
-    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int, layout: Packed | None
 ) -> tuple[Tensor, LMHead]:
     backbone, head = backbone_and_head(model)
+    if layout is not None:
+        return packed_hidden(backbone, layout), head
     return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 

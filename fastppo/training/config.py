@@ -228,6 +228,71 @@ class PPOConfig(CriticConfig):
 
 
 @dataclass(config=_STRICT)
+class NPGConfig(AlgorithmConfig):
+    """Natural policy gradient (Kakade, 2001), with a step of a given KL."""
+
+    max_kl: PositiveFloat = 0.01
+    """The step's mean KL(old policy || new policy), nats a token."""
+    cg_iterations: PositiveInt = 10
+    """Most Fisher-vector products for one solution; each costs about two forward and backward passes."""
+    cg_tolerance: NonNegativeFloat = 0.1
+    """Stop earlier once the residual is this small a share of the gradient."""
+    damping: PositiveFloat = 0.1
+    """Added to the Fisher matrix's diagonal. With too little, the Fisher matrix of few sequences leaves directions free
+    in which single tokens' ratios explode."""
+    fisher_method: Literal["gauss_newton", "finite_difference"] = "gauss_newton"
+    """Forward- and reverse-mode derivatives, or differences of gradients, for models without forward mode."""
+    fisher_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the sequences that the Fisher matrix is taken over."""
+    preconditioner: Literal["none", "diagonal"] = "none"
+    """`diagonal`: an estimate of the Fisher matrix's diagonal."""
+    preconditioner_probes: PositiveInt = 8
+    """Backward passes that the estimate is made of."""
+    vector_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the four vectors of conjugate gradients; `auto` is the parameters' own."""
+    vector_device: Literal["auto", "cpu"] = "auto"
+    """Where they are kept; `auto` is where the parameters are."""
+    num_value_epochs: PositiveInt = 4
+    """Of the critic, which learns by first-order steps at `optim.value_learning_rate`."""
+    lam: UnitFloat = 0.95
+    """GAE's weight of longer returns (Schulman et al., 2016)."""
+    cliprange_value: PositiveFloat | None = None
+    """How far a value may move from the one at sampling time before its loss stops to fall."""
+
+
+@dataclass(config=_STRICT)
+class TRPOConfig(NPGConfig):
+    """Trust region policy optimization (Schulman et al., 2015). No step's mean KL is above max_kl."""
+
+    line_search_steps: PositiveInt = 10
+    """Step lengths that are tried before the policy is left as it is."""
+    line_search_shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of one such length to the one before."""
+    accept_ratio: UnitFloat = 0.1
+    """The share of the improvement to be expected that a step must really bring."""
+
+
+@dataclass(config=_STRICT)
+class CPIConfig(AlgorithmConfig):
+    """Conservative policy iteration (Kakade & Langford, 2002)."""
+
+    num_greedy_epochs: PositiveInt = 4
+    """First-order epochs, without a clip, that make the approximately greedy policy."""
+    step_size: Literal["held_out", "bound"] = "held_out"
+    """Its share in the mixture: the best on held-out sequences, or what the paper's bound guarantees (very small)."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of the sequences, for `held_out`; the greedy policy learns from the others."""
+    num_distill_epochs: PositiveInt = 4
+    """First-order epochs that turn the mixture of two networks into one."""
+    num_value_epochs: PositiveInt = 4
+    """Of the critic, which learns by first-order steps at `optim.value_learning_rate`."""
+    lam: UnitFloat = 0.95
+    """GAE's weight of longer returns (Schulman et al., 2016)."""
+    cliprange_value: PositiveFloat | None = None
+    """How far a value may move from the one at sampling time before its loss stops to fall."""
+
+
+@dataclass(config=_STRICT)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
@@ -324,11 +389,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    algorithm: Literal["reinforce", "actor_critic", "ppo"] = "ppo"
+    algorithm: Literal["reinforce", "actor_critic", "ppo", "trpo", "npg", "cpi"] = "ppo"
     """How the policy learns; its options are in the section of this name."""
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    npg: NPGConfig = field(default_factory=NPGConfig)
+    cpi: CPIConfig = field(default_factory=CPIConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -575,6 +643,8 @@ _CONDITIONAL_KEYS = (
     ("cliprange_value", "a value function", _has_critic),
     ("lam", "GAE", lambda section: _has_critic(section) and getattr(section, "n_steps", None) is None),
     ("scale_rewards", "grpo", _is_grpo),
+    ("preconditioner_probes", "preconditioner: diagonal", lambda section: section.preconditioner == "diagonal"),
+    ("held_out_fraction", "step_size: held_out", lambda section: section.step_size == "held_out"),
     ("kl_target", "kl_controller: adaptive", lambda section: section.kl_controller == "adaptive"),
     ("kl_horizon", "kl_controller: adaptive or linear", lambda section: section.kl_controller != "fixed"),
     ("kl_coef_final", "kl_controller: linear", lambda section: section.kl_controller == "linear"),
@@ -614,6 +684,15 @@ def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> Non
         raise ConfigError(
             f"rollout.num_generations: {estimator} compares the completions of a prompt, of which it needs at least 2"
         )
+    if getattr(section, "fisher_method", None) == "finite_difference" and (
+        config.model.autocast is not None or config.model.dtype != "float32"
+    ):
+        raise ConfigError(
+            f"{name}.fisher_method: finite_difference needs float32 throughout (model.dtype, and no model.autocast); "
+            "differences of half-precision gradients are noise"
+        )
+    if getattr(section, "step_size", None) == "held_out" and sequences < 2:
+        raise ConfigError(f"{name}.step_size: held_out needs at least 2 sequences a step, to set some aside")
     if section.reference_refresh_steps:
         if config.model.reference == "none":
             raise ConfigError(f"{name}.reference_refresh_steps: there is no reference when model.reference is none")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -39,11 +40,16 @@ class Policy:
         """The states [b, T, D] that predict `batch.targets`, and the head; see `fastppo.algorithms.algorithm.Policy`.
 
         With `parameters` the model is called through `torch.func.functional_call`, so derivatives of either mode pass
-        through them, and a tied head follows its embedding.
+        through them, and a tied head follows its embedding. Checkpointed activations would be computed again from the
+        policy's own parameters, so there are none then.
         """
         arguments = (batch.sequences, batch.attention_mask, batch.mask.shape[1])
-        with self._models.autocast():
+        with self._models.autocast(), self._models.training(parameters is None):
             return self._models.hidden(*arguments, parameters=parameters)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which the head's products are meant to be made."""
+        return self._models.autocast()
 
     @torch.no_grad()
     def load(self, parameters: dict[str, Tensor]) -> None:
@@ -133,6 +139,36 @@ class Learner:
         """As `descend`, on the critic alone: the policy, a shared backbone included, gets no gradient."""
         return self._epochs(experience, partial(self.backward_values, loss), num_epochs, num_mini_batches, None)
 
+    def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The gradient of a loss, by the names of the policy's parameters, and its metrics; nothing moves."""
+
+        def backward(batch: Experience, weight: float) -> dict[str, Tensor]:
+            value, metrics = self._policy_loss(loss, batch, None)
+            (weight * value).backward()
+            return metrics
+
+        self._phase("gradient")
+        metrics = self.accumulate_gradients(experience, backward)
+        parameters = self.policy.parameters()
+        gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradient, metrics
+
+    @torch.no_grad()
+    def measure(
+        self, experience: Experience, loss: Loss, parameters: dict[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """What a loss reports of the policy, by its own or other parameters."""
+        return self.accumulate_gradients(
+            experience, lambda batch, _: self._policy_loss(loss, batch, parameters).metrics
+        )
+
+    def _policy_loss(self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None) -> StepOutput:
+        with self.models.autocast():
+            hidden, head = self.policy.hidden(batch, parameters)
+            ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
+            return loss(batch, hidden, head, None, ref_head)
+
     def backward(self, loss: Loss, batch: Experience, weight: float) -> dict[str, Tensor]:
         """Add the gradients of weight · loss of a micro-batch; returns the loss's metrics."""
         with self.models.autocast():
@@ -210,19 +246,31 @@ class Learner:
             self.optimizer.step()
             history["grad_norm"].append(norm.item())
         else:
-            where = self._nonfinite_report(losses, norm.item(), epoch)
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteError(where)
-            self._warn(f"{where}; this optimizer step is skipped")
+            self.skip_nonfinite(self._nonfinite_report(losses, norm.item(), epoch))
             history["skipped"].append(1.0)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def forget_policy_moments(self) -> None:
+        """Start the optimizer anew for the policy: its next steps have another goal than those before."""
+        for parameter in self.policy.parameters().values():
+            self.optimizer.state.pop(parameter, None)
+
+    def skip_nonfinite(self, what: str) -> None:
+        """Something is not finite: stop the run, or tell a person that a step is skipped, as configured.
+
+        Raises:
+            NonFiniteError: with `on_nonfinite: stop`.
+        """
+        if self.config.on_nonfinite == "stop":
+            raise NonFiniteError(f"{self.where}, {what}")
+        self._warn(f"{self.where}, {what}; this optimizer step is skipped")
 
     def _nonfinite_report(self, losses: dict[str, float], norm: float, epoch: int) -> str:
         names = self.parameters().items()
         first = next((n for n, p in names if p.grad is not None and not torch.isfinite(p.grad).all()), None)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         gradient = f", first non-finite gradient in {first}" if first else ""
-        return f"{self.where}, epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient})"
+        return f"epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient})"
 
 
 def micro_batch_size(config: Config) -> int:

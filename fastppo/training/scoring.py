@@ -79,11 +79,13 @@ class Scorer:
         )
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, rewards: RewardOutput, *, with_values: bool = True) -> Experience:
+    def score(self, rollout: Rollout, rewards: RewardOutput, *, update_follows: bool = True) -> Experience:
         """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
+        all_rows = torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
+        # An update in one part begins with this very pass. More parts would not fit in memory at once.
+        keep = update_follows and len(all_rows) == 1 and not self.config.model.gradient_checkpointing
         parts = [
-            self._score_part(rollout, rows, with_values and self.models.value is not None)
-            for rows in torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
+            self._score_part(rollout, rows, update_follows and self.models.value is not None, keep) for rows in all_rows
         ]
 
         def join(name: str) -> Tensor | None:
@@ -103,13 +105,14 @@ class Scorer:
             **{name: join(name) for name in ("old_logprobs", "old_values", "kl", "ref_logprobs", "ref_hidden")},
         )
 
-    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool) -> dict[str, Tensor | None]:
+    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
         ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
         length, config = mask.shape[1], self.config.algorithm_config
         targets = ids[:, -length:].masked_fill(~mask, -100)
         result: dict[str, Tensor | None] = dict.fromkeys(("old_values", "kl", "ref_logprobs", "ref_hidden"))
         with self.models.autocast():
-            hidden, head = self.models.hidden(ids, attention, length)
+            policy_hidden = self.models.hidden_before_update if keep else self.models.hidden
+            hidden, head = policy_hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
             if with_values:
                 values = self.models.values(hidden, ids, attention)
@@ -174,7 +177,7 @@ class Scorer:
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
             held_out = self._ask(self.held_out, prompts, rollout, update=False).by_name if self.held_out else {}
-            experience = self.score(rollout, rewards, with_values=False)
+            experience = self.score(rollout, rewards, update_follows=False)
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")

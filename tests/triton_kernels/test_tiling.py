@@ -121,6 +121,12 @@ def loss(x, backend, dtype=None, **options):
     return [y.detach().double() for y in (out.loss, out.logprobs, out.entropy, h.grad, w.grad, b.grad)]
 
 
+def assert_close(got, want, tolerance):
+    """Relative to the greatest entry: a sequence's ratio can be in the hundreds, and scales every error."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * max(1.0, b.abs().max().item()), rtol=tolerance)
+
+
 OPTIONS = [
     {},
     {"entropy_coef": 0.03, "clip_low": 0.1, "dual_clip": 1.5},
@@ -137,11 +143,10 @@ def test_chunks_of_rows_give_the_exact_loss(device, options, chunks, monkeypatch
     calls = by_rows(monkeypatch, 72 if chunks == 1 else 20)
     got, want = loss(x, "triton", **options), loss(x, "reference", torch.float64, **options)
     assert calls
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
+    assert_close(got, want, 5e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     b=st.integers(1, 5),
     t=st.integers(1, 40),
@@ -157,8 +162,7 @@ def test_chunks_of_rows_at_any_shape(device, b, t, d, v, masked, options, seed):
     with pytest.MonkeyPatch.context() as patch:
         by_rows(patch, max(t, 16))
         got = loss(x, "triton", **options)
-    for a, c in zip(got, loss(x, "reference", torch.float64, **options), strict=True):
-        torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)
+    assert_close(got, loss(x, "reference", torch.float64, **options), 1e-4)
 
 
 def by_rows(patch, rows):

@@ -1,0 +1,74 @@
+"""Attention for a CPU, for the short sequences of a policy update.
+
+PyTorch's fused attention on a CPU pays for its blocking at every (sequence, head), which for short sequences is most of
+its time, and transformers repeats the keys and values of grouped heads for it. Plain products over the key heads, the
+queries of a group stacked, cost a fraction. One layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16,
+forward and backward, processor time of one Zen 4 core in ms:
+
+    sequences x tokens                      32 x 33    8 x 105    4 x 200    4 x 512
+    scaled_dot_product_attention               29.5       30.5       27.4      115.7
+    here                                        6.2       10.9       17.2      115.5
+
+Scores and softmax are float32 as in the fused kernel. They are kept for the backward pass, so longer sequences, whose
+scores would take more memory than everything else, are left to scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "fastppo_short"
+LONGEST = 512  # keys, for as many queries
+
+# What some architectures pass besides; the plain products below know none of it.
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "output_attentions", "cu_seq_lens_q")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """softmax(q kᵀ · scaling) v, by the convention of transformers' attention functions.
+
+    Args:
+        query: [B, H, Q, d]; key, value: [B, H / G, K, d], one for every G query heads.
+        attention_mask: [B, 1, Q, K] bool, True where a query sees a key.
+
+    Returns:
+        [B, Q, H, d] in the value's dtype, and None for the weights.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    plain = attention_mask is not None and attention_mask.dtype == torch.bool and not dropout
+    if not plain or queries * keys > LONGEST**2 or any(kwargs.get(name) is not None for name in _UNKNOWN):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, _, dim = query.shape
+    groups = heads // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        scale = dim**-0.5 if scaling is None else scaling
+        stacked = (query.float() * scale).reshape(batch, -1, groups * queries, dim)
+        scores = stacked @ key.float().transpose(-1, -2)  # [B, H / G, G Q, K]
+        scores = scores.view(batch, -1, groups, queries, keys)
+        scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
+        weights = scores.softmax(-1).to(value.dtype).view(batch, -1, groups * queries, keys)
+        out = (weights @ value).view(batch, heads, queries, value.shape[-1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args, **kwargs) -> Tensor:
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)
