@@ -119,6 +119,9 @@ def _train(arguments: argparse.Namespace, config) -> int:
     if result.final is not None:
         print(f"policy: {result.final}")
     print(f"report: {result.report}")
+    if result.stopped is not None:
+        print(f"fastppo: stopped at step {result.step}: {result.stopped}; --resume goes on", file=sys.stderr)
+        return 1
     return 128 + result.interrupted_by if result.interrupted_by else 0
 
 

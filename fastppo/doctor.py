@@ -26,6 +26,7 @@ _PACKAGES = (
     ("bitsandbytes", "optim.name: adamw_8bit"),
     ("flash_attn", "FlashAttention 2 on a GPU"),
     ("vaderSentiment", "the vader_sentiment reward"),
+    ("reasoning_gym", "the reasoning_gym reward"),
     ("tensorboard", "TensorBoard curves"),
     ("matplotlib", "the report's plots"),
 )

@@ -30,6 +30,7 @@ from fastppo.training.checkpoint import (
     MAY_DIFFER,
     CheckpointError,
     check_same_run,
+    discard_checkpoints,
     find_checkpoint,
     load_checkpoint,
     load_optimizer,
@@ -242,6 +243,20 @@ def test_keep_last(tmp_path):
     assert names(tmp_path) == sorted([*steps, "notes.txt", "step-best"])
     save(tmp_path, 1_000_006, keep_last=1)
     assert names(tmp_path) == ["notes.txt", "step-1000006", "step-best"]
+
+
+def test_one_from_before_a_step_is_kept_and_found(tmp_path):
+    for step in (0, 3, 6):
+        save(tmp_path, step, keep_last=2, keep_from=2)
+    assert names(tmp_path) == ["step-000000", "step-000003", "step-000006"]
+    save(tmp_path, 9, keep_last=2, keep_from=5)
+    assert names(tmp_path) == ["step-000003", "step-000006", "step-000009"]
+    assert_is(find_checkpoint(tmp_path, until=5, warn=never), 3)
+    assert find_checkpoint(tmp_path, until=2, warn=never) is None
+    discard_checkpoints(tmp_path, after=5)
+    assert names(tmp_path) == ["step-000003"]
+    save(tmp_path, 4, keep_last=1, keep_from=4)
+    assert names(tmp_path) == ["step-000004"]
 
 
 def test_damaged_ones_do_not_count_and_later_ones_are_left_alone(tmp_path):

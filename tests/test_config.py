@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -148,3 +149,41 @@ def test_text_from_the_command_line_stays_as_it_is(tmp_path):
     assert config.data.eval is None
     assert config.rewards[0].name == "007"
     assert config.model.lora.r == 3
+
+
+HELD_OUT = {"name": "b", "function": "f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval": {"rewards": [HELD_OUT | {"name": "a"}]}}, "rewards.0.name: 'a' is used twice"),
+        ({"eval": {"rewards": [HELD_OUT | {"weight": 2.0}]}}, "eval.rewards.0: a reward that is not trained on"),
+        ({"eval": {"rewards": [HELD_OUT | {"name": "perplexity"}]}}, "eval.rewards.0.name: 'perplexity' is the name"),
+        ({"eval": {"rewards": [{"name": "b"}]}}, "eval.rewards.0: give exactly one of"),
+        ({"watch": {"rules": [{"metric": "x"}]}}, "watch.rules.0: give `above`, `below` or both"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1, "below": 2}]}}, "watch.rules.0: every value is"),
+        ({"watch": {"rules": [{"metric": "x", "abov": 1}]}}, "watch.rules.0.abov: unknown key; did you mean"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1, "action": "stopp"}]}}, "did you mean 'stop'?"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1}] * 2}}, "watch.rules.1: the same rule"),
+        (
+            {"watch": {"rules": [{"metric": "x", "above": 1, "action": "rollback"}]}, "checkpoint": {"every": 0}},
+            "watch.rules.0.action: rollback needs checkpoints",
+        ),
+        (
+            {"watch": {"rules": [{"metric": "eval/reward", "below": 1, "action": "stop"}]}},
+            "watch.rules.0: eval/reward is known only after the last step; set eval.every",
+        ),
+    ],
+)
+def test_what_is_watched_and_held_out_is_checked(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        build_config(copy.deepcopy(BASE) | changes)
+    assert message in str(caught.value)
+
+
+def test_the_examples_are_valid():
+    examples = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    assert len(examples) >= 3
+    for path in examples:
+        load_config(path)

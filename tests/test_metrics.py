@@ -15,7 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastppo.training.metrics import MetricsLogger, atomic_write, read_metrics, read_samples, write_samples
+from fastppo.training.metrics import (
+    MetricsLogger,
+    atomic_write,
+    read_alarms,
+    read_metrics,
+    read_samples,
+    write_alarms,
+    write_samples,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -191,6 +199,31 @@ def test_tensorboard_shows_the_resumed_run_alone(tmp_path):
     assert [(event.step, event.value) for event in read.Scalars("reward/mean")] == expected
     assert [event.step for event in read.Scalars("lr")] == list(range(1, 7))
     killed.close()
+
+
+def test_rewinding_goes_on_as_if_later_steps_had_not_been_and_keeps_them_aside(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path, tensorboard=True, resume_step=None) as logger:
+        for step in range(1, 8):
+            logger.log(step, {"x": float(step)})
+        aside = logger.keep_aside(4, 1)
+        logger.rewind(4)
+        for step in range(5, 7):
+            logger.log(step, {"x": -float(step)})
+    assert [row["x"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, -5, -6]
+    assert [row["x"] for row in read_metrics(aside)] == [5, 6, 7]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("x")
+    assert [event.value for event in events] == [1, 2, 3, 4, -5, -6]
+
+
+def test_alarms_come_back(tmp_path):
+    assert read_alarms(tmp_path) == []
+    alarm = {"step": 3, "metric": "x", "value": math.inf, "reason": "x inf is above 2\u2028", "outcome": ""}
+    write_alarms(tmp_path, [alarm, {**alarm, "value": 5.0}])
+    first, second = read_alarms(tmp_path)
+    assert math.isnan(first["value"])
+    assert second == {**alarm, "value": 5.0}
 
 
 TEXT = st.text() | st.sampled_from(["lone \ud800 surrogate", "a\u2028b\r\nc\x85", "\x00\x1b[2J"])

@@ -17,7 +17,7 @@ import pytest
 
 import fastppo
 from fastppo.training import report
-from fastppo.training.metrics import MetricsLogger, write_samples
+from fastppo.training.metrics import MetricsLogger, write_alarms, write_samples
 from fastppo.training.report import write_report
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>\"'&amp;"
@@ -79,6 +79,11 @@ def step_metrics(step: int) -> dict[str, float]:
         "time/step": 4.0,
         "lr": 1e-5 / step,
         "grad_norm": 1.0,
+        "text/distinct_1": 0.5,
+        "text/distinct_2": 0.75,
+        "text/repetition": 0.01 * step,
+        "policy/ratio_max": 1.5,
+        "advantage/extreme": 4.0,
     }
 
 
@@ -88,10 +93,14 @@ def full(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "a <b>run"
     lines = [(0, {"eval/reward": 0.125})]
     lines += [(step, step_metrics(step)) for step in range(1, 61)]
-    lines += [(30, {"eval/reward": 0.25}), (60, {"eval/reward": 0.75})]
+    lines += [(30, {"eval/reward": 0.25, f"eval/{HOSTILE}": 0.5, "eval/perplexity": 20.0}), (60, {"eval/reward": 0.75})]
     log(folder, lines)
+    alarm = {"step": 41, "metric": HOSTILE, "value": float("inf"), "reason": f"{HOSTILE} is above 3"}
+    alarm |= {"action": "rollback", "good_step": 39, "outcome": "rolled back to step 30"}
+    write_alarms(folder, [alarm])
     (folder / "config.yaml").write_text(
         f"total_steps: 60\nmodel: {{name_or_path: {json.dumps(HOSTILE)}}}\nrollout: {{max_new_tokens: 24}}\n"
+        f"eval: {{rewards: [{{name: {json.dumps(HOSTILE)}}}]}}\n"
     )
     rewards = {"sentiment": 0.5, HOSTILE: -0.5}
     before = [
@@ -128,7 +137,7 @@ def test_what_others_wrote_is_text(full):
     # Title and heading aside: model, config, reward part (in two rows twice) and metric, prompt, completion.
     assert page.text.count("<script>alert('x')</script>") >= 7
     assert "</td></table>" in page.text
-    assert page.source.count("<table") == page.source.count("</table>") == 2
+    assert page.source.count("<table") == page.source.count("</table>") == 3
     assert "a <b>run" in page.text
     assert r"\x1b[2J" in page.text
     assert r"\x00" in page.text
@@ -142,6 +151,14 @@ def test_the_headline(full):
     assert "Steps 60 of 60" in text
     assert "Tokens/s 400.0 median" in text
     assert "stopped early" not in text
+
+
+def test_alarms_say_what_was_wrong_and_what_was_done(full, tmp_path):
+    page = Page(full / "report.html")
+    assert f"{HOSTILE} is above 3" in page.text
+    assert "rolled back to step 30" in page.text
+    log(tmp_path, [(1, step_metrics(1))])
+    assert "Alarms" not in Page(write_report(tmp_path)).text
 
 
 def test_samples_stand_side_by_side_by_prompt(full):
@@ -179,6 +196,11 @@ def test_plots_are_images_of_one_size_on_disk_and_in_the_page(full):
         "throughput",
         "time",
         "optimizer",
+        "frontier",
+        "held_out",
+        "perplexity",
+        "text",
+        "extremes",
     }
     assert names == {f"{name}.png" for name in expected}
     images = Page(full / "report.html").images()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,6 +331,53 @@ def test_vader_sentiment(monkeypatch):
         build_rewards([RewardConfig(name="sentiment", function="vader_sentiment")])
 
 
+def reasoning(completions, rows):
+    rewards = build_rewards([RewardConfig(name="answer", function="reasoning_gym")])
+    columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
+    rewards.check_columns(columns)
+    return rewards([row["prompt"] for row in rows], completions, columns).total.tolist()
+
+
+def test_reasoning_gym_scores_each_answer_by_its_own_task(monkeypatch):
+    made = []
+
+    def get_score_answer_fn(task):
+        made.append(task)
+        return {
+            "copy": lambda answer, entry: float(answer == entry["answer"]),
+            "length": lambda answer, entry: len(answer) / 10,
+        }[task]
+
+    package = types.ModuleType("reasoning_gym")
+    package.get_score_answer_fn = get_score_answer_fn
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    rows = [{"prompt": "p", "task": task, "entry": {"answer": "ab"}} for task in ("copy", "length", "copy", "length")]
+    assert reasoning([" ab\n", "abc", "ba", ""], rows) == pytest.approx([1.0, 0.3, 0.0, 0.0])
+    assert sorted(made) == ["copy", "length"]  # each set up once
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(RewardError, match=r"reward 'answer': needs reasoning-gym \(pip install 'fastppo\[reasoning\]'"):
+        build_rewards([RewardConfig(name="answer", function="reasoning_gym")])
+
+
+def test_the_arithmetic_example_is_what_its_script_writes_and_its_answers_are_right(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra of its own: pip install -e .[reasoning]")
+    examples = Path(__file__).parents[1] / "examples"
+    arguments = ["chain_sum", str(tmp_path / "made"), "--train", "112", "--eval", "48"]
+    options = ["min_terms=2", "max_terms=2", "min_digits=1", "max_digits=1"]
+    command = [sys.executable, str(examples / "reasoning_prompts.py"), *arguments, "--set", *options]
+    subprocess.run(command, check=True)
+    asked = set()
+    for part in ("train", "eval"):
+        shipped = (examples / "prompts" / f"chain_sum_{part}.jsonl").read_text()
+        assert (tmp_path / f"made_{part}.jsonl").read_text() == shipped
+        rows = [json.loads(line) for line in shipped.splitlines()]
+        answers = [row["entry"]["answer"] for row in rows]
+        assert reasoning(answers, rows) == [1.0] * len(rows)
+        assert max(reasoning([f"{int(answer) + 1}" for answer in answers], rows)) < 1.0
+        asked |= {row["prompt"] for row in rows}
+    assert len(asked) == 112 + 48
+
+
 def test_functions_from_modules_and_files(tmp_path, monkeypatch):
     source = (
         "import dataclasses\n\n@dataclasses.dataclass\nclass Point:\n    x: 'int'\n\ndef score(completions, **_):\n"
@@ -354,7 +404,7 @@ def test_functions_that_cannot_be_found(tmp_path, monkeypatch):
     (tmp_path / "imports_more.py").write_text("import a_module_that_is_absent\n")
     monkeypatch.syspath_prepend(tmp_path)
     wrong = {
-        "score": "is not vader_sentiment, module:function",
+        "score": "is not vader_sentiment, reasoning_gym, module:function",
         "mine.py:": "is not vader_sentiment",
         "mine.py:scores": r"no function 'scores' in mine\.py; did you mean 'score'",
         "mine.py:os": "no function 'os'",

@@ -45,6 +45,7 @@ MAY_DIFFER = frozenset(
         "on_nonfinite",
         "checkpoint",
         "eval",
+        "watch",
         "model.allow_download",
     }
 )
@@ -129,6 +130,7 @@ def save_checkpoint(
     state: dict[str, Any],
     config: dict[str, Any],
     keep_last: int,
+    keep_from: int | None = None,
     warn: Callable[[str], None] = _warn,
 ) -> Path:
     """Write the checkpoint of `step` and delete those older than the newest `keep_last`.
@@ -147,6 +149,7 @@ def save_checkpoint(
             and infinities included.
         config: the run's configuration as a plain tree, JSON values only.
         keep_last: how many to keep, this one included, >= 1. Damaged ones do not count.
+        keep_from: keep as many more as it takes for one to be of this step or an earlier one.
         warn: called with a message when something that could not be deleted had to stay.
 
     Returns:
@@ -203,22 +206,24 @@ def save_checkpoint(
             os.rename(target, root / name)
             target = root / name
             _fsync_folder(root)
-        whole = 1
-        for _, path in [item for item in reversed(earlier) if item[0][0] < step]:
-            if whole >= keep_last:
+        whole, reached = 1, keep_from is None or step <= keep_from
+        for (number, _), path in [item for item in reversed(earlier) if item[0][0] < step]:
+            if whole >= keep_last and reached:
                 _discard(path)
             elif _looks_whole(path):
                 whole += 1
+                reached = reached or number <= keep_from
     except OSError as error:
         warn(f"{root}: step {step} is saved, but an older checkpoint could not be deleted: {error}")
     return target
 
 
-def find_checkpoint(root: Path, *, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
+def find_checkpoint(root: Path, *, until: int | None = None, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
     """The newest checkpoint under `root` that is whole; None if there is none.
 
     Args:
         root: folder given to `save_checkpoint`; need not exist.
+        until: leave out those of later steps.
         warn: called for each damaged checkpoint that is passed over, with a message that says what is wrong. By default
             a FastPPOWarning.
 
@@ -232,12 +237,29 @@ def find_checkpoint(root: Path, *, warn: Callable[[str], None] = _warn) -> Check
         return None
     except OSError as error:
         raise CheckpointError(f"{root}: checkpoints cannot be listed ({error.strerror})") from error
-    for _, path in reversed(folders):
+    for (step, _), path in reversed(folders):
+        if until is not None and step > until:
+            continue
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
             warn(f"passed over a checkpoint that is not whole: {error}")
     return None
+
+
+def discard_checkpoints(root: Path, *, after: int) -> None:
+    """Delete the checkpoints of steps later than `after`, the latest first.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+    """
+    try:
+        for (step, _), path in reversed(_folders(Path(root))):
+            if step > after:
+                _discard(path)
+        _fsync_folder(Path(root))
+    except OSError as error:
+        raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

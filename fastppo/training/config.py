@@ -97,7 +97,8 @@ class RewardConfig:
 
     name: str
     function: str | None = None
-    """`vader_sentiment`, `module:function` or `file.py:function`, called as f(prompts, completions, **columns)."""
+    """`vader_sentiment`, `reasoning_gym`, `module:function` or `file.py:function`, called as f(prompts, completions,
+    **columns)."""
     model: str | None = None
     """A sequence-classification model; its one logit, or that of class `label`, is the reward."""
     label: NonNegativeInt | None = None
@@ -319,6 +320,46 @@ class EvalConfig:
     num_prompts: PositiveInt = 32
     num_samples: PositiveInt = 8
     """Completions shown before and after."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """Shown as eval/<name> and never trained on: where they fall while the trained rewards rise, those are gamed."""
+    perplexity: str | None = None
+    """A .txt file of ordinary text, one text a line. The policy's perplexity on it shows what it forgets."""
+
+
+@dataclass(config=_STRICT)
+class WatchRule:
+    """One metric, what is wrong with it, and what is then done."""
+
+    metric: str
+    """As metrics.jsonl names it, such as policy/entropy or eval/reward."""
+    above: FiniteFloat | None = None
+    """Values above this are wrong."""
+    below: FiniteFloat | None = None
+    """Values below this are wrong."""
+    relative: bool = False
+    """Bound the change since the start as a share of it: 1.0 is twice what it was, -0.5 half of it. The start is the
+    mean of the first `watch.baseline_steps` steps; for eval/... it is the evaluation before the first step."""
+    patience: PositiveInt = 1
+    """Wrong values in a row before anything is done: steps, or evaluations for eval/..."""
+    action: Literal["warn", "lower_lr", "rollback", "stop"] = "warn"
+    """`rollback` goes back to the newest checkpoint from before the trouble, with another random stream and a lower
+    learning rate. `stop` writes a checkpoint and ends the run."""
+
+
+@dataclass(config=_STRICT)
+class WatchConfig:
+    """Rules over the metrics of a run, and what is done when one is broken."""
+
+    defaults: bool = True
+    """Watch KL, length, repetition, entropy, ratios, advantages, gradient norm, explained variance, perplexity and
+    held-out rewards with bounds that only warn. A rule of yours on the same metric replaces the default one."""
+    baseline_steps: PositiveInt = 5
+    """First steps that relative rules compare with."""
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What `lower_lr` and `rollback` multiply the learning rate by."""
+    max_rollbacks: NonNegativeInt = 3
+    """The run stops in place of another rollback."""
+    rules: list[WatchRule] = field(default_factory=list)
 
 
 @dataclass(config=_STRICT)
@@ -359,6 +400,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     @property
     def backend_name(self) -> str | None:
@@ -434,8 +476,8 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[Key]:
         name, hint = f"{prefix}{item.name}", hints[item.name]
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, f"{name}.")
-        elif hint == list[RewardConfig]:
-            yield from _walk(RewardConfig, f"{name}.N.")
+        elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            yield from _walk(typing.get_args(hint)[0], f"{name}.N.")
         elif hint == (LoraConfig | None):
             yield from _walk(LoraConfig, f"{name}.")
         else:
@@ -566,20 +608,8 @@ def check_consistency(config: Config) -> None:
         raise ConfigError("model.name_or_path: required, but not given")
     if not config.data.train:
         raise ConfigError("data.train: required, but not given")
-    names = [reward.name for reward in config.rewards]
-    if taken := {"mean", "std", "reward", "reward_std", "length", "kl"}.intersection(names):
-        raise ConfigError(f"rewards: {taken.pop()!r} is the name of a metric already; call the reward something else")
-    for index, reward in enumerate(config.rewards):
-        if (reward.function is None) == (reward.model is None):
-            raise ConfigError(f"rewards.{index}: give exactly one of `function` and `model`")
-        if names.count(reward.name) > 1:
-            raise ConfigError(f"rewards.{index}.name: {reward.name!r} is used twice; metrics are kept by name")
-        if reward.threshold is None and reward.multiplier_learning_rate != RewardConfig("").multiplier_learning_rate:
-            raise ConfigError(f"rewards.{index}.multiplier_learning_rate: only a constraint (`threshold`) has one")
-        if reward.threshold is not None and reward.weight < 0:
-            raise ConfigError(f"rewards.{index}.weight: where a multiplier starts cannot be below 0")
-    if config.rewards and all(reward.threshold is not None for reward in config.rewards):
-        raise ConfigError("rewards: at least one must be an objective, without a threshold")
+    _check_rewards(config)
+    _check_watch(config)
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         raise ConfigError("optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup")
     _check_other_sections(config)
@@ -671,3 +701,48 @@ def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> Non
                 f"{name}.reference_refresh_steps: not possible with model.lora, where the reference is the policy with "
                 "its adapter off"
             )
+
+
+# Under eval/, where trained and held-out rewards are shown by name.
+_TAKEN = {"mean", "std", "reward", "reward_std", "length", "kl", "perplexity", "perplexity_reference"}
+
+
+def _check_rewards(config: Config) -> None:
+    keyed = [(f"rewards.{index}", reward) for index, reward in enumerate(config.rewards)]
+    keyed += [(f"eval.rewards.{index}", reward) for index, reward in enumerate(config.eval.rewards)]
+    names = [reward.name for _, reward in keyed]
+    for key, reward in keyed:
+        if reward.name in _TAKEN:
+            raise ConfigError(
+                f"{key}.name: {reward.name!r} is the name of a metric already; call the reward something else"
+            )
+        if (reward.function is None) == (reward.model is None):
+            raise ConfigError(f"{key}: give exactly one of `function` and `model`")
+        if names.count(reward.name) > 1:
+            raise ConfigError(f"{key}.name: {reward.name!r} is used twice; metrics are kept by name")
+        if reward.threshold is None and reward.multiplier_learning_rate != RewardConfig("").multiplier_learning_rate:
+            raise ConfigError(f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one")
+        if reward.threshold is not None and reward.weight < 0:
+            raise ConfigError(f"{key}.weight: where a multiplier starts cannot be below 0")
+        trained_only = (reward.weight != 1.0, reward.normalize, reward.threshold is not None)
+        if key.startswith("eval.") and not {f"{reward.name}_std", f"{reward.name}_effect"}.isdisjoint(names):
+            raise ConfigError(f"{key}.name: a reward named {reward.name}_std or {reward.name}_effect hides its metrics")
+        if key.startswith("eval.") and any(trained_only):
+            raise ConfigError(f"{key}: a reward that is not trained on has no weight, normalization or threshold")
+    if config.rewards and all(reward.threshold is not None for reward in config.rewards):
+        raise ConfigError("rewards: at least one must be an objective, without a threshold")
+
+
+def _check_watch(config: Config) -> None:
+    for index, rule in enumerate(config.watch.rules):
+        key = f"watch.rules.{index}"
+        if rule.above is None and rule.below is None:
+            raise ConfigError(f"{key}: give `above`, `below` or both; {rule.metric} is not bounded")
+        if rule.above is not None and rule.below is not None and rule.below >= rule.above:
+            raise ConfigError(f"{key}: every value is below {rule.below:g} or above {rule.above:g}")
+        if rule in config.watch.rules[:index]:
+            raise ConfigError(f"{key}: the same rule stands there twice")
+        if rule.action == "rollback" and not config.checkpoint.every:
+            raise ConfigError(f"{key}.action: rollback needs checkpoints; set checkpoint.every")
+        if rule.metric.startswith("eval/") and rule.action != "warn" and not config.eval.every:
+            raise ConfigError(f"{key}: {rule.metric} is known only after the last step; set eval.every")

@@ -8,6 +8,8 @@ The names that the report (report.py) and the progress display (progress.py) kno
     reward/mean  reward/std  reward/<name of a reward>       eval/reward  eval/kl  eval/length (on held-out prompts)
     kl/reference (nats a completion)  kl/coef                policy/entropy (nats a token)  policy/clip_fraction
     policy/approx_kl (nats a token)  loss/policy  loss/value  value/explained_variance  completion/length (tokens)
+    text/distinct_1  text/distinct_2  text/repetition        policy/ratio_max  advantage/extreme
+    eval/perplexity  eval/perplexity_reference               eval/<name of a held-out reward>
     grad_norm  lr  tokens_per_second  time/<phase> and time/step (seconds)
     multiplier/<name of a constraint>  value/explained_variance/<name of a reward>
 """
@@ -25,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 
 # What a run shows of itself; all of it moves together, so that a report never mixes two runs.
-_SHOWN = (METRICS_FILE, TENSORBOARD_FOLDER, SAMPLES_FOLDER, "plots", "report.html")
+_SHOWN = (METRICS_FILE, ALARMS_FILE, TENSORBOARD_FOLDER, SAMPLES_FOLDER, "plots", "report.html")
 _SAMPLES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -66,12 +69,15 @@ class MetricsLogger:
         elif path.exists():
             elapsed = _truncate(path, resume_step)
         self._start = time.monotonic() - elapsed
-        self._file = path.open("ab")
-        self._writer = None
-        if summary_writer is not None:
-            # TensorBoard hides what earlier event files hold at this step and later.
-            purge_step = None if resume_step is None else resume_step + 1
-            self._writer = summary_writer(str(output_dir / TENSORBOARD_FOLDER), purge_step=purge_step)
+        self._path, self._file = path, path.open("ab")
+        self._summary_writer, self._writer = summary_writer, None
+        self._open_tensorboard(purge_step=None if resume_step is None else resume_step + 1)
+
+    def _open_tensorboard(self, purge_step: int | None) -> None:
+        # TensorBoard hides what earlier event files hold at this step and later.
+        if self._summary_writer is not None:
+            folder = self._path.with_name(TENSORBOARD_FOLDER)
+            self._writer = self._summary_writer(str(folder), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; they are on their way to the disk when this returns.
@@ -100,6 +106,27 @@ class MetricsLogger:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, int(step))
             self._writer.flush()
+
+    def keep_aside(self, step: int, number: int) -> Path:
+        """Copy the lines later than `step` into ``abandoned-<number>.jsonl``, before `rewind` drops them.
+
+        Returns:
+            The file.
+        """
+        lines = [(line, _parse_metrics_line(line)) for line in self._path.read_bytes().split(b"\n")]
+        later = [line + b"\n" for line, values in lines if values is not None and values["step"] > step]
+        path = self._path.with_name(f"abandoned-{number}.jsonl")
+        atomic_write(path, b"".join(later))
+        return path
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines later than `step`, as a resume does; the clock goes on."""
+        self._file.close()
+        _truncate(self._path, step)
+        self._file = self._path.open("ab")
+        if self._writer is not None:
+            self._writer.close()
+            self._open_tensorboard(purge_step=step + 1)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
@@ -174,6 +201,29 @@ def read_samples(output_dir: str | Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) -> Path:
+    """Write every alarm of a run so far to ``output_dir/alarms.jsonl``, whole or not at all.
+
+    Args:
+        output_dir: the run's folder.
+        alarms: each with the fields of `watch.Alarm`.
+
+    Returns:
+        The file.
+    """
+    path = Path(output_dir) / ALARMS_FILE
+    atomic_write(path, b"".join(_json_line({**alarm, "value": _finite_or_none(alarm["value"])}) for alarm in alarms))
+    return path
+
+
+def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The alarms that `write_alarms` wrote; none if there is no such file. A value that was infinite reads as NaN."""
+    path = Path(output_dir) / ALARMS_FILE
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    alarms = [json.loads(line) for line in lines if line]
+    return [{**alarm, "value": _nan_if_none(alarm["value"])} for alarm in alarms]
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write a file so that, after a kill or a power cut, either all of it is there or what was there before."""
     path = Path(path)
@@ -229,7 +279,8 @@ def _set_aside(output_dir: Path) -> Path | None:
     folder = output_dir / f"earlier-{number}"
     folder.mkdir()
     # The metrics go last: as long as they stand, a move that was killed halfway is finished by the next start.
-    for name in reversed(_SHOWN):
+    abandoned = [path.name for path in output_dir.glob("abandoned-*.jsonl")]
+    for name in (*abandoned, *reversed(_SHOWN)):
         if (output_dir / name).exists():
             os.replace(output_dir / name, folder / name)
     return folder

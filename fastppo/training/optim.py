@@ -39,6 +39,20 @@ def build_optimizer(
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
+def scale_learning_rate(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
+) -> None:
+    """Multiply every group's learning rate by `factor`, now and for the rest of its schedule.
+
+    A checkpoint of both holds the change.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+    # What the schedule's own multiplier of each step is applied to.
+    scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
 def build_scheduler(
     config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -36,7 +36,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import fastppo
-from fastppo.training.metrics import METRICS_FILE, SAMPLES_FOLDER, atomic_write, read_metrics, read_samples
+from fastppo.training.metrics import (
+    METRICS_FILE,
+    SAMPLES_FOLDER,
+    atomic_write,
+    read_alarms,
+    read_metrics,
+    read_samples,
+)
 from fastppo.training.progress import format_duration, format_number, printable
 
 PLOTS_FOLDER = "plots"
@@ -115,6 +122,7 @@ class _Run:
     before: list[dict[str, Any]] = field(default_factory=list)
     after: list[dict[str, Any]] = field(default_factory=list)
     after_label: str = "After"
+    alarms: list[dict[str, Any]] = field(default_factory=list)
 
     def setting(self, dotted: str) -> Any:
         value: Any = self.config
@@ -161,6 +169,7 @@ def write_report(output_dir: str | Path) -> Path:
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tiles=_tiles(run),
         notices=_notices(run),
+        alarms=run.alarms,
         images=images,
         smoothed=max((len(steps) for steps, _ in run.series.values()), default=0) >= _SMOOTH_FROM,
         smooth_from=_SMOOTH_FROM,
@@ -186,7 +195,7 @@ def _load(output_dir: Path) -> _Run:
         raise FileNotFoundError(
             f"{output_dir}: not the folder of a run (expected {METRICS_FILE}, config.yaml or {SAMPLES_FOLDER}/ in it)"
         )
-    run = _Run(name=output_dir.resolve().name)
+    run = _Run(name=output_dir.resolve().name, alarms=read_alarms(output_dir))
     if metrics.exists():
         _load_metrics(run, metrics)
     if config.exists():
@@ -255,6 +264,22 @@ def _plots(run: _Run) -> list[_Plot]:
     if _varies(run, "lr"):
         optimizer.append(_Panel("learning rate", [_Curve("lr", "learning rate", 3)]))
     throughput = _Panel("tokens/s", [_Curve("tokens_per_second", "tokens/s")], from_zero=True)
+    not_trained = [reward.get("name") for reward in run.setting("eval.rewards") or [] if isinstance(reward, dict)]
+    held_out = [_Curve(f"eval/{name}", str(name), color + 2, sparse=True) for color, name in enumerate(not_trained)]
+    if any(curve.metric in run.series for curve in held_out):
+        held_out.insert(0, _Curve("eval/reward", "what is trained", 1, sparse=True))
+    perplexity = [
+        _Curve("eval/perplexity", "policy", 1, sparse=True),
+        _Curve("eval/perplexity_reference", "reference", 3, sparse=True),
+    ]
+    text = [
+        _Panel("different", [_Curve("text/distinct_1", "1-grams"), _Curve("text/distinct_2", "2-grams", 1)], height=2),
+        _Panel("repeated 4-grams", [_Curve("text/repetition", "repeated", 2)], percent=True, from_zero=True),
+    ]
+    extremes = [
+        _Panel("largest ratio", [_Curve("policy/ratio_max", "largest ratio")]),
+        _Panel("advantage, std", [_Curve("advantage/extreme", "farthest advantage", 3)]),
+    ]
     return [
         _Plot("reward", "Reward", [_Panel("reward", both("reward/mean", "eval/reward"))]),
         # One part alone says no more than the total.
@@ -263,6 +288,10 @@ def _plots(run: _Run) -> list[_Plot]:
         _Plot("entropy", "Policy entropy", [_Panel("nats/token", [_Curve("policy/entropy", "entropy")])]),
         _Plot("value", "Value function", value),
         _Plot("clipping", "Clipping and KL of an update", clipping),
+        _Plot("held_out", "Held-out rewards, not trained on", [_Panel("reward", held_out)]),
+        _Plot("perplexity", "Perplexity on ordinary text", [_Panel("perplexity", perplexity)]),
+        _Plot("text", "Variety and repetition", text),
+        _Plot("extremes", "Extremes", extremes),
         _Plot("length", "Completion length", [_Panel("tokens", both("completion/length", "eval/length"), level=level)]),
         _Plot("optimizer", "Optimizer", optimizer),
         _Plot("throughput", "Throughput", [throughput]),
@@ -286,9 +315,36 @@ def _drawings(run: _Run) -> list[tuple[str, str, _Draw]]:
         panels = [panel for panel in plot.panels if any(curve.metric in run.series for curve in panel.curves)]
         if panels:
             drawings.append((plot.name, plot.title, functools.partial(_draw_panels, panels=panels, series=run.series)))
+    if paths := _reward_against_kl(run):
+        drawings.append(("frontier", "Reward against KL", functools.partial(_draw_paths, paths=paths)))
     if seconds := _seconds_by_phase(run):
         drawings.append(("time", "Time in a step", functools.partial(_draw_time, seconds=seconds)))
     return drawings
+
+
+def _reward_against_kl(run: _Run) -> dict[str, Series]:
+    """(KL, reward) of the steps that have both, in their order, for the training and the held-out prompts."""
+    paths = {}
+    for label, kl, reward in (
+        ("training prompts", "kl/reference", "reward/mean"),
+        ("held-out prompts", "eval/kl", "eval/reward"),
+    ):
+        if kl in run.series and reward in run.series:
+            steps, at_kl, at_reward = np.intersect1d(run.series[kl][0], run.series[reward][0], return_indices=True)
+            if len(steps) > 1:
+                paths[label] = (run.series[kl][1][at_kl], run.series[reward][1][at_reward])
+    return paths
+
+
+def _draw_paths(figure: Figure, theme: _Theme, *, paths: dict[str, Series]) -> None:
+    axes = figure.subplots()
+    for color, (label, (kl, reward)) in enumerate(paths.items()):
+        axes.plot(kl, reward, color=theme.palette[color], linewidth=1, marker="o", markersize=3, label=label)
+        axes.plot(kl[-1:], reward[-1:], color=theme.palette[color], marker="o", markersize=7)  # where it ended
+    axes.set_xlabel("KL to the reference, nats/completion")
+    axes.set_ylabel("reward")
+    if len(paths) > 1:
+        axes.legend()
 
 
 def _draw_panels(figure: Figure, theme: _Theme, *, panels: list[_Panel], series: dict[str, Series]) -> None:

@@ -11,6 +11,7 @@ with its name, its line and the completion it happened on.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -258,16 +259,19 @@ def find_function(name: str, spec: str) -> RewardFunction:
 
     Args:
         name: for messages.
-        spec: ``vader_sentiment``, ``module:function`` or ``path/file.py:function``; importing runs that code.
+        spec: ``vader_sentiment``, ``reasoning_gym``, ``module:function`` or ``path/file.py:function``; importing runs
+            that code.
 
     Raises:
         RewardError: there is none.
     """
-    if spec == "vader_sentiment":
-        return VaderSentiment(name)
+    if spec in _BUILT_IN:
+        return _BUILT_IN[spec](name)
     where, separator, attribute = spec.rpartition(":")
     if not separator or not where or not attribute:
-        raise RewardError(f"reward {name!r}: {spec!r} is not vader_sentiment, module:function or path/file.py:function")
+        raise RewardError(
+            f"reward {name!r}: {spec!r} is not {', '.join(_BUILT_IN)}, module:function or path/file.py:function"
+        )
     module = _from_file(name, Path(where).expanduser()) if where.endswith(".py") else _from_module(name, where)
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -290,6 +294,31 @@ class VaderSentiment:
 
     def __call__(self, completions: list[str]) -> list[float]:
         return [self._analyzer.polarity_scores(completion)["compound"] for completion in completions]
+
+
+class ReasoningGym:
+    """A reasoning-gym task's own score of the completion as an answer, in [0, 1] (Stojanovski et al., 2025,
+    arXiv:2505.24760): 1 for the right answer, and for many tasks a part of that for a text which contains it.
+
+    Every prompt has two columns more: `task`, the task's name, and `entry`, the generated entry with its question,
+    answer and metadata. examples/reasoning_prompts.py writes such prompts.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            from reasoning_gym import get_score_answer_fn
+        except ImportError:
+            raise RewardError(
+                f"reward {name!r}: needs reasoning-gym (pip install 'fastppo[reasoning]', or reasoning-gym)"
+            ) from None
+        # A task is set up once, not for every completion.
+        self._scorer = functools.lru_cache(maxsize=None)(get_score_answer_fn)
+
+    def __call__(self, completions: list[str], task: list[str], entry: list[dict]) -> list[float]:
+        return [
+            float(self._scorer(name)(completion.strip(), asked))
+            for completion, name, asked in zip(completions, task, entry, strict=True)
+        ]
 
 
 class ModelReward:
@@ -349,6 +378,9 @@ class ModelReward:
             logits = self.model(**batch).logits  # [b, labels]
             scores += logits[:, self.label].float().tolist()
         return scores
+
+
+_BUILT_IN = {"vader_sentiment": VaderSentiment, "reasoning_gym": ReasoningGym}
 
 
 def _score(reward: Reward, arguments: dict[str, list]) -> Tensor:

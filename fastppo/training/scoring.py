@@ -17,7 +17,8 @@ from fastppo.training.actor_critic import ActorCritic
 from fastppo.training.config import Config
 from fastppo.training.data import Prompt
 from fastppo.training.learner import micro_batch_size
-from fastppo.training.rewards import RewardFunctions, RewardOutput
+from fastppo.training.perplexity import Hidden, load_texts, perplexity
+from fastppo.training.rewards import RewardFunctions, RewardOutput, build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.rollout import Rollout, sample
 
@@ -28,12 +29,23 @@ class Scorer:
     Args:
         config: the whole run.
         tokenizer, models, rewards: what it works with; their state stays the caller's.
+
+    Raises:
+        RewardError, DataError: a held-out reward or the text for the perplexity cannot be had.
     """
+
+    held_out: RewardFunctions | None
+    """Rewards of evaluations alone."""
 
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, models: ActorCritic, rewards: RewardFunctions
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
+        self.held_out = self._texts = None
+        if config.eval.rewards:
+            self.held_out = build_rewards(config.eval.rewards, device=models.device, model_defaults=config.model)
+        if config.eval.perplexity is not None:
+            self._texts = load_texts(config.eval.perplexity, tokenizer, context_length=models.context_length)
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """One completion for every prompt."""
@@ -50,11 +62,15 @@ class Scorer:
 
     def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
         """Scores [B]; `update` lets running normalizers learn from them."""
+        return self._ask(self.rewards, prompts, rollout, update=update)
+
+    @staticmethod
+    def _ask(functions: RewardFunctions, prompts: list[Prompt], rollout: Rollout, *, update: bool) -> RewardOutput:
         names = {name for prompt in prompts for name in prompt.columns}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
         tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
         completion_ids = [row[real].tolist() for row, real in zip(tokens.cpu(), rollout.mask.cpu(), strict=True)]
-        return self.rewards(
+        return functions(
             [prompt.text for prompt in prompts],
             rollout.completions,
             columns,
@@ -160,6 +176,7 @@ class Scorer:
             seed_everything(self.config.seed)
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
+            held_out = self._ask(self.held_out, prompts, rollout, update=False).by_name if self.held_out else {}
             experience = self.score(rollout, rewards, update_follows=False)
         finally:
             set_rng_state(*state)
@@ -168,14 +185,31 @@ class Scorer:
         metrics["eval/length"] = rollout.mask.sum(1).float().mean().item()
         if experience.kl is not None:
             metrics["eval/kl"] = experience.kl.sum(1).mean().item()
+        for name, values in held_out.items():
+            metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
+        if self._texts is not None:
+            metrics["eval/perplexity"] = self._perplexity(self.models.hidden)
+            if self.models.has_reference:
+                metrics["eval/perplexity_reference"] = self._perplexity(self.models.reference_hidden)
         totals = self._weighted(rewards).tolist()
         rows = [
             {
                 "prompt": prompt.text,
                 "completion": completion,
                 "reward": totals[i],
-                "rewards": {name: values[i].item() for name, values in rewards.by_name.items()},
+                "rewards": {name: values[i].item() for name, values in {**rewards.by_name, **held_out}.items()},
             }
             for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
         ]
         return metrics, rows
+
+    def _perplexity(self, hidden: Hidden) -> float:
+        with self.models.autocast():
+            return perplexity(
+                hidden,
+                self._texts,
+                pad=self.tokenizer.pad_token_id,
+                batch_size=micro_batch_size(self.config),
+                device=self.models.device,
+                backend=self.config.backend_name,
+            )

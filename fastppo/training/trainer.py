@@ -10,6 +10,8 @@ What is in memory when a step begins, and nothing else, decides how the run goes
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import shutil
 import signal
 import time
@@ -31,6 +33,7 @@ from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_same_run,
+    discard_checkpoints,
     find_checkpoint,
     load_optimizer,
     optimizer_tensors,
@@ -38,14 +41,24 @@ from fastppo.training.checkpoint import (
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.learner import Learner, NonFiniteError
-from fastppo.training.metrics import METRICS_FILE, MetricsLogger, atomic_write, read_metrics, write_samples
-from fastppo.training.optim import build_optimizer, build_scheduler
+from fastppo.training.metrics import (
+    ALARMS_FILE,
+    METRICS_FILE,
+    MetricsLogger,
+    atomic_write,
+    read_metrics,
+    write_alarms,
+    write_samples,
+)
+from fastppo.training.optim import build_optimizer, build_scheduler, scale_learning_rate
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
 from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer
+from fastppo.training.watch import Alarm, Watch, gravest
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
@@ -62,6 +75,8 @@ class TrainResult:
     report: Path
     final: Path | None
     """The final policy's folder, once every step is done."""
+    stopped: str | None = None
+    """The alarm that ended the run before its last step, or None."""
 
 
 class Trainer:
@@ -120,6 +135,9 @@ class Trainer:
             self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards)
+        if self.scorer.held_out is not None:
+            self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
+        self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
         self.policy_parameters = self.models.policy_parameters()
         self.value_parameters = self.models.value_parameters()
         self.optimizer = build_optimizer(config.optim, self.policy_parameters.values(), self.value_parameters.values())
@@ -139,6 +157,7 @@ class Trainer:
             self._restore(checkpoint)
         self.progress = progress
         self._signal: int | None = None
+        self._stopped: str | None = None
         # What a checkpoint of the steps that are done holds besides parameters and optimizer.
         self._between_steps = self._snapshot()
 
@@ -171,16 +190,20 @@ class Trainer:
             for count, fate in ((self.data.num_dropped, "left out"), (self.data.num_truncated, "cut to their end")):
                 if count:
                     self.progress.print(f"{count} prompts too long: {fate}")
+            if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
+                self._write_alarms()  # of the steps that are done, also where a killed run had gone on
             try:
                 self._evaluate_if_due(logger)
-                while self.step < config.total_steps and self._signal is None:
+                if self.step == 0 and self._saved_step is None and self.watch.oldest_good_step is not None:
+                    self._checkpoint()  # trouble may come before the first regular one
+                while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
             except CheckpointError:
                 raise
             except Exception:
                 self._save_whole_steps()
                 raise
-            if self._signal is not None and self._saved_step != self.step:
+            if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
                 self._checkpoint()
             final = None
             if self.step >= config.total_steps:
@@ -188,7 +211,8 @@ class Trainer:
                 final = self.save_policy(self.output_dir / FINAL)
                 self._evaluate_if_due(logger)
             self.progress.phase("report")
-        return TrainResult(self.step, None if final else self._signal, write_report(self.output_dir), final)
+        interrupted_by, stopped = (None, None) if final else (self._signal, self._stopped)
+        return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
 
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
@@ -203,17 +227,18 @@ class Trainer:
             saved = "none" if self._saved_step is None else f"step {self._saved_step}"
             raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from None
         self.step += 1
-        self._between_steps = self._snapshot()
-        self.learner.changed = False
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
+        metrics, alarms = self._watched(metrics)
+        self._between_steps = self._snapshot()
+        self.learner.changed = False
         logger.log(self.step, metrics)
         self.progress.update(self.step, metrics)
         last = self.step == config.total_steps
-        if not last:
-            # Before the checkpoint, so that a run that is killed after it has lost nothing. The last evaluation comes
-            # once the policy is saved.
-            self._evaluate_if_due(logger)
+        # The evaluation comes before the checkpoint, so that a run that is killed after it has lost nothing; the last
+        # one comes once the policy is saved.
+        if self._act(alarms, logger) or (not last and self._evaluate_if_due(logger)):
+            return
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or last):
             self._checkpoint()
 
@@ -249,6 +274,7 @@ class Trainer:
             "lr": learning_rate,
             "tokens": rollout.mask.sum().item(),
         }
+        metrics |= text_health(rollout) | length_health(rollout) | advantage_health(experience)
         if sequence_kl is not None:
             metrics["kl/reference"] = sequence_kl
             metrics["kl/reference_per_token"] = (experience.kl.sum() / experience.mask.sum().clamp(min=1)).item()
@@ -258,17 +284,23 @@ class Trainer:
             self.models.refresh_reference()
         return metrics | updates
 
-    def _evaluate_if_due(self, logger: MetricsLogger) -> None:
-        """Evaluate before the first step, after the last, and every `eval.every`; each once, also across resumes."""
+    def _evaluate_if_due(self, logger: MetricsLogger) -> bool:
+        """Evaluate before the first step, after the last, and every `eval.every`; each once, also across resumes.
+
+        Returns:
+            Whether the run was rolled back for what was found.
+        """
         step, every = self.step, self.config.eval.every
         last = step == self.config.total_steps
         due = step == 0 or last or (every and step % every == 0)
         if not due or step in self._evaluated or not self.data.eval:
-            return
+            return False
         self._evaluated.add(step)
         name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
         self.progress.phase("evaluate")
         metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+        metrics, alarms = self._watched(metrics)
+        self._between_steps = self._snapshot()
         logger.log(self.step, metrics)
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
         kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
@@ -276,6 +308,81 @@ class Trainer:
             f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
             f"({len(rows)} prompts)"
         )
+        return self._act(alarms, logger, over=last)
+
+    # Trouble
+
+    def _watched(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        """The metrics with what the watch adds to them, and the alarms they raise."""
+        derived, alarms = self.watch.observe(self.step, metrics)
+        if self.step == 1:
+            for metric in self.watch.unseen():
+                self.progress.print(f"watch: there is no metric {metric} so far, so its rule does nothing")
+        counts = {"watch/alarms": len(alarms), "watch/rollbacks": self.watch.rollbacks}
+        return metrics | derived | {name: count for name, count in counts.items() if count}, alarms
+
+    def _act(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> bool:
+        """Do the gravest thing that the alarms ask for, or only tell of them where the run is over.
+
+        Returns:
+            Whether the run was rolled back.
+        """
+        if not alarms:
+            return False
+        checkpoint = None
+        action, outcome = gravest(alarms), ""
+        if over:
+            action, outcome = "warn", "the run was over"
+        elif action == "rollback":
+            good_step = min(alarm.good_step for alarm in alarms if alarm.action == "rollback")
+            checkpoint = find_checkpoint(self.output_dir / CHECKPOINTS, until=good_step)
+            if self.watch.rollbacks == self.config.watch.max_rollbacks:
+                action, outcome = "stop", f"run stopped after {self.watch.rollbacks} rollbacks"
+            elif checkpoint is None:
+                action, outcome = "stop", f"run stopped: no checkpoint of step {good_step} or before to roll back to"
+            else:
+                outcome = (
+                    f"rolled back to step {checkpoint.step}, with other random numbers and a learning rate times "
+                    f"{self.config.watch.lr_factor:g}"
+                )
+        elif action == "lower_lr":
+            outcome = f"learning rate times {self.config.watch.lr_factor:g}"
+        elif action == "stop":
+            outcome = "run stopped"
+        for alarm in alarms:
+            alarm.outcome = "warned" if alarm.action == "warn" else outcome
+            self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
+        if action == "rollback":
+            self._roll_back(checkpoint, logger)
+        elif action == "lower_lr":
+            self.watch.lr_scale *= self.config.watch.lr_factor
+            scale_learning_rate(self.optimizer, self.scheduler, self.config.watch.lr_factor)
+        elif action == "stop":
+            self._stopped = next(alarm.reason for alarm in alarms if alarm.action != "warn")
+        self._between_steps = self._snapshot()
+        self._write_alarms()
+        return action == "rollback"
+
+    def _roll_back(self, checkpoint: Checkpoint, logger: MetricsLogger) -> None:
+        """Go on from an earlier checkpoint, with other random numbers and a lower learning rate.
+
+        Prompts come in the order they would have come in anyway; what is sampled for them differs. A kill at any
+        instant here leaves checkpoints from which the run comes to this rollback again, or one that has it behind it.
+        """
+        logger.keep_aside(checkpoint.step, self.watch.rollbacks + 1)
+        before = self.watch.state_dict()
+        self._restore(checkpoint)
+        scale_learning_rate(self.optimizer, self.scheduler, self.watch.rolled_back(before, self.config.watch.lr_factor))
+        digest = hashlib.sha256(f"{self.config.seed}/rollback {self.watch.rollbacks}".encode()).digest()
+        seed_everything(int.from_bytes(digest[:8], "little"))
+        self._between_steps = self._snapshot()
+        self.learner.changed = False
+        discard_checkpoints(self.output_dir / CHECKPOINTS, after=checkpoint.step)
+        self._checkpoint()
+        logger.rewind(checkpoint.step)
+
+    def _write_alarms(self) -> None:
+        write_alarms(self.output_dir, [dataclasses.asdict(alarm) for alarm in self.watch.alarms])
 
     # Saving
 
@@ -313,6 +420,7 @@ class Trainer:
                     "algorithm": self.algorithm.state_dict(),
                     "rewards": self.rewards.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
+                    "watch": self.watch.state_dict(),
                 }
             ),
         }
@@ -331,6 +439,7 @@ class Trainer:
             state=self._between_steps["state"] | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
+            keep_from=self.watch.oldest_good_step,
         )
         self._saved_step = self.step
 
@@ -384,6 +493,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.algorithm.load_state_dict(state["algorithm"])
         self.rewards.load_state_dict(state["rewards"])
+        self.watch.load_state_dict(state["watch"])
         set_rng_state(checkpoint.tensors("rng"), state["rng"])
         self.step = self._saved_step = checkpoint.step
         metrics = self.output_dir / METRICS_FILE
