@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.util
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import torch
 
 import fastppo
@@ -123,43 +123,21 @@ def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable
             "cpu, forward": forward("cpu"),
         }
     calls |= {"naive, forward": forward("reference"), "chunked, forward": forward("chunked")}
-    return calls | peers(hidden, weight, targets, old, advantages)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "advantages": advantages, "old": old}
+    return calls | peers_here(inputs)
 
 
-def peers(hidden, weight, targets, old, advantages) -> dict[str, Callable[[], object]]:
-    """Those that are installed. None of them has the whole loss: what they leave out is named."""
+def peers_here(inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """Other projects' (peers.py) that are installed and run on a CPU. None has the whole loss: the label says what."""
     calls: dict[str, Callable[[], object]] = {}
-
-    def fresh() -> None:
-        hidden.grad = weight.grad = None
-
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        def cut_cross_entropy() -> None:
-            fresh()
-            linear_cross_entropy(hidden, weight, targets, impl="torch_compile").backward()
-
-        calls["cut-cross-entropy torch_compile (no entropy), loss"] = cut_cross_entropy
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        liger_loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
-
-        def liger() -> None:
-            fresh()
-            mask = torch.ones_like(targets).unsqueeze(0)
-            loss, _ = liger_loss(
-                hidden.unsqueeze(0),
-                weight,
-                targets.unsqueeze(0),
-                mask,
-                advantages[:1],
-                old_per_token_logps=old.unsqueeze(0),
-            )
-            loss.backward()
-
-        calls["Liger GRPO (no entropy), loss"] = liger
+    for label, make in peers.log_probs(inputs).items():
+        try:
+            call = make()
+            call()
+        except Exception as error:  # somebody else's code, which may want a GPU, a compiler, another package
+            print(f"{label}: left out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+        else:
+            calls[label] = call
     return calls
 
 
