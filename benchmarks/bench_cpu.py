@@ -1,6 +1,6 @@
 """pytest-benchmark cases of the CPU backend, its floor and its rivals: those of cpu.py, with statistics.
 
-pytest benchmarks --benchmark-enable --benchmark-autosave          # then: pytest-benchmark compare
+pytest benchmarks/bench_cpu.py --benchmark-enable --benchmark-autosave          # then: pytest-benchmark compare
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import functools
 import pytest
 import torch
 from cpu import contenders
-
-import fastppo
 
 
 @functools.cache
@@ -31,11 +29,3 @@ def test_head(benchmark, name):
         pytest.skip(f"{name}: the cpu backend does not work on this machine; see `fastppo doctor`")
     benchmark.group = "forward" if name in FORWARDS or name == "one product" else "loss"
     benchmark.pedantic(calls()[name], rounds=5, warmup_rounds=2)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("batch", "time"), [(64, 1024), (1, 1_000_000)])
-def test_gae(benchmark, backend, batch, time):
-    rewards, values = torch.randn(2, batch, time)
-    benchmark.group = f"gae {batch} x {time}"
-    benchmark(fastppo.gae, rewards, values, gamma=0.99, lam=0.95, backend=backend)
