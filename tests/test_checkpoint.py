@@ -247,16 +247,23 @@ def test_keep_last(tmp_path):
 
 def test_one_from_before_a_step_is_kept_and_found(tmp_path):
     for step in (0, 3, 6):
-        save(tmp_path, step, keep_last=2, keep_from=2)
+        save(tmp_path, step, keep_last=2, keep_for={2})
     assert names(tmp_path) == ["step-000000", "step-000003", "step-000006"]
-    save(tmp_path, 9, keep_last=2, keep_from=5)
+    save(tmp_path, 9, keep_last=2, keep_for={5})
     assert names(tmp_path) == ["step-000003", "step-000006", "step-000009"]
     assert_is(find_checkpoint(tmp_path, until=5, warn=never), 3)
     assert find_checkpoint(tmp_path, until=2, warn=never) is None
     discard_checkpoints(tmp_path, after=5)
     assert names(tmp_path) == ["step-000003"]
-    save(tmp_path, 4, keep_last=1, keep_from=4)
+    save(tmp_path, 4, keep_last=1, keep_for={4})
     assert names(tmp_path) == ["step-000004"]
+
+
+def test_those_between_what_is_wanted_are_not_kept(tmp_path):
+    """However long one rule has nothing to judge, a run keeps a bounded number of checkpoints."""
+    for step in range(0, 30, 3):
+        save(tmp_path, step, keep_last=2, keep_for={0, min(step - 1, 10)})
+    assert names(tmp_path) == ["step-000000", "step-000009", "step-000024", "step-000027"]
 
 
 def test_damaged_ones_do_not_count_and_later_ones_are_left_alone(tmp_path):

@@ -66,6 +66,10 @@ def test_round_trip(tmp_path):
         (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
         (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
         (
+            ["--ppo.kl_controller", "adaptive", "--ppo.kl_coef", "0"],
+            "ppo.kl_coef: must be above 0 for the adaptive controller",
+        ),
+        (
             ["--ppo.adv_estimator", "grpo", "--rollout.num_generations", "1"],
             "rollout.num_generations: grpo compares the completions of a prompt, of which it needs at least 2",
         ),

@@ -144,6 +144,16 @@ def test_reward_is_held_against_kl():
     assert derived["reward/gain_per_sqrt_kl"] == pytest.approx((2.0 - 0.5) / 2.0)
 
 
+def test_what_follows_from_the_metrics_has_a_start_to_compare_with_too():
+    rule = WatchRule("reward/gain_per_sqrt_kl", below=-0.5, relative=True)
+    watch = Watch(WatchConfig(defaults=False, baseline_steps=2, rules=[rule]))
+    rewards = [0.0, 0.0, 1.0, 1.0, 0.6, 0.2]
+    alarms = [
+        a.step for t, r in enumerate(rewards, 1) for a in watch.observe(t, {"reward/mean": r, "kl/reference": 1.0})[1]
+    ]
+    assert alarms == [6]
+
+
 def test_the_state_is_json_and_goes_on_to_the_same_alarms():
     rules = [
         WatchRule("completion/length", above=0.5, relative=True, patience=4, action="rollback"),
@@ -182,7 +192,7 @@ def test_a_rollback_keeps_what_happened_and_lowers_what_it_goes_back_to():
     watch.lr_scale = 0.5  # lowered once since
     [alarm] = [a for step in (5, 6) for a in watch.observe(step, {"x": 3.0})[1]]
     assert (alarm.step, alarm.good_step, alarm.action) == (6, 3, "rollback")
-    assert watch.oldest_good_step == 3
+    assert watch.good_steps == {3}
     before = watch.state_dict()
     watch.load_state_dict(early)
     assert watch.rolled_back(before, 0.5) == 0.25
@@ -193,4 +203,4 @@ def test_a_rollback_keeps_what_happened_and_lowers_what_it_goes_back_to():
 
 
 def test_no_rollback_rule_wants_no_old_checkpoint():
-    assert Watch(WatchConfig()).oldest_good_step is None
+    assert Watch(WatchConfig()).good_steps == set()

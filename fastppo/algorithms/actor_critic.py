@@ -47,7 +47,8 @@ def n_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
         mask: [B, T] bool.
     """
     length = rewards.shape[1]
+    n_steps = min(n_steps, length)  # further ahead there is nothing
     later = F.pad(torch.stack([rewards, values]), (0, n_steps))  # [2, B, T + n]
-    total = sum(gamma**k * later[0, :, k : k + length] for k in range(min(n_steps, length)))
+    total = sum(gamma**k * later[0, :, k : k + length] for k in range(n_steps))
     total = total + gamma**n_steps * later[1, :, n_steps : n_steps + length]
     return (total - values).masked_fill(~mask, 0.0)

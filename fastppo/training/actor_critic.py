@@ -92,7 +92,8 @@ class ActorCritic:
         return states.detach(), head
 
     def _versions(self) -> int:
-        """Grows whenever a parameter of the policy is changed in place."""
+        """Grows whenever a parameter of the policy is copied into. A fused optimizer's step leaves no trace here: what
+        makes steps does so within `training`, which lets go of the kept pass at its end."""
         return sum(parameter._version for parameter in self.policy.parameters())
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,7 @@ def save_checkpoint(
     state: dict[str, Any],
     config: dict[str, Any],
     keep_last: int,
-    keep_from: int | None = None,
+    keep_for: Collection[int] = (),
     warn: Callable[[str], None] = _warn,
 ) -> Path:
     """Write the checkpoint of `step` and delete those older than the newest `keep_last`.
@@ -149,7 +149,7 @@ def save_checkpoint(
             and infinities included.
         config: the run's configuration as a plain tree, JSON values only.
         keep_last: how many to keep, this one included, >= 1. Damaged ones do not count.
-        keep_from: keep as many more as it takes for one to be of this step or an earlier one.
+        keep_for: of each of these steps, also keep the newest that is of this step or an earlier one.
         warn: called with a message when something that could not be deleted had to stay.
 
     Returns:
@@ -206,13 +206,13 @@ def save_checkpoint(
             os.rename(target, root / name)
             target = root / name
             _fsync_folder(root)
-        whole, reached = 1, keep_from is None or step <= keep_from
+        whole, wanting = 1, {wanted for wanted in keep_for if wanted < step}
         for (number, _), path in [item for item in reversed(earlier) if item[0][0] < step]:
-            if whole >= keep_last and reached:
+            if whole >= keep_last and not any(number <= wanted for wanted in wanting):
                 _discard(path)
             elif _looks_whole(path):
                 whole += 1
-                reached = reached or number <= keep_from
+                wanting = {wanted for wanted in wanting if wanted < number}
     except OSError as error:
         warn(f"{root}: step {step} is saved, but an older checkpoint could not be deleted: {error}")
     return target

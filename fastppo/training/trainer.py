@@ -194,7 +194,7 @@ class Trainer:
                 self._write_alarms()  # of the steps that are done, also where a killed run had gone on
             try:
                 self._evaluate_if_due(logger)
-                if self.step == 0 and self._saved_step is None and self.watch.oldest_good_step is not None:
+                if self.step == 0 and self._saved_step is None and self.watch.good_steps:
                     self._checkpoint()  # trouble may come before the first regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
@@ -336,7 +336,7 @@ class Trainer:
         elif action == "rollback":
             good_step = min(alarm.good_step for alarm in alarms if alarm.action == "rollback")
             checkpoint = find_checkpoint(self.output_dir / CHECKPOINTS, until=good_step)
-            if self.watch.rollbacks == self.config.watch.max_rollbacks:
+            if self.watch.rollbacks >= self.config.watch.max_rollbacks:
                 action, outcome = "stop", f"run stopped after {self.watch.rollbacks} rollbacks"
             elif checkpoint is None:
                 action, outcome = "stop", f"run stopped: no checkpoint of step {good_step} or before to roll back to"
@@ -439,7 +439,7 @@ class Trainer:
             state=self._between_steps["state"] | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
-            keep_from=self.watch.oldest_good_step,
+            keep_for=self.watch.good_steps,
         )
         self._saved_step = self.step
 

@@ -124,10 +124,9 @@ class Watch:
             Metrics that follow from these and the first ones (see `_derive`), and the alarms raised; `alarms` keeps
             them too.
         """
-        for name, baseline in self._baselines.items():
-            if not baseline.complete and math.isfinite(metrics.get(name, math.nan)):
-                baseline.update(metrics[name])
+        self._compare_with(metrics)
         derived = self._derive(metrics)
+        self._compare_with(derived)
         self._seen.update(metrics, derived)
         raised = []
         for rule in self.rules:
@@ -136,6 +135,11 @@ class Watch:
                 raised += self._judge(rule, step, value)
         self.alarms += raised
         return derived, raised
+
+    def _compare_with(self, metrics: Mapping[str, float]) -> None:
+        for name, baseline in self._baselines.items():
+            if not baseline.complete and math.isfinite(metrics.get(name, math.nan)):
+                baseline.update(metrics[name])
 
     def _derive(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What needs the run's beginning to be computed.
@@ -188,9 +192,9 @@ class Watch:
         return [Alarm(step, rule.metric, value, reason, rule.action, state.good_step)]
 
     @property
-    def oldest_good_step(self) -> int | None:
-        """The newest checkpoint of this step or before is the oldest a rollback can need; None without such rules."""
-        return min((self._states[_key(r)].good_step for r in self.rules if r.action == "rollback"), default=None)
+    def good_steps(self) -> set[int]:
+        """Of each of these a rollback may need the newest checkpoint that is no later; none without such rules."""
+        return {self._states[_key(rule)].good_step for rule in self.rules if rule.action == "rollback"}
 
     def unseen(self) -> list[str]:
         """Metrics that the configuration's own rules name and that have not come yet."""
