@@ -105,7 +105,7 @@ class _Step:
 def _laid_out(policy: nn.Module, batch: int) -> Iterator[None]:
     """Under bfloat16 autocast: every linear layer with its weight as oneDNN wants it, by the operators that
     torch.compile calls. A bfloat16 copy of the weights, as autocast itself would keep until its end."""
-    layers = [module for module in policy.modules() if type(module) is nn.Linear] if _can_lay_out() else []
+    layers = [module for module in policy.modules() if _is_plain(module)] if _can_lay_out() else []
     try:
         for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), batch)
@@ -117,6 +117,11 @@ def _laid_out(policy: nn.Module, batch: int) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer whose forward is its class's: nobody has put another in its place."""
+    return type(module) is nn.Linear and "forward" not in module.__dict__
 
 
 def _can_lay_out() -> bool:
