@@ -260,18 +260,17 @@ def operators(device: torch.device, dry_run: bool) -> Iterator[tuple[str, str, C
         for options in ({}, {"whiten": True}):
             yield "gae", f"gae {label} {options or ''}".strip(), bind(gae, options), tensors
 
-    if "fisher_vector_product" in BACKENDS:
-        directions = {"d_hidden": torch.randn_like(x["hidden"]), "d_weight": torch.randn_like(x["weight"])}
+    directions = {"d_hidden": torch.randn_like(x["hidden"]), "d_weight": torch.randn_like(x["weight"])}
 
-        def fisher(x: Tensors, backend: str) -> Tensors:
-            d_hidden, d_weight = (x[f"d_{k}"].to(x[k].dtype) for k in ("hidden", "weight"))
-            out = fastppo.fisher_vector_product(
-                x["hidden"], x["weight"], d_hidden, d_weight, mask=x["mask"], backend=backend
-            )
-            return {"F hidden": out.hidden, "F weight": out.weight}
+    def fisher(x: Tensors, backend: str) -> Tensors:
+        d_hidden, d_weight = (x[f"d_{k}"].to(x[k].dtype) for k in ("hidden", "weight"))
+        out = fastppo.fisher_vector_product(
+            x["hidden"], x["weight"], d_hidden, d_weight, mask=x["mask"], backend=backend
+        )
+        return {"F hidden": out.hidden, "F weight": out.weight}
 
-        heads = {k: x[k] for k in ("hidden", "weight", "mask")} | directions
-        yield "fisher_vector_product", "fisher_vector_product", fisher, heads
+    heads = {k: x[k] for k in ("hidden", "weight", "mask")} | directions
+    yield "fisher_vector_product", "fisher_vector_product", fisher, heads
 
 
 LOSSES = [
@@ -392,7 +391,7 @@ def from_hidden(x: Tensors, backend: str, one: float, three: float) -> dict[str,
         gib = WHOLE_ROWS_BUDGET / 2**30
         calls[f"linear_ppo_loss in {gib:.0f} GiB"] = (three, peers.step(x, lambda: loss(WHOLE_ROWS_BUDGET)))
         calls["linear_ppo_loss filtered at 1e-4"] = (three, peers.step(x, lambda: loss(filter_mass=1e-4)))
-    if "fisher_vector_product" in BACKENDS and backend in BACKENDS["fisher_vector_product"]:
+    if backend in BACKENDS["fisher_vector_product"]:
         directions = [torch.randn_like(t) for t in frozen]
         calls["fisher_vector_product"] = (
             2 * one + three,

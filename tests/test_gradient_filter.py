@@ -120,6 +120,22 @@ def test_masked_rows_bias_and_low_precision():
         torch.testing.assert_close(got, want, atol=0.05 * want.abs().max().item(), rtol=0.05)
 
 
+def test_a_tile_of_excluded_tokens_gives_no_nan():
+    hidden, weight = head(5.0)
+    bias = torch.zeros(VOCAB, dtype=torch.float64)
+    bias[TILE : 2 * TILE] = -torch.inf
+    targets, found = torch.randint(0, TILE, (ROWS,)), []
+    for mass in (0.0, 1e-12):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        out = fastppo.linear_logprob(
+            *leaves, targets, bias=bias, return_entropy=True, filter_mass=mass, backend="chunked"
+        )
+        (out.logprobs + out.entropy).sum().backward()
+        found.append([*(x.detach() for x in out), *(x.grad for x in leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-8, rtol=1e-6)
+
+
 def test_operators_keep_their_contract():
     hidden, weight = (x.detach() for x in head(5.0, torch.float32))
     targets = torch.randint(0, VOCAB, (ROWS,))

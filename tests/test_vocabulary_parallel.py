@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import fastppo
-from fastppo.ops import extension
+from fastppo.ops import chunked, extension, vocabulary_parallel
 
 RANKS = 2
 SPLIT = (70, 43)  # a ragged cut of the vocabulary
@@ -330,3 +330,24 @@ def ends(tmp_path_factory):
 def test_two_processes(ends, case):
     assert case in ends, f"the processes ended before: {ends['failure']}"
     assert not ends[case], f"seed {ends['seed']}\n" + "\n".join(ends[case])
+
+
+@pytest.mark.parametrize("kl_kind", ["", "reverse", "forward"])
+def test_a_slice_of_excluded_tokens_gives_no_nan(kl_kind):
+    rows, dim, vocab, cut = 5, 7, 60, 41
+    hidden, weight, ref_hidden = torch.randn(rows, dim), torch.randn(vocab, dim), torch.randn(rows, dim)
+    bias = torch.zeros(vocab)
+    bias[cut:] = -torch.inf
+    targets = torch.randint(0, cut, (rows,))
+
+    def statistics(columns: slice, targets: torch.Tensor) -> torch.Tensor:
+        head, model = (weight[columns], bias[columns]), (hidden, ref_hidden)
+        ref = (model[1], *head) if kl_kind else (None, None, None)
+        options = (1.0, 1.0, None, torch.float32, 2**20)
+        return torch.stack(chunked.statistics(hidden, *head, targets, *ref, kl_kind, *options))
+
+    elsewhere = torch.full_like(targets, vocabulary_parallel.ELSEWHERE)
+    slices = torch.stack([statistics(slice(0, cut), targets), statistics(slice(cut, vocab), elsewhere)], 1)
+    owned = torch.tensor([1.0, 0.0]).unsqueeze(1).expand(2, rows)
+    whole = vocabulary_parallel.combine(tuple(slices), owned, kl_kind, torch.tensor(vocab), targets < 0)
+    torch.testing.assert_close(torch.stack(whole), statistics(slice(0, vocab), targets), atol=1e-5, rtol=1e-5)

@@ -86,7 +86,8 @@ def _statistics(
     total = torch.logsumexp(relative, 0)
     mass = (relative - total).exp()
     # Σ p (z − m) within a tile is log_sum − entropy, relative to its own maximum.
-    mean = (mass * ((log_sum - entropy) + (row_max - top))).sum(0)
+    mean = mass * ((log_sum - entropy) + (row_max - top))
+    mean = mean.masked_fill(mass == 0, 0.0).sum(0)  # a tile may have logits of −inf alone
     tile = torch.where(valid, targets, 0) // TILE
     taken = (logprobs + relative).gather(0, tile.unsqueeze(0)).squeeze(0) - total
     out = [taken.clamp(max=0.0), (total - mean).clamp(min=0.0), top, total]

@@ -166,7 +166,7 @@ def loss_with_gradients(
         return [None if g is None else g.reshape(-1) for g in gradients]
 
     linear = triton_kernels.linear
-    if not kl_kind:
+    if not kl_kind and targets.numel():
         unit = linear.ROW_MULTIPLE if ratio_level == "token" else mask.shape[-1]
         tiling = linear.choose_tiling(hidden, weight, unit, compute_dtype, budget)
         if tiling.whole:

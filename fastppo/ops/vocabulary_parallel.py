@@ -96,15 +96,15 @@ def combine(
     # Without the bound on the mass: a token of a slice that has none keeps its log-probability.
     taken = torch.where(owned != 0, logprobs + (row_max - top) + (log_sum - total), 0.0).sum(0)
     taken = torch.where(owned.any(0), taken, torch.nan)
-    whole_entropy = (mass * (entropy - log_mass)).sum(0).clamp(min=0.0)
+    whole_entropy = _expectation(mass, entropy - log_mass).clamp(min=0.0)
     out = [taken.clamp(max=0.0), torch.minimum(whole_entropy, vocab.to(mass.dtype).log()), top, total]
     if kl_kind:
         ref_top, ref_total, ref_log_mass = _masses(*statistics[6:8])
         if kl_kind == "forward":
-            kl = (ref_log_mass.exp() * (statistics[4] + ref_log_mass - log_mass)).sum(0).clamp(min=0.0)
+            kl = _expectation(ref_log_mass.exp(), statistics[4] + ref_log_mass - log_mass).clamp(min=0.0)
             center = torch.zeros_like(kl)
         else:
-            kl = (mass * (statistics[4] + log_mass - ref_log_mass)).sum(0)
+            kl = _expectation(mass, statistics[4] + log_mass - ref_log_mass)
             kl, center = kl.clamp(min=0.0), kl
         out += [kl, center, ref_top, ref_total]
     return [x.masked_fill(ignored, 0.0) for x in out]
@@ -116,6 +116,11 @@ def _masses(row_max: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_share = (row_max - top).clamp(min=VERY_NEGATIVE) + log_sum
     total = log_share.logsumexp(0)
     return top, total, log_share - total
+
+
+def _expectation(mass: Tensor, x: Tensor) -> Tensor:
+    """Σ mass · x over the slices; one whose logits are all −inf has no mass, and an x that is NaN."""
+    return (mass * x).masked_fill(mass == 0, 0.0).sum(0)
 
 
 def local_slice(name: str, tensor: Tensor | None, group: ProcessGroup) -> Tensor | None:

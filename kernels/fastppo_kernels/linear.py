@@ -285,7 +285,8 @@ class _RowCount:
             self._count = torch.empty(1, dtype=count.dtype, pin_memory=True)
             self._count.copy_(count, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # On the stream of the copy: the current device may be another than the tensors'.
+            self._event.record(torch.cuda.current_stream(count.device))
 
     def padded(self) -> int:
         if self._count is None:

@@ -382,6 +382,18 @@ def test_ppo_loss(device, case):
         check(leaf.grad.view(exact.shape), 3.0 * exact.grad, 5e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_ppo_loss_of_nothing_is_zero_and_backpropagates(device, shape, ratio_level):
+    h, w = (torch.randn(*size, 6, device=device, requires_grad=True) for size in (shape, (33,)))
+    nothing = torch.empty(shape, device=device)
+    out = fastppo.linear_ppo_loss(h, w, nothing.long(), nothing, nothing, ratio_level=ratio_level, backend="triton")
+    out.loss.backward()
+    assert out.loss == 0
+    assert h.grad.shape == h.shape
+    assert w.grad.abs().max() == 0
+
+
 def test_clipped_rows_get_an_exact_zero(device):
     hidden, weight, _ = random_head(40, 6, 33, device)
     targets = torch.randint(0, 33, (40,), device=device)
