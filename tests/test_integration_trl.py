@@ -171,6 +171,24 @@ def test_every_field_and_gradient_of_the_door(cast, baseline, load):
     assert "forward" not in vars(ours)
 
 
+def test_a_second_trainer_of_a_prepared_model_has_its_own_settings(load):
+    """Accelerate wraps the forward of the first trainer's model for bfloat16; the second finds it so."""
+    from accelerate import Accelerator
+    from trl.trainer import grpo_trainer
+
+    model, _ = load()
+    ids = torch.randint(3, 300, (2, 7))
+    with fastppo_trl.patched():
+        grpo_trainer.add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+        model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        grpo_trainer.add_fused_lm_head(model, temperature=0.5)
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    z = model(input_ids=ids).logits[:, :-1].float() / 0.5
+    want = z.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert out.entropy is None
+    torch.testing.assert_close(out.log_probs, want, atol=0.5, rtol=0.05)  # the logits are bfloat16 in `want`
+
+
 def test_patching_is_refused_twice_and_undone(load, tmp_path):
     from trl.trainer import grpo_trainer, rloo_trainer
     from trl.trainer.utils import add_fused_lm_head

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from fastppo.integrations import transformers as patched_transformers
-from fastppo.integrations.transformers import CausalLMLogprobs, unpatch_model
+from fastppo.integrations.transformers import CausalLMLogprobs
 from fastppo.integrations.versions import require
 
 SUPPORTED = ">=1.15,<2"
@@ -109,16 +109,13 @@ def _add_fused_lm_head(
     """TRL's function of this name, by `fastppo.linear_logprob`."""
     if unknown := set(outputs) - {"log_probs", "entropy"}:
         raise ValueError(f"outputs: fastppo computes log_probs and entropy, not {', '.join(sorted(unknown))}")
+    convert = _with_entropy if "entropy" in outputs else _without_entropy
     earlier = getattr(model, patched_transformers.SLOT, None)
     if earlier is not None and earlier.keyword == _KEYWORD:
-        unpatch_model(model)  # a second trainer of the same model: its temperature may be another
-    patched_transformers.install(
-        model,
-        _KEYWORD,
-        _with_entropy if "entropy" in outputs else _without_entropy,
-        temperature=temperature,
-        float32_head=cast_lm_head_to_fp32,
-    )
+        # A second trainer of the same model: what it asks for may differ, and the forward may be wrapped by now.
+        earlier.temperature, earlier.convert, earlier.float32_head = temperature, convert, cast_lm_head_to_fp32
+        return
+    patched_transformers.install(model, _KEYWORD, convert, temperature=temperature, float32_head=cast_lm_head_to_fp32)
 
 
 def _with_entropy(out: CausalLMLogprobs) -> Any:

@@ -14,7 +14,8 @@ B sequences, T response tokens, N tokens of a packed batch, D hidden, V vocabula
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -290,8 +291,12 @@ def patch() -> None:
     Raises:
         ImportError, RuntimeError: see `register` and `fastppo.integrations.patching.Patch.apply`.
     """
-    register()
     _PATCH.apply()
+    try:
+        register()
+    except BaseException:
+        _PATCH.undo()
+        raise
 
 
 def unpatch() -> None:
@@ -299,10 +304,14 @@ def unpatch() -> None:
     _PATCH.undo()
 
 
-def patched() -> AbstractContextManager[None]:
+@contextmanager
+def patched() -> Iterator[None]:
     """`patch` for the length of a with-block."""
-    register()
-    return _PATCH.applied()
+    patch()
+    try:
+        yield
+    finally:
+        unpatch()
 
 
 def _local_mode(loss_agg_mode: str) -> str:
