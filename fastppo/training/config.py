@@ -661,7 +661,8 @@ def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> Non
         )
     if config.model.reference == "none" and section.kl_coef > 0:
         raise ConfigError(f"{name}.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)")
-    if section.kl_estimator == "exact" and section.kl_in == "loss" and section.kl_coef == 0:
+    penalized = section.kl_coef > 0 or section.kl_controller == "linear"  # which may rise from 0
+    if section.kl_estimator == "exact" and section.kl_in == "loss" and not penalized:
         raise ConfigError(f"{name}.kl_estimator: exact in the loss needs {name}.kl_coef above 0")
     if section.kl_controller == "adaptive" and section.kl_coef == 0:
         raise ConfigError(f"{name}.kl_coef: must be above 0 for the adaptive controller, which multiplies it")
