@@ -174,13 +174,16 @@ def test_every_field_and_gradient_of_the_door(cast, baseline, load):
 def test_a_second_trainer_of_a_prepared_model_has_its_own_settings(load):
     """Accelerate wraps the forward of the first trainer's model for bfloat16; the second finds it so."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from trl.trainer import grpo_trainer
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainers that other tests made
     model, _ = load()
     ids = torch.randint(3, 300, (2, 7))
     with fastppo_trl.patched():
         grpo_trainer.add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
         model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        AcceleratorState._reset_state(reset_partial_state=True)
         grpo_trainer.add_fused_lm_head(model, temperature=0.5)
     out = model(input_ids=ids, labels=ids, fused_lm_head=True)
     z = model(input_ids=ids).logits[:, :-1].float() / 0.5
