@@ -610,7 +610,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it(world, tmp_path):
     process = spawn(world, out, slow="0.3")
     wait_for_checkpoint(process, out, 1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "stopping after this step" in output
     step = metrics_of(out)[-1]["step"]
