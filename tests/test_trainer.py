@@ -581,7 +581,7 @@ def spawn(world, out, *extra, slow="0"):
 
 
 def wait_for_checkpoint(process, out, step):
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not (out / "checkpoints" / f"step-{step:06d}").exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.time() < deadline
