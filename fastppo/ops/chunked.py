@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastppo.ops import engine
 from fastppo.ops.transform import LogitTransform
 
 # Rows in a block: enough for a matrix product to run at full speed, few enough for wide vocabulary tiles.
@@ -76,10 +77,7 @@ def statistics(
     return [x.clone() for x in out]
 
 
-@statistics.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *_options):
-    dtype = _accumulation_dtype(hidden.dtype)
-    return [hidden.new_empty(targets.shape, dtype=dtype) for _ in range(8 if kl_kind else 4)]
+statistics.register_fake(engine.fake_statistics)
 
 
 @torch.library.custom_op("fastppo::chunked_vjp", mutates_args=())
@@ -117,11 +115,7 @@ def vjp(
     transform = LogitTransform(temperature, logit_scale, softcap)
     vocab, dim = weight.shape
     dtype = _accumulation_dtype(hidden.dtype)
-    upstream = [g for g in (d_logprobs, d_entropy, d_logsumexp, d_kl) if g is not None]
-    contributes = targets >= 0
-    if upstream:
-        contributes = contributes & torch.stack([g != 0 for g in upstream]).any(0)
-    rows = contributes.nonzero().squeeze(-1) if upstream else targets.new_empty(0)
+    rows = engine.contributing(targets, (d_logprobs, d_entropy, d_logsumexp, d_kl)).nonzero().squeeze(-1)
     block, width = tiling(rows.numel(), vocab, dim, budget)
 
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
@@ -161,14 +155,7 @@ def vjp(
     return d_hidden, d_weight, d_bias
 
 
-@vjp.register_fake
-def _(hidden, weight, bias, *args):
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
-    )
+vjp.register_fake(engine.fake_vjp)
 
 
 class _Logits:

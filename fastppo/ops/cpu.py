@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, extension
+from fastppo.ops import chunked, engine, extension
 from fastppo.ops.transform import LogitTransform
 
 PANEL = 64  # csrc/rows.h: columns of a packed panel, tokens of a block
@@ -95,10 +95,7 @@ def statistics(
     return heads.statistics(targets, *options)
 
 
-@statistics.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *_options):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return [hidden.new_empty(targets.shape, dtype=dtype) for _ in range(8 if kl_kind else 4)]
+statistics.register_fake(engine.fake_statistics)
 
 
 @torch.library.custom_op("fastppo::cpu_vjp", mutates_args=())
@@ -139,14 +136,7 @@ def vjp(
     return d_hidden, d_weight, d_bias
 
 
-@vjp.register_fake
-def _(hidden, weight, bias, *args):
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
-    )
+vjp.register_fake(engine.fake_vjp)
 
 
 class Store(NamedTuple):
@@ -304,9 +294,8 @@ class _Heads:
         need_hidden: bool, d_weight: Tensor, need_bias: bool, store: Store | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(∂hidden, ∂bias), empty where not needed; ∂weight goes into `d_weight` unless that is empty."""
-        valid, present = targets >= 0, [g for g in upstream if g is not None]
-        contributes = valid & torch.stack([g != 0 for g in present]).any(0) if present else torch.zeros_like(valid)
-        rows = contributes.nonzero().squeeze(-1)
+        valid = targets >= 0
+        rows = engine.contributing(targets, upstream).nonzero().squeeze(-1)
         d_hidden = torch.zeros_like(self.hidden) if need_hidden else self.hidden.new_empty(0)
         if rows.numel() == 0:
             d_weight.zero_()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import chunked, triton_engine
+from fastppo.ops.engine import contributing, fake_statistics, fake_vjp
 
 # Columns that are kept or dropped together: enough for the products of one tile to run at full speed.
 TILE = 2048
@@ -96,9 +97,8 @@ def _statistics(
 
 @_statistics.register_fake
 def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *_options):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in range(8 if kl_kind else 4)]
-    return out if kl_kind else [*out, hidden.new_empty(-(-weight.shape[0] // TILE), targets.shape[0], dtype=dtype)]
+    out = fake_statistics(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind)
+    return out if kl_kind else [*out, out[0].new_empty(-(-weight.shape[0] // TILE), targets.shape[0])]
 
 
 @torch.library.custom_op("fastppo::filtered_vjp", mutates_args=())
@@ -137,8 +137,7 @@ def _vjp(
     d_hidden = torch.zeros_like(hidden, dtype=mass.dtype) if need_hidden else hidden.new_empty(0)
     d_weight = torch.zeros(weight.shape if need_weight else 0, dtype=weight.dtype, device=weight.device)
     d_bias = torch.zeros_like(bias) if need_bias else weight.new_empty(0)
-    present = [g != 0 for g in upstream if g is not None]
-    contributes = (targets >= 0) & torch.stack(present).any(0) if present else torch.zeros_like(targets >= 0)
+    contributes = contributing(targets, upstream)
 
     tiles, keep = _tiles(weight.shape[0]), []
     for number, (lo, hi) in enumerate(tiles):
@@ -175,13 +174,8 @@ def _vjp(
 
 
 @_vjp.register_fake
-def _(hidden, weight, bias, *args):
-    need_hidden, need_weight, need_bias = args[-5:-2]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
-    )
+def _(*arguments):
+    return fake_vjp(*arguments[:-2])
 
 
 def _tiles(vocab: int) -> list[tuple[int, int]]:

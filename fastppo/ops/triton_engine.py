@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.ops import triton_kernels
+from fastppo.ops import engine, triton_kernels
 from fastppo.ops.loss_options import LossOptions, Rollout
 
 
@@ -47,9 +47,7 @@ def statistics(
     return [x.clone() for x in out]  # a custom operator's outputs may not share memory
 
 
-@statistics.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *_options):
-    return [hidden.new_empty(targets.shape, dtype=torch.float32) for _ in range(8 if kl_kind else 4)]
+statistics.register_fake(engine.fake_statistics)
 
 
 @torch.library.custom_op("fastppo::triton_vjp", mutates_args=())
@@ -101,14 +99,7 @@ def vjp(
     )
 
 
-@vjp.register_fake
-def _(hidden, weight, bias, *args):
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
-    )
+vjp.register_fake(engine.fake_vjp)
 
 
 @torch.library.custom_op("fastppo::triton_loss_with_gradients", mutates_args=())
@@ -191,11 +182,8 @@ def loss_with_gradients(
 
 
 @loss_with_gradients.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kl_kind, *args):
-    need_hidden, need_weight, need_bias = args[-3:]
+def _(hidden, weight, bias, *arguments):
     return [
-        *(hidden.new_empty(targets.shape, dtype=torch.float32) for _ in range(8 if kl_kind else 4)),
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else weight.new_empty(0),
+        *engine.fake_statistics(hidden, weight, bias, *arguments),
+        *engine.fake_vjp(hidden, weight, bias, *arguments),
     ]
