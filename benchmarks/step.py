@@ -6,7 +6,8 @@
 The plain step is what one would write first: generate(), logits of whole sequences, log-softmax, one pass of policy and
 reference each for the old log-probabilities and the KL, GAE as a loop, AdamW with its defaults, padding computed like
 everything else. It has the same models, prompts, rewards, sampling, loss, critic and bfloat16 autocast as the trainer
-(`--fp32` adds it without autocast). The two take turns, step by step. Phases are wall-clock seconds of the median step.
+(`--fp32` adds it without autocast). Each has a process of its own, ours set up as `fastppo train` does; they take turns,
+step by step. Phases are wall-clock seconds of the median step.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fastppo.models import load_causal_lm, load_tokenizer
+from fastppo.training.allocator import keep_freed_memory
 from fastppo.training.config import load_config
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.rewards import build_rewards
@@ -62,7 +67,7 @@ class Clock:
 class PlainStep:
     """The step as one would write it first."""
 
-    def __init__(self, config, autocast: bool) -> None:
+    def __init__(self, config, autocast: bool = True) -> None:
         self.config, self.autocast = config, autocast
         self.tokenizer = load_tokenizer(config.model)
         self.tokenizer.padding_side = "left"
@@ -153,7 +158,9 @@ class OurStep:
     """`Trainer.train_step`, with clocks around what it calls."""
 
     def __init__(self, config) -> None:
+        keep_freed_memory()
         self.trainer = Trainer(config, progress=ProgressDisplay(config.total_steps))
+        self.texts = [prompt.text for prompt in self.trainer.data.train]
 
     def __call__(self, prompts: list[str], clock: Clock) -> int:
         trainer = self.trainer
@@ -187,6 +194,39 @@ class OurStep:
         return int(metrics["tokens"])
 
 
+class Apart:
+    """A step in a process of its own: neither the other's memory nor its settings touch it."""
+
+    def __init__(self, make: Callable[[], Callable]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(make, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.texts: list[str] | None = self._pipe.recv()
+
+    def __call__(self, seed: int, prompts: list[str]) -> tuple[float, int, dict[str, float], float]:
+        """Seconds, sampled tokens, seconds by phase, and the process's peak memory in MiB."""
+        self._pipe.send((seed, prompts))
+        return self._pipe.recv()
+
+    @staticmethod
+    def _serve(make: Callable[[], Callable], pipe) -> None:
+        step = make()
+        pipe.send(getattr(step, "texts", None))
+        while True:
+            try:
+                seed, prompts = pipe.recv()
+            except EOFError:  # the parent has done
+                return
+            torch.manual_seed(seed)
+            clock = Clock()
+            began = time.perf_counter()
+            sampled = step(prompts, clock)
+            seconds = time.perf_counter() - began
+            pipe.send((seconds, sampled, clock.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
 @contextlib.contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     own, before = name in vars(owner), getattr(owner, name)
@@ -215,12 +255,12 @@ def main() -> None:
             EXAMPLE,
             [f"--output_dir={folder}", f"--ppo.num_ppo_epochs={args.epochs}", "--ppo.num_mini_batches=1"],
         )
-        steps: dict[str, Callable[[list[str], Clock], int]] = {"fastppo": OurStep(config)}
+        steps = {"fastppo": Apart(functools.partial(OurStep, config))}
         if not args.ours_only:
-            steps["plain"] = PlainStep(config, autocast=True)
+            steps["plain"] = Apart(functools.partial(PlainStep, config))
         if args.fp32:
-            steps["plain, float32"] = PlainStep(config, autocast=False)
-        texts = [prompt.text for prompt in steps["fastppo"].trainer.data.train]
+            steps["plain, float32"] = Apart(functools.partial(PlainStep, config, autocast=False))
+        texts = steps["fastppo"].texts
         machine = describe_machine() | {"transformers": transformers.__version__}
         waiting = subprocess.Popen(args.around.split(), stdin=subprocess.PIPE) if args.around else None
         try:
@@ -246,23 +286,21 @@ def main() -> None:
         args.output.write_text(json.dumps({"machine": machine, "settings": settings, "results": results}, indent=1))
 
 
-def measure(steps: dict[str, Callable], texts: list[str], config, count: int) -> list[dict]:
+def measure(steps: dict[str, Apart], texts: list[str], config, count: int) -> list[dict]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     tokens: dict[str, list[int]] = {name: [] for name in steps}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    peak: dict[str, float] = {}
     size = config.rollout.num_prompts
     for round_ in range(count + 1):
         chosen = texts[round_ * size : (round_ + 1) * size]
         prompts = [text for text in chosen for _ in range(config.rollout.num_generations)]
         for name, step in steps.items():
-            torch.manual_seed(round_)
-            clock = Clock()
-            began = time.perf_counter()
-            sampled = step(prompts, clock)
+            took, sampled, by_phase, peak[name] = step(round_, prompts)
             if round_:  # the first one allocates, and fills oneDNN's caches
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
                 tokens[name].append(sampled)
-                phases[name].append(clock.seconds)
+                phases[name].append(by_phase)
     results = []
     for name in steps:
         median = statistics.median_low(seconds[name])
@@ -274,6 +312,7 @@ def measure(steps: dict[str, Callable], texts: list[str], config, count: int) ->
                 "min_s": min(seconds[name]),
                 "tokens_per_second": tokens[name][at] / median,
                 "phases_s": phases[name][at],
+                "peak_mib": peak[name],
             }
         )
     for result in results:
@@ -289,6 +328,7 @@ def print_table(results: list[dict]) -> None:
         print(f"{r['name']:40}{r['median_s']:10.2f}{r['min_s']:10.2f}{r['tokens_per_second']:10.1f}{speedup:>9}")
         for phase, seconds in r["phases_s"].items():
             print(f"    {phase:36}{seconds:10.2f}")
+        print(f"    {'peak memory, MiB':36}{r['peak_mib']:10.0f}")
 
 
 if __name__ == "__main__":

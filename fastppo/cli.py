@@ -108,10 +108,12 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _train(arguments: argparse.Namespace, config) -> int:
     import transformers
 
+    from fastppo.training.allocator import keep_freed_memory
     from fastppo.training.progress import ProgressDisplay
     from fastppo.training.trainer import Trainer
 
     transformers.utils.logging.disable_progress_bar()
+    keep_freed_memory()
     trainer = Trainer(config, resume=arguments.resume)
     if arguments.plain:
         trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)
