@@ -6,7 +6,7 @@
 The plain step is what one would write first: generate(), logits of whole sequences, log-softmax, one pass of policy and
 reference each for the old log-probabilities and the KL, GAE as a loop, AdamW with its defaults, padding computed like
 everything else. It has the same models, prompts, rewards, sampling, loss, critic and bfloat16 autocast as the trainer
-(`--fp32` adds it without autocast). Each has a process of its own, ours set up as `fastppo train` does; they take turns,
+(`--fp32` adds it without autocast). Each has a process of its own, ours set up as `fastppo train` is; they take turns,
 step by step. Phases are wall-clock seconds of the median step.
 """
 

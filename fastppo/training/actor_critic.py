@@ -46,6 +46,8 @@ class ActorCritic:
             policy = models.apply_lora(policy, config.lora)
         elif config.reference == "frozen":
             self._reference = models.freeze_copy(policy)
+            if config.autocast:
+                _round_products(self._reference, getattr(torch, config.autocast))
         self.policy = policy
         self._kept: _KeptPass | None = None
 
@@ -191,6 +193,15 @@ class _StatesAndHead(nn.Module):
 
     def forward(self, *arguments) -> tuple[Tensor, LMHead]:
         return _states_and_head(self.policy, *arguments)
+
+
+def _round_products(reference: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of a frozen backbone's linear layers as autocast would round them at every product."""
+    backbone, head = backbone_and_head(reference)
+    can_pack(backbone)  # tried out without autocast, so while the types still agree
+    for module in backbone.modules():
+        if type(module) is nn.Linear and module.weight is not head.weight:
+            module.to(dtype)
 
 
 def _layout(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Packed | None:

@@ -17,9 +17,10 @@ _LARGEST = 32 * 2**20  # what glibc allows. Blocks beyond it, which would leave 
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep blocks of up to 32 MiB that it frees, for its next ones; whether the C library can (glibc).
+    """Have this process keep blocks of up to 32 MiB that it frees, for its next ones.
 
-    For a program whose every step needs the same memory again. It concerns all of the process, to its end.
+    Returns whether the C library can do so (glibc). For a program whose every step needs the same memory again: it
+    concerns all of the process, to its end.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -30,4 +31,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2 * _LARGEST))
-    return all([bool(mallopt(name, value)) for name, value in settings])
+    return all(bool(mallopt(name, value)) for name, value in settings)
