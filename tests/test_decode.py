@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
-from fastppo.models.decode import _draw, _laid_out, decode
+from fastppo.models.decode import _draw, _groups, _laid_out, decode
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,6 +68,30 @@ def test_an_end_elsewhere_changes_no_draw(model):
     for row, tokens in enumerate(free.tolist()):
         own = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
         assert ended[row, : len(own)].tolist() == own
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products on this machine")
+def test_layers_with_one_input_share_a_product():
+    """A third layer has an input of its own; one of those together is called out of order, one on another tensor."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(40, size) for size in (24, 8, 16))
+            self.o_proj = torch.nn.Linear(24, 40, bias=False)
+
+        def forward(self, x, y):
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return self.o_proj(q), k, v, self.v_proj(y), self.k_proj(x), self.q_proj(y)
+
+    layer, (x, y) = Layer(), torch.randn(2, 3, 1, 40)
+    assert [len(group) for group in _groups(layer)] == [3, 1]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x, y)
+        with _laid_out(layer, 3):
+            got = layer(x, y)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 def test_layers_are_left_as_they_were(model):

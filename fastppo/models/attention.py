@@ -60,9 +60,8 @@ def attention(
         stacked = (query.float() * scale).reshape(batch, -1, groups * queries, dim)
         scores = stacked @ key.float().transpose(-1, -2)  # [B, H / G, G Q, K]
         scores = scores.view(batch, -1, groups, queries, keys)
-        # Added, which takes a sixth of masked_fill's time and no part in the backward pass. Next to it a score is nothing.
-        hidden = torch.finfo(torch.float32).min * ~attention_mask[:, :, None]
-        scores += hidden
+        # Added, in a sixth of masked_fill's time and at no cost to the backward pass. Beside it a score is nothing.
+        scores += torch.finfo(torch.float32).min * ~attention_mask[:, :, None]
         weights = scores.softmax(-1).to(value.dtype).view(batch, -1, groups * queries, keys)
         out = (weights @ value).view(batch, heads, queries, value.shape[-1])
     return out.transpose(1, 2).contiguous(), None
