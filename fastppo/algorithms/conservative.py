@@ -18,24 +18,16 @@ import math
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import Algorithm, Head, Learner, Loss, StepOutput
+from fastppo.algorithms.algorithm import Head, Learner, Loss, StepOutput
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.policy_kl import kl_from, snapshot
+from fastppo.algorithms.policy_then_critic import PolicyThenCritic
 from fastppo.algorithms.vectors import Vector
 from fastppo.ops.linear_logprob import linear_logprob
 
 
-class ConservativePolicyIteration(Algorithm):
-    """See `fastppo.training.config.CPIConfig` for its options. The critic is fit by first-order epochs of its own."""
-
-    def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        metrics = self.improve_policy(learner, experience)
-        return metrics | learner.descend_values(
-            experience,
-            self.value_loss,
-            num_epochs=self.config.num_value_epochs,
-            num_mini_batches=self.config.num_mini_batches,
-        )
+class ConservativePolicyIteration(PolicyThenCritic):
+    """See `fastppo.training.config.CPIConfig` for its options."""
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
         """Greedy policy, step size, mixture."""

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import Algorithm, Head, Learner, Loss, StepOutput
+from fastppo.algorithms.algorithm import Head, Learner, Loss, StepOutput
 from fastppo.algorithms.conjugate_gradient import conjugate_gradient
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.fisher import PolicyFisher
 from fastppo.algorithms.line_search import Trial
 from fastppo.algorithms.policy_kl import kl_from, snapshot
+from fastppo.algorithms.policy_then_critic import PolicyThenCritic
 from fastppo.algorithms.preconditioner import fisher_diagonal
 from fastppo.algorithms.vectors import Vector, axpy_, dot, moved, norm
 
@@ -40,17 +41,8 @@ class NaturalStep(NamedTuple):
     metrics: dict[str, float]
 
 
-class NaturalPolicyGradient(Algorithm):
-    """See `fastppo.training.config.NPGConfig` for its options. The critic is fit by first-order epochs of its own."""
-
-    def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        metrics = self.improve_policy(learner, experience)
-        return metrics | learner.descend_values(
-            experience,
-            self.value_loss,
-            num_epochs=self.config.num_value_epochs,
-            num_mini_batches=self.config.num_mini_batches,
-        )
+class NaturalPolicyGradient(PolicyThenCritic):
+    """See `fastppo.training.config.NPGConfig` for its options."""
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
         """One step of the policy, which changes at the very end or not at all: trials have parameters of their own."""

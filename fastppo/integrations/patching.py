@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 
 from fastppo.integrations.versions import require
@@ -67,14 +67,9 @@ class Patch:
             self._replace(self.replacements[name], original)
         self._originals = {}
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """`apply` for the length of a with-block."""
-        self.apply()
-        try:
-            yield
-        finally:
-            self.undo()
+        return between(self.apply, self.undo)
 
     def _replace(self, old: Callable, new: Callable) -> None:
         for module in self._loaded_modules():
@@ -87,6 +82,16 @@ class Patch:
     def _loaded_modules(self) -> list[ModuleType]:
         prefix = self.library + "."
         return [m for name, m in list(sys.modules.items()) if m and (name == self.library or name.startswith(prefix))]
+
+
+@contextmanager
+def between(apply: Callable[[], None], undo: Callable[[], None]) -> Iterator[None]:
+    """One call before a with-block and the other after it, however it ends."""
+    apply()
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _locate(name: str) -> tuple[ModuleType, str]:

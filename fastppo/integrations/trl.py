@@ -13,16 +13,16 @@ the door: ours goes in its place in these two trainers' modules and puts fastppo
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from fastppo.integrations import transformers as patched_transformers
+from fastppo.integrations.patching import between
 from fastppo.integrations.transformers import CausalLMLogprobs
 from fastppo.integrations.versions import require
 
@@ -86,14 +86,9 @@ def unpatch() -> None:
         setattr(module, _DOOR, original)
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """`patch` for the length of a with-block: build the trainer inside, train it inside or after."""
-    patch()
-    try:
-        yield
-    finally:
-        unpatch()
+    return between(patch, unpatch)
 
 
 def _trainer_modules() -> list[ModuleType]:

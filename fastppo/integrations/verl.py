@@ -14,15 +14,14 @@ B sequences, T response tokens, N tokens of a packed batch, D hidden, V vocabula
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppo import gae, linear_logprob, ppo_loss, reference, selective_logprob, value_loss, whiten
-from fastppo.integrations.patching import Patch
+from fastppo.integrations.patching import Patch, between
 from fastppo.integrations.versions import require
 
 SUPPORTED = ">=0.8,<0.10"
@@ -304,14 +303,9 @@ def unpatch() -> None:
     _PATCH.undo()
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """`patch` for the length of a with-block."""
-    patch()
-    try:
-        yield
-    finally:
-        unpatch()
+    return between(patch, unpatch)
 
 
 def _local_mode(loss_agg_mode: str) -> str:

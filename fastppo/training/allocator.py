@@ -31,4 +31,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2 * _LARGEST))
-    return all(bool(mallopt(name, value)) for name, value in settings)
+    return all(mallopt(name, value) for name, value in settings)
