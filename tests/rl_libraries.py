@@ -1,4 +1,6 @@
-"""verl and OpenRLHF where what they run on (Ray, DeepSpeed, flash-attn, a LaTeX parser) is not installed.
+"""verl and OpenRLHF for the tests of their adapters, and what those tests share.
+
+They are imported also where what they run on (Ray, DeepSpeed, flash-attn, a LaTeX parser) is not installed.
 
 Neither the functions that the adapters replace nor the tests touch those, but importing the libraries does. So
 stand-ins take their place, for the length of the import only; where they are installed they are themselves.
@@ -15,6 +17,8 @@ from types import ModuleType
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import Tensor
 
 HEAVY = {"verl": ("ray",), "openrlhf": ("deepspeed", "flash_attn", "pylatexenc")}
 
@@ -34,6 +38,25 @@ def load(name: str) -> ModuleType:
         sys.meta_path.remove(finder)
         for module in [m for m in sys.modules if m.partition(".")[0] in finder.packages]:
             del sys.modules[module]
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64) * scale
+
+
+def value_and_gradient(function, x: Tensor, *arguments, **options):
+    """(outputs, ∂(random upstream · outputs)/∂x); the first output alone is differentiated."""
+    x = x.clone().requires_grad_()
+    out = function(x, *arguments, **options)
+    first = out[0] if isinstance(out, tuple) else out
+    upstream = torch.linspace(0.5, 2.0, max(first.numel(), 1), dtype=first.dtype)[: first.numel()].view(first.shape)
+    (first * upstream).sum().backward()
+    return out, x.grad
+
+
+def assert_same(mine, theirs, tolerance=1e-7):
+    """Values and gradients; verl adds 1e-8 to the number of tokens."""
+    torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, check_dtype=False)
 
 
 def _is_installed(package: str) -> bool:

@@ -252,3 +252,19 @@ def make_learner(
     parameters = [*models.policy_parameters().values(), *models.value_parameters().values()]
     optimizer = optimizer or torch.optim.SGD(parameters, lr=lr)
     return algorithm, Learner(config, models, optimizer, algorithm.part_weight)
+
+
+def rollout(tree: Tree, models: TabularModels, algorithm: Algorithm, count: int) -> Experience:
+    """`count` sequences by the policy, and the algorithm's advantages."""
+    experience = models.experience(tree.sample(models.logits(), count))
+    algorithm.estimate_advantages(experience)
+    return experience
+
+
+def rollout_without_luck(tree: Tree, models: TabularModels, algorithm: Algorithm, count: int) -> Experience:
+    """The same with true advantages and sequences as often as they are probable."""
+    rows = tree.stratified_sample(models.logits(), count)
+    experience = models.experience(rows)
+    algorithm.estimate_advantages(experience)
+    experience.advantages = tree.advantages(models.logits().detach())[rows]
+    return experience

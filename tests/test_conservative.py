@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tabular import TabularModels, Tree, make_config, make_learner
+from tabular import TabularModels, Tree, make_config, make_learner, rollout, rollout_without_luck
 
 from fastppo.algorithms.conservative import bound_step_size, held_out_step_size
 from fastppo.algorithms.policy_kl import snapshot
@@ -21,12 +21,6 @@ def world(*, tree=None, features=None, sequences=64, lr=0.2, **options):
     return tree, models, algorithm, learner
 
 
-def rollout(tree, models, algorithm, count):
-    experience = models.experience(tree.sample(models.logits(), count))
-    algorithm.estimate_advantages(experience)
-    return experience
-
-
 @pytest.mark.parametrize("step_size", ["held_out", "bound"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_optimum_is_approached(step_size, depth):
@@ -35,11 +29,7 @@ def test_the_optimum_is_approached(step_size, depth):
     tree, models, algorithm, learner = world(tree=Tree(depth=depth), sequences=128, step_size=step_size, **options)
     gaps = [tree.best() - tree.objective(models.logits()).item()]
     for _ in range(30):
-        rows = tree.stratified_sample(models.logits(), 128)
-        experience = models.experience(rows)
-        algorithm.estimate_advantages(experience)
-        experience.advantages = tree.advantages(models.logits().detach())[rows]
-        algorithm.update(learner, experience)
+        algorithm.update(learner, rollout_without_luck(tree, models, algorithm, 128))
         gaps.append(tree.best() - tree.objective(models.logits()).item())
     if step_size == "bound" and depth > 1:
         # Its steps are safe against the worst state: they never lose, and they are small.

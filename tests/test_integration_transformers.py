@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from architectures import OPTIONS, SMALL, random_model, randomize
 from torch import nn
 
 import fastppo
@@ -19,63 +20,18 @@ from fastppo.integrations.versions import require
 
 transformers = pytest.importorskip("transformers", reason="the integration is with transformers")
 
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Scales and caps far from doing nothing, so that a forgotten one shows.
-_ARCHITECTURES = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "mistral": {},
-    "phi": {},  # a head with a bias
-    "phi3": {},
-    "gpt2": {"n_positions": 64},
-    "granite": {"logits_scaling": 3.0},
-    "cohere": {"logit_scale": 0.3},
-    "falcon_h1": {
-        "lm_head_multiplier": 0.3,
-        "head_dim": 8,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-    },
-}
-
-
-def _randomize(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():  # logits large enough to be bent by a soft cap
-        model.get_output_embeddings().weight.mul_(3)
-    return model.eval()
+_ARCHITECTURES = [kind for kind in OPTIONS if kind not in ("gpt_neox", "opt", "bloom", "llama4_text", "hyperclovax")]
 
 
 def _random_model(kind: str = "llama", **options) -> nn.Module:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {kind}")
-    config = CONFIG_MAPPING[kind](**_SMALL | _ARCHITECTURES.get(kind, {}) | options)
-    return _randomize(transformers.AutoModelForCausalLM.from_config(config))
+    own = {"tie_word_embeddings": True} if kind == "qwen3" else {}
+    return random_model(kind, head_scale=3.0, **own | options)
 
 
 def _vision_language_model() -> nn.Module:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = _SMALL | {"head_dim": 8}
+    text = SMALL | {"head_dim": 8}
     vision = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -87,7 +43,7 @@ def _vision_language_model() -> nn.Module:
     config = Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6
     )
-    return _randomize(Gemma3ForConditionalGeneration(config))
+    return randomize(Gemma3ForConditionalGeneration(config), head_scale=3.0)
 
 
 def _batch(rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
@@ -488,7 +444,7 @@ def test_two_hundred_steps_follow_the_plain_curve(half):
     """Errors too small to see in one step would add up: sums in low precision bias training."""
     torch.manual_seed(0)  # the curve's shape is what is compared, so it is always the same one
     plain = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**_SMALL | {"tie_word_embeddings": True, "initializer_range": 0.1})
+        transformers.LlamaConfig(**SMALL | {"tie_word_embeddings": True, "initializer_range": 0.1})
     )
     model = fastppo.patch_model(copy.deepcopy(plain), temperature=0.8)
     batch = _batch(8, 12)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.machinery
 import json
 import sys
 
+import architectures
 import pytest
 import torch
 from packaging.version import Version
@@ -34,57 +36,8 @@ from fastppo.training.config import LoraConfig, ModelConfig
 
 transformers = pytest.importorskip("transformers")
 
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Scales and caps far from doing nothing, so that a forgotten one shows.
-_ARCHITECTURES = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "mistral": {},
-    "phi": {},
-    "gpt2": {"n_positions": 64},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24},
-    "bloom": {},
-    "granite": {"logits_scaling": 3.0},
-    "cohere": {"logit_scale": 0.3},
-    "falcon_h1": {
-        "lm_head_multiplier": 0.3,
-        "head_dim": 8,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-    },
-    "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 40, "num_local_experts": 2},
-    "hyperclovax": {"logits_scaling": 3.0},
-}
-
-
-def _random_model(kind: str, **options):
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {kind}")
-    model = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**_SMALL | options)).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():  # logits large enough to be bent by a soft cap
-        model.get_output_embeddings().weight.mul_(10)
-    return model
+_ARCHITECTURES = [kind for kind in architectures.OPTIONS if kind != "phi3"]
+_random_model = functools.partial(architectures.random_model, head_scale=10.0)
 
 
 def _config(path, **options) -> ModelConfig:
@@ -105,7 +58,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", _ARCHITECTURES)
 def test_head_gives_the_models_own_logits(kind):
-    model = _random_model(kind, **_ARCHITECTURES[kind])
+    model = _random_model(kind)
     ids = torch.randint(3, 97, (3, 11))
     backbone, head = backbone_and_head(model)
     hidden = token_hidden(backbone, ids, torch.ones_like(ids)).detach()
@@ -124,7 +77,7 @@ def test_head_gives_the_models_own_logits(kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi", "gemma3_text", "bloom", "opt"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_hidden_states(kind, side):
-    model = _random_model(kind, **_ARCHITECTURES[kind])
+    model = _random_model(kind)
     backbone, _ = backbone_and_head(model)
     lengths = [9, 4, 7]
     rows = [torch.randint(3, 97, (length,)) for length in lengths]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tabular import TabularModels, Tree, make_config, make_learner
+from tabular import TabularModels, Tree, make_config, make_learner, rollout, rollout_without_luck
 
 ALGORITHMS = ("npg", "trpo")
 
@@ -19,12 +19,6 @@ def world(name, *, features=None, tree=None, sequences=64, lr=0.1, **options):
     defaults = {"kl_coef": 0.0, "lam": 1.0, "cg_tolerance": 0.0}
     algorithm, learner = make_learner(models, make_config(name, sequences, tree.depth, **defaults | options), lr=lr)
     return tree, models, algorithm, learner
-
-
-def rollout(tree, models, algorithm, count):
-    experience = models.experience(tree.sample(models.logits(), count))
-    algorithm.estimate_advantages(experience)
-    return experience
 
 
 def flat(parameters):
@@ -94,11 +88,7 @@ def test_the_optimum_is_reached(name, depth):
     options = {"max_kl": 0.1, "damping": 1e-4, "cg_iterations": 6, "num_value_epochs": 1}
     tree, models, algorithm, learner = world(name, tree=Tree(depth=depth), sequences=128, **options)
     for _ in range(30):
-        rows = tree.stratified_sample(models.logits(), 128)
-        experience = models.experience(rows)
-        algorithm.estimate_advantages(experience)
-        experience.advantages = tree.advantages(models.logits().detach())[rows]
-        algorithm.update(learner, experience)
+        algorithm.update(learner, rollout_without_luck(tree, models, algorithm, 128))
     assert tree.objective(models.logits()).item() > tree.best() - 0.05
 
 

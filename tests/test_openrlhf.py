@@ -7,8 +7,9 @@ import inspect
 import itertools
 
 import pytest
+import rl_libraries
 import torch
-from rl_libraries import load
+from rl_libraries import assert_same, draw, load
 from torch import Tensor
 
 from fastppo.integrations import openrlhf as adapter
@@ -27,10 +28,6 @@ def utils():
     return load("openrlhf.models.utils")
 
 
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64) * scale
-
-
 def action_mask(batch: int, time: int) -> Tensor:
     """Holes anywhere; at least one token a sequence."""
     mask = torch.rand(batch, time) < 0.7
@@ -39,18 +36,8 @@ def action_mask(batch: int, time: int) -> Tensor:
 
 
 def value_and_gradient(function, x: Tensor, *arguments, **options):
-    """(outputs, ∂(random upstream · outputs)/∂x); the first output alone is differentiated."""
-    x = x.clone().requires_grad_()
-    # A copy for the function: OpenRLHF divides logits by the temperature in place.
-    out = function(x * 1, *arguments, **options)
-    first = out[0] if isinstance(out, tuple) else out
-    upstream = torch.linspace(0.5, 2.0, first.numel(), dtype=first.dtype).view(first.shape)
-    (first * upstream).sum().backward()
-    return out, x.grad
-
-
-def assert_same(mine, theirs, tolerance=1e-7):
-    torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, check_dtype=False)
+    """With a copy for the function: OpenRLHF divides logits by the temperature in place."""
+    return rl_libraries.value_and_gradient(lambda leaf: function(leaf * 1, *arguments, **options), x)
 
 
 def test_the_signatures_are_openrlhfs():

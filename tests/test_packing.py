@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import SIZES
 from torch import nn
 
 from fastppo.models import attention, token_hidden
@@ -14,16 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def _backbone(kind: str = "Llama", **changes) -> nn.Module:
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "attn_implementation": "sdpa",
-    }
+    sizes = SIZES | {"initializer_range": 0.2, "attn_implementation": "sdpa"}
     config = getattr(transformers, f"{kind}Config")(**(sizes | changes))
     return getattr(transformers, f"{kind}Model")(config).eval()
 

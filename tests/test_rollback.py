@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny import make_tiny_model
+from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
 
-from fastppo.training.config import build_config
 from fastppo.training.metrics import read_alarms, read_metrics, read_samples
 from fastppo.training.report import write_report
 from fastppo.training.trainer import Trainer
@@ -53,26 +48,7 @@ def config(world, out, **changes):
         "checkpoint": {"every": 2, "keep_last": 1},
         "eval": {"num_prompts": 8},
     }
-    for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return build_config(tree)
-
-
-def metrics_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("time") and k != "tokens_per_second"} for r in rows]
-
-
-def weights_of(out):
-    return load_file(out / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return build_changed_config(tree, changes)
 
 
 # A learning rate at which one step is enough to leave the model in ruins.

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_tiny_model
+from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
 
 from fastppo.training.checkpoint import CheckpointError, find_checkpoint
-from fastppo.training.config import ConfigError, build_config
+from fastppo.training.config import ConfigError
 from fastppo.training.data import DataError
 from fastppo.training.learner import NonFiniteError
 from fastppo.training.progress import ProgressDisplay
@@ -68,34 +68,15 @@ def config(world, out, **changes):
         "optim": {"learning_rate": 1e-3},
         "checkpoint": {"every": 2},
     }
-    for dotted, value in changes.items():
-        if dotted == "rewards":
-            value = [r | {"function": r["function"].replace("WORLD", str(world / "reward.py"))} for r in value]
-        *parents, last = dotted.split("__")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return build_config(tree)
-
-
-def metrics_of(out):
-    """Metric lines without the clock's."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("time") and k != "tokens_per_second"} for r in rows]
-
-
-def weights_of(out):
-    return load_file(out / "final" / "model.safetensors")
+    if "rewards" in changes:
+        path = str(world / "reward.py")
+        changes["rewards"] = [r | {"function": r["function"].replace("WORLD", path)} for r in changes["rewards"]]
+    return build_changed_config(tree, changes)
 
 
 def fixed_rewards(count):
     values = torch.linspace(-1, 1, count)
     return RewardOutput(values, values[:, None], {"vowels": 1.0}, {"vowels": values})
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):

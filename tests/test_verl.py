@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from rl_libraries import load
+from rl_libraries import assert_same, draw, load, value_and_gradient
 from torch import Tensor
 
 from fastppo.integrations import verl as adapter
@@ -42,30 +42,11 @@ def patched(algos):
     adapter.unpatch()
 
 
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64) * scale
-
-
 def rollout_mask(batch: int, time: int) -> Tensor:
     """Holes anywhere, one sequence without a token, at least two tokens in all."""
     mask = torch.rand(batch, time) < 0.7
     mask[0], mask[1, :2] = False, True
     return mask
-
-
-def value_and_gradient(function, x: Tensor, *arguments, **options):
-    """(outputs, ∂(random upstream · outputs)/∂x); the first output alone is differentiated."""
-    x = x.clone().requires_grad_()
-    out = function(x, *arguments, **options)
-    first = out[0] if isinstance(out, tuple) else out
-    upstream = torch.linspace(0.5, 2.0, max(first.numel(), 1), dtype=first.dtype)[: first.numel()].view(first.shape)
-    (first * upstream).sum().backward()
-    return out, x.grad
-
-
-def assert_same(mine, theirs, tolerance=1e-7):
-    """Values and gradients; verl adds 1e-8 to the number of tokens."""
-    torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, check_dtype=False)
 
 
 def skip_unless_known(algos, agg: str) -> None:

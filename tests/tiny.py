@@ -1,10 +1,14 @@
-"""A tiny random Llama with a real tokenizer, made on the spot: what tests use in place of a downloaded model."""
+"""A tiny random Llama with a real tokenizer, made on the spot: what tests use in place of a downloaded model; and short
+runs on it: their configurations, and what they leave behind."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 _SENTENCES = [
     "The movie last night was wonderful, and everyone in the room loved it.",
@@ -69,3 +73,32 @@ def make_tiny_model(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def build_changed_config(tree: dict[str, Any], changes: dict[str, Any]):
+    """The configuration of a tree of plain values, `section__key=value` set in it first."""
+    from fastppo.training.config import build_config
+
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return build_config(tree)
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    """A run's metric lines, without the clock's."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time") and k != "tokens_per_second"} for r in rows]
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's final policy."""
+    return load_file(out / "final" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
