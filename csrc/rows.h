@@ -31,9 +31,10 @@ struct Transform {
 
 enum class Divergence { none, reverse, forward, jsd };
 
-// A logit further below its row's maximum counts as this far below: eᶻ⁻ᵐ is 0 far above it, and 0 times it is still 0,
-// where 0 · (−inf) would be NaN. The divergence from a reference that gives no mass to a token is large, not infinite.
-constexpr float kVeryNegative = -1e4f;
+// A logit further below its row's maximum counts as this far below: eᶻ⁻ᵐ is 0, and 0 times it is still 0, where
+// 0 · (−inf) would be NaN. No finite logit of use is so low, so that a divergence counts the whole distance to a
+// reference that all but excludes a token; from one that gives it no mass at all, it is huge instead of infinite.
+constexpr float kVeryNegative = -1e20f;
 
 struct Sums {
     float sum, weighted;  // Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m)

@@ -161,6 +161,34 @@ def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(kind):
     assert h.grad.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [1, 2**25])
+def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(kind, backend, budget):
+    """Log-probabilities down to −1e6 where the other model still has mass; in the last tiles and in the first."""
+    hidden, weight, b = random_head(9, 13, 211, bias=True)
+    ref_b = b - torch.where(torch.rand(211) < 0.3, torch.rand(211) * 1e6, 0.0)
+    ref_b[:40] -= 3e4
+    policy_b = b.clone()
+    policy_b[-40:] -= 3e4
+    upstream = torch.randn(9)
+    for own, other in ((policy_b, ref_b), (policy_b.flip(0), ref_b.flip(0))):
+        h, w, bb = leaves(hidden, weight, own)
+        with fastppo.scratch_budget(budget):
+            kl = fastppo.linear_kl(h, w, hidden, weight, kind=kind, bias=bb, ref_bias=other, backend=backend)
+            (upstream * kl).sum().backward()
+        h64, w64, b64 = leaves(hidden, weight, own, dtype=torch.float64)
+        z = oracle.logits(h64, w64, b64)
+        ref_z = oracle.logits(hidden.double(), weight.double(), other.double())
+        expected = torch.stack([oracle.divergence(z[n], ref_z[n], kind) for n in range(9)])
+        (upstream * expected).sum().backward()
+        assert kind == "jsd" or expected.min() > 100
+        torch.testing.assert_close(kl.double(), expected.detach(), atol=1e-4, rtol=1e-4)
+        for got, want in ((h, h64), (w, w64), (bb, b64)):
+            scale = want.grad.abs().max()
+            torch.testing.assert_close(got.grad.double() / scale, want.grad / scale, atol=1e-4, rtol=1e-4)
+
+
 PPO_CASES = [
     {},
     {"clip_low": 0.1, "clip_high": 0.3, "entropy_coef": 0.02},

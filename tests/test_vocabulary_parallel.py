@@ -333,16 +333,17 @@ def test_two_processes(ends, case):
 
 
 @pytest.mark.parametrize("kl_kind", ["", "reverse", "forward"])
-def test_a_slice_of_excluded_tokens_gives_no_nan(kl_kind):
+@pytest.mark.parametrize(("own", "other"), [(-torch.inf, -torch.inf), (0.0, -3e4), (-3e4, 0.0)])
+def test_a_slice_of_excluded_tokens_gives_no_nan(kl_kind, own, other):
     rows, dim, vocab, cut = 5, 7, 60, 41
     hidden, weight, ref_hidden = torch.randn(rows, dim), torch.randn(vocab, dim), torch.randn(rows, dim)
-    bias = torch.zeros(vocab)
-    bias[cut:] = -torch.inf
+    bias, ref_bias = torch.zeros(vocab), torch.zeros(vocab)
+    bias[cut:], ref_bias[cut:] = own, other
     targets = torch.randint(0, cut, (rows,))
 
     def statistics(columns: slice, targets: torch.Tensor) -> torch.Tensor:
-        head, model = (weight[columns], bias[columns]), (hidden, ref_hidden)
-        ref = (model[1], *head) if kl_kind else (None, None, None)
+        head = (weight[columns], bias[columns])
+        ref = (ref_hidden, weight[columns], ref_bias[columns]) if kl_kind else (None, None, None)
         options = (1.0, 1.0, None, torch.float32, 2**20)
         return torch.stack(chunked.statistics(hidden, *head, targets, *ref, kl_kind, *options))
 

@@ -25,10 +25,10 @@ from fastppo.ops.transform import LogitTransform
 
 # Rows in a block: enough for a matrix product to run at full speed, few enough for wide vocabulary tiles.
 ROWS = 1024
-# A logit further below its row's maximum counts as this far below: exp(−1e4) is 0 in every precision, and 0 times it is
-# still 0, where 0 · (−inf) would be NaN. A divergence from a reference that gives no mass at all to a token is then
-# large, and so is its gradient, but neither is infinite.
-VERY_NEGATIVE = -1e4
+# A logit further below its row's maximum counts as this far below: its exponential is 0, and 0 times it is still 0,
+# where 0 · (−inf) would be NaN. No finite logit of use is so low, so that a divergence counts the whole distance to a
+# reference that all but excludes a token; from one that gives it no mass at all, it is huge instead of infinite.
+VERY_NEGATIVE = -1e20
 
 
 @torch.library.custom_op("fastppo::chunked_statistics", mutates_args=())

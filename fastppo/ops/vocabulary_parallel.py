@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops.checks import looks_at_values
+from fastppo.ops.chunked import VERY_NEGATIVE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # What a row carries as its target where another rank has it: beyond every vocabulary, so that it matches no column.
 ELSEWHERE = 2**31 - 1
-# A slice whose mass is smaller than exp(−1e4) has none; 0 times its logarithm must be 0, not NaN.
-VERY_NEGATIVE = -1e4
 
 
 class Slices(NamedTuple):

@@ -21,7 +21,7 @@ import triton.language as tl
 from fastppo_kernels.configs import ELEMENTWISE
 from fastppo_kernels.launch import launch
 from fastppo_kernels.linear_statistics import Kept
-from fastppo_kernels.tile import NO_MASS, exp, log, transform_gradient
+from fastppo_kernels.tile import VERY_NEGATIVE, exp, log, transform_gradient
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def kept_gradient_kernel(
     is_target = column == tl.load(targets + row)
     # What underflowed to 0 has no gradient but the target's own; its logarithm stands in for log 0.
     log_e = tl.where(e > 0.0, log(tl.maximum(e, 1e-38)), -87.0)
-    log_p = tl.where(is_target, tl.load(logprobs + row), tl.maximum(base[:, None] + log_e, NO_MASS))
+    log_p = tl.where(is_target, tl.load(logprobs + row), tl.maximum(base[:, None] + log_e, VERY_NEGATIVE))
     p = tl.where(is_target, exp(log_p), e * exp(base)[:, None])
     dz = p * (a + b * log_p) + tl.where(is_target, c, 0.0)
     z = (log_p + normalizer) + top

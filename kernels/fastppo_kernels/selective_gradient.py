@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastppo_kernels.configs import ELEMENTWISE
 from fastppo_kernels.launch import launch
-from fastppo_kernels.tile import NO_MASS, exp, transform, transform_gradient
+from fastppo_kernels.tile import VERY_NEGATIVE, exp, transform, transform_gradient
 
 
 @triton.jit
@@ -65,12 +65,12 @@ def selective_gradient_kernel(
     a = a - c + b * tl.load(entropy + row)
     x = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     z = transform(x, inner, outer, SOFTCAP)
-    log_p = tl.maximum((z - tl.load(row_max + row)) - tl.load(log_sum + row), NO_MASS)
+    log_p = tl.maximum((z - tl.load(row_max + row)) - tl.load(log_sum + row), VERY_NEGATIVE)
     factor = a + b * log_p
     if ref_logits is not None:
         ref_x = tl.load(ref_logits + row * ref_stride + column, mask=inside, other=0.0).to(tl.float32)
         ref_z = transform(ref_x, inner, outer, SOFTCAP)
-        log_q = tl.maximum((ref_z - tl.load(ref_row_max + row)) - tl.load(ref_log_sum + row), NO_MASS)
+        log_q = tl.maximum((ref_z - tl.load(ref_row_max + row)) - tl.load(ref_log_sum + row), VERY_NEGATIVE)
         factor += k * (log_p - log_q - tl.load(kl_center + row))
     dz = exp(log_p) * factor + tl.where(column == target, c, 0.0)
     dx = transform_gradient(dz, z, inner, outer, SOFTCAP)

@@ -10,10 +10,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# exp(−1e4) is 0 in float32, and 0 times it is still 0, where 0 · (−inf) would be NaN.
-VERY_NEGATIVE = tl.constexpr(-1e4)
-# A reference model may give −inf to a token that the policy can sample; the divergence then is huge, not NaN.
-NO_MASS = tl.constexpr(-1e30)
+# Its exponential is 0, and 0 times it is still 0, where 0 · (−inf) would be NaN. No finite logit of use lies so far
+# below its row's maximum, so that a divergence counts the whole distance to a reference that all but excludes a token;
+# from one that gives it no mass at all, it is huge instead of infinite.
+VERY_NEGATIVE = tl.constexpr(-1e20)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def raise_max(row_max, z):
 @triton.jit
 def log_softmax(z, row_max, log_sum):
     """z [M, N] -> log p; the two subtractions stay apart for the sake of logits with a large common offset."""
-    return tl.maximum((z - row_max[:, None]) - log_sum[:, None], NO_MASS)
+    return tl.maximum((z - row_max[:, None]) - log_sum[:, None], VERY_NEGATIVE)
 
 
 @triton.jit

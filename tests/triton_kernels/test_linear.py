@@ -322,6 +322,28 @@ def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(device, kind):
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(device, kind):
+    hidden, weight, b = random_head(9, 13, 211, device, bias=True)
+    own, other = b.clone(), b.clone()
+    own[-40:] -= 3e4
+    other[:40] -= 1e6 * torch.rand(40, device=device) + 3e4
+    for bias, ref_bias in ((own, other), (own.flip(0), other.flip(0))):
+        h, w, bb = leaves(hidden, weight, bias)
+        kl = fastppo.linear_kl(h, w, hidden, weight, kind=kind, bias=bb, ref_bias=ref_bias, backend="triton")
+        kl.sum().backward()
+        h64, w64, b64 = leaves(hidden.cpu(), weight.cpu(), bias.cpu(), dtype=torch.float64)
+        z = oracle.logits(h64, w64, b64)
+        ref_z = oracle.logits(hidden.double().cpu(), weight.double().cpu(), ref_bias.double().cpu())
+        expected = torch.stack([oracle.divergence(z[n], ref_z[n], kind) for n in range(9)])
+        expected.sum().backward()
+        assert kind == "jsd" or expected.min() > 100
+        torch.testing.assert_close(kl.double().cpu(), expected.detach(), atol=1e-4, rtol=1e-4)
+        for got, want in ((h, h64), (w, w64), (bb, b64)):
+            scale = want.grad.abs().max()
+            check(got.grad / scale, want.grad / scale, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
 def test_kl_where_both_models_exclude_tokens_is_finite(device, kind):
     hidden, weight, _ = random_head(10, 6, 80, device)
     bias = torch.zeros(80, device=device)

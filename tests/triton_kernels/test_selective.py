@@ -177,3 +177,15 @@ def test_the_divergence_of_logits_close_together_keeps_its_digits(device):
     rounded = [x.to(device, torch.float32) for x in (logits, moved)]
     kl = kernels.statistics(*rounded, targets, 1.0, 1.0, None)[4]
     torch.testing.assert_close(kl.double().cpu(), want, atol=0, rtol=0.02)
+
+
+def test_the_divergence_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(device):
+    logits = torch.randn(6, 5000).double()
+    far = logits.clone()
+    far[:, :1500] -= 1e6 * torch.rand(1500) + 3e4
+    want = torch.stack([oracle.divergence(a, b, "reverse") for a, b in zip(logits, far, strict=True)])
+    targets = torch.zeros(6, dtype=torch.long, device=device)
+    for order in (torch.arange(5000), torch.arange(5000).flip(0)):
+        rounded = [x[:, order].to(device, torch.float32) for x in (logits, far)]
+        kl = ops.triton_kernels.selective.statistics(*rounded, targets, 1.0, 1.0, None)[4]
+        torch.testing.assert_close(kl.double().cpu(), want, atol=0, rtol=1e-4)
