@@ -9,15 +9,26 @@
 #include <string>
 
 #include "cpu.h"
+#include "products.h"
 
 namespace fastppo {
 
 template <typename T>
 using Flat = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
+using Any = nanobind::ndarray<nanobind::device::cpu>;
+
+// TypeError, ValueError where it is no matrix of float32, bfloat16 or float16 in whole rows.
+Matrix matrix(const Any& a);
+
+// PyTorch's microkernels, those that work here.
+const Products& products();
+
 // The instruction set of that name, or the best there is; ValueError where the machine or the build lacks it.
 Isa parse_isa(const std::optional<std::string>& wanted);
 
+void bind_layers(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_products(nanobind::module_& m);
 
 }  // namespace fastppo

@@ -4,22 +4,12 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <thread>
-#include <utility>
-#include <vector>
 
-#include "parallel.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "phases.h"
+#include "scratch.h"
 
 namespace fastppo {
 
@@ -36,128 +26,6 @@ const RowKernels& row_kernels(Isa isa) {
 namespace {
 
 using Index = std::int64_t;
-
-constexpr Index kRowBlock = 64;
-// ∂zᵀ's rows lie this many values further apart than they are long: at a power of two they would share cache sets.
-constexpr Index kSkew = 32;
-constexpr Index kLine = 64;
-
-// A page of 4 KB at a time, the first touch of a new gradient takes as long as the softmax of all its logits.
-void prefer_huge_pages(void* memory, Index bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr std::uintptr_t page = 4096;
-    const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(memory) + page - 1) / page * page;
-    const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(memory) + static_cast<std::uintptr_t>(bytes);
-    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // or not: it is a wish
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
-// One piece of memory for a call, taken from the last call's where that is free and large enough.
-class Scratch {
-public:
-    // Sums the sizes up first (`take` gives null), then hands the memory out in the same order.
-    template <class Plan>
-    explicit Scratch(const Plan& plan) {
-        plan(*this);
-        const Index size = used_;
-        used_ = 0;
-        lock_ = std::unique_lock<std::mutex>(shared().mutex, std::try_to_lock);
-        Memory& memory = lock_ ? shared().memory : own_;
-        if (memory.size < size) {
-            memory.data.reset();
-            memory.data.reset(static_cast<char*>(std::malloc(static_cast<std::size_t>(size + kLine))));
-            memory.size = memory.data ? size : 0;
-            if (!memory.data) throw std::bad_alloc();
-            prefer_huge_pages(memory.data.get(), size);
-        }
-        const auto start = reinterpret_cast<std::uintptr_t>(memory.data.get());
-        base_ = memory.data.get() + (kLine - start % kLine) % kLine;
-        plan(*this);
-    }
-
-    template <class T>
-    T* take(Index count) {
-        char* const at = base_ ? base_ + used_ : nullptr;
-        used_ += (count * Index(sizeof(T)) + kLine - 1) / kLine * kLine;
-        return reinterpret_cast<T*>(at);
-    }
-
-private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    struct Memory {
-        std::unique_ptr<char, Free> data;
-        Index size = 0;
-    };
-    struct Shared {
-        std::mutex mutex;
-        Memory memory;
-    };
-    static Shared& shared() {
-        static Shared* const one = new Shared;  // outlives whatever still computes when the process ends
-        return *one;
-    }
-
-    std::unique_lock<std::mutex> lock_;
-    Memory own_;
-    char* base_ = nullptr;
-    Index used_ = 0;
-};
-
-// body(worker, item) for every item; a worker number is in use by one thread at a time.
-template <class Body>
-void for_each(Index items, int threads, const Body& body) {
-    std::atomic<Index> next{0};
-    const int workers = static_cast<int>(std::min<Index>(items, threads));
-    parallel_for(workers, threads, [&](int worker) {
-        for (Index item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(worker, item);
-    });
-}
-
-// Phases of items one after the other: an item begins when all of the phases before its own are done. The threads meet
-// at a counter, not in the pool: to wake a thread costs as much as a block of logits, and there are hundreds of phases.
-class Phases {
-public:
-    template <class Body>
-    void add(Index items, Body body) {
-        if (items == 0) return;
-        starts_.push_back(total_);
-        bodies_.emplace_back(std::move(body));
-        total_ += items;
-    }
-
-    // body(worker, item) for all of them; a worker number is in use by one thread at a time.
-    void run(int threads) const {
-        alignas(kLine) std::atomic<Index> next{0};
-        alignas(kLine) std::atomic<Index> done{0};
-        parallel_for(threads, threads, [&](int worker) {
-            std::size_t phase = 0;
-            for (Index item; (item = next.fetch_add(1, std::memory_order_relaxed)) < total_;) {
-                while (phase + 1 < starts_.size() && starts_[phase + 1] <= item) ++phase;
-                // Those ahead are at work, or have lost their processor to someone who would like this one's.
-                for (int tries = 0; done.load(std::memory_order_acquire) < starts_[phase]; ++tries) {
-                    if (tries > kPatience) std::this_thread::yield();
-                }
-                bodies_[phase](worker, item - starts_[phase]);
-                done.fetch_add(1, std::memory_order_release);
-            }
-        });
-    }
-
-private:
-    static constexpr int kPatience = 10000;  // loads of a shared cache line: tens of microseconds
-
-    std::vector<Index> starts_;
-    std::vector<std::function<void(int, Index)>> bodies_;
-    Index total_ = 0;
-};
-
-const char* row(const Matrix& m, Index r) {
-    return static_cast<const char*>(m.data) + r * m.stride * size_of(m.type);
-}
 
 // What every pass does with one model: rows into the products' types and layouts, and logits out of them.
 class Head {

@@ -74,5 +74,7 @@ NB_MODULE(_C, m) {
     m.def("instruction_sets", &instruction_sets, "Those of this build that this machine has, fastest first.");
     bind_gae<float>(m);
     bind_gae<double>(m);
+    fastppo::bind_products(m);
     fastppo::bind_linear(m);
+    fastppo::bind_layers(m);
 }

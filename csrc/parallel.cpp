@@ -72,16 +72,26 @@ private:
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<Team> team{nullptr};
+
+// A forked child has none of its parent's threads, and perhaps a mutex that one of them held: it starts anew.
+void watch_forks() {
+#ifndef _WIN32
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pthread_atfork(nullptr, nullptr, [] {
+            current = nullptr;
+            team = nullptr;
+        });
+    });
+#endif
+}
 
 // Never destroyed: its threads sleep in it until the process ends.
 Pool& pool() {
-    static std::once_flag once;
     Pool* found = current.load();
     if (found != nullptr) return *found;
-#ifndef _WIN32
-    // A forked child has none of its parent's threads, and perhaps a mutex that one of them held: it starts anew.
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { current = nullptr; }); });
-#endif
+    watch_forks();
     Pool* made = new Pool;
     if (current.compare_exchange_strong(found, made)) return *made;
     delete made;
@@ -93,11 +103,17 @@ Pool& pool() {
 void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context) {
     const int helpers = (parts < threads ? parts : threads) - 1;
     Job job{parts, body, context, {0}, helpers};
-    if (helpers > 0) {
-        pool().run(job);
-    } else {
-        job.work();
+    if (helpers <= 0) return job.work();
+    if (const Team together = team.load()) {
+        return together([](void* shared) { static_cast<Job*>(shared)->work(); }, &job,
+                        static_cast<unsigned>(helpers) + 1, 0);
     }
+    pool().run(job);
+}
+
+void use_team(Team given) {
+    watch_forks();
+    team = given;
 }
 
 }  // namespace fastppo

@@ -1,6 +1,8 @@
-// A loop over independent parts, shared between the caller and a pool of sleeping threads.
+// A loop over independent parts, shared between the caller and other threads: PyTorch's own team where it can be had, as
+// its threads wait for more work in a loop, milliseconds long, and would take turns with ours; else, and in a forked
+// child, which has none of them, a pool of sleeping threads.
 //
-// Not OpenMP: a second OpenMP runtime beside PyTorch's own oversubscribes the cores. Not fresh threads: on a busy
+// Not an OpenMP of our own: a second runtime beside PyTorch's oversubscribes the cores. Not fresh threads: on a busy
 // machine a new one may wait milliseconds for its first turn.
 #pragma once
 
@@ -10,6 +12,10 @@ namespace fastppo {
 // body must not throw. The caller takes parts from the first on and waits only for those that another thread has begun:
 // helpers that get no processor cost nothing.
 void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context);
+
+// GOMP_parallel of the OpenMP runtime that PyTorch uses; null for none.
+using Team = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+void use_team(Team team);
 
 template <class Body>
 void parallel_for(int parts, int threads, const Body& body) {

@@ -333,6 +333,85 @@ float sum(const void* x, Type type, std::int64_t n) {
     return S::sum(total);
 }
 
+// body(i, count) for vectors of a row, the last one perhaps of count < W values; `load` and `save` for them.
+template <class Body>
+FASTPPO_ALWAYS_INLINE void each_vector(std::int64_t n, const Body& body) {
+    std::int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, std::int64_t{W});
+    if (i < n) body(i, n - i);
+}
+
+template <Type kType>
+FASTPPO_ALWAYS_INLINE F load_some(const void* p, std::int64_t i, std::int64_t count) {
+    return count == W ? load_as(p, kType, i) : load_first(at(p, kType, i), kType, count);
+}
+
+template <Type kType>
+FASTPPO_ALWAYS_INLINE void store_some(void* p, std::int64_t i, std::int64_t count, F v) {
+    if (count == W) return store_as(p, kType, i, v);
+    alignas(64) char buffer[W * 4];
+    store_as(buffer, kType, 0, v);
+    std::memcpy(at(p, kType, i), buffer, static_cast<std::size_t>(count * size_of(kType)));
+}
+
+float rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* y) {
+    constexpr Type kFloat = Type::float32;
+    F squares = S::set1(0.0f);
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F v = load_some<kFloat>(x, i, count);
+        squares = S::fma(v, v, squares);
+    });
+    const float scale = 1.0f / std::sqrt(S::sum(squares) / static_cast<float>(n) + eps);
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F normal = S::mul(load_some<kFloat>(x, i, count), S::set1(scale));
+        store_some<kFloat>(y, i, count, S::mul(load_some<kFloat>(weight, i, count), normal));
+    });
+    return scale;
+}
+
+void rms_norm_backward(const float* x, const float* weight, float scale, const float* dy, std::int64_t n, float* dx,
+                       float* d_weight) {
+    constexpr Type kFloat = Type::float32;
+    F along = S::set1(0.0f);  // Σ ∂y w x
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F v = load_some<kFloat>(x, i, count), g = load_some<kFloat>(dy, i, count);
+        along = S::fma(S::mul(g, load_some<kFloat>(weight, i, count)), v, along);
+        const F sum = load_some<kFloat>(d_weight, i, count);
+        store_some<kFloat>(d_weight, i, count, S::fma(g, S::mul(v, S::set1(scale)), sum));
+    });
+    const F back = S::set1(-scale * scale * scale * S::sum(along) / static_cast<float>(n));
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F g = S::mul(load_some<kFloat>(dy, i, count), load_some<kFloat>(weight, i, count));
+        store_some<kFloat>(dx, i, count, S::fma(g, S::set1(scale), S::mul(load_some<kFloat>(x, i, count), back)));
+    });
+}
+
+FASTPPO_ALWAYS_INLINE F sigmoid(F x) {
+    const F one = S::set1(1.0f);
+    return S::div(one, S::add(one, exp(S::sub(S::set1(0.0f), x))));
+}
+
+void gated(const std::uint16_t* gate, const std::uint16_t* up, std::int64_t n, std::uint16_t* h) {
+    constexpr Type kHalf = Type::bfloat16;
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F g = load_some<kHalf>(gate, i, count), u = load_some<kHalf>(up, i, count);
+        store_some<kHalf>(h, i, count, S::mul(S::mul(g, sigmoid(g)), u));
+    });
+}
+
+void gated_backward(const std::uint16_t* gate, const std::uint16_t* up, const std::uint16_t* dh, std::int64_t n,
+                    std::uint16_t* d_gate, std::uint16_t* d_up) {
+    constexpr Type kHalf = Type::bfloat16;
+    const F one = S::set1(1.0f);
+    each_vector(n, [&](std::int64_t i, std::int64_t count) {
+        const F g = load_some<kHalf>(gate, i, count), u = load_some<kHalf>(up, i, count);
+        const F d = load_some<kHalf>(dh, i, count), s = sigmoid(g);
+        const F slope = S::mul(s, S::fma(g, S::sub(one, s), one));  // of g s(g)
+        store_some<kHalf>(d_up, i, count, S::mul(d, S::mul(g, s)));
+        store_some<kHalf>(d_gate, i, count, S::mul(S::mul(d, u), slope));
+    });
+}
+
 template <F (*kFunction)(F)>
 void map(const float* x, std::int64_t n, float* y) {
     std::int64_t i = 0;
@@ -349,7 +428,8 @@ F log_of(F x) { return log(x); }
 F tanh_of(F x) { return tanh(x); }
 
 constexpr RowKernels kKernels{transform_any, fold,      fold_both, jsd,         gradient_any, convert,    keep, restore,
-                              pack_transposed, pack, transpose, sum,         map<exp_of>,  map<log_of>, map<tanh_of>};
+                              pack_transposed, pack, transpose, sum,         rms_norm,     rms_norm_backward,
+                              gated,          gated_backward,       map<exp_of>, map<log_of>, map<tanh_of>};
 
 }  // namespace
 }  // namespace fastppo

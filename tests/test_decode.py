@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
-from fastppo.models.decode import _draw, _groups, _laid_out, decode
+from fastppo.models.decode import _draw, _laid_out, decode
+from fastppo.models.fused import _groups
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,14 +10,13 @@ that are given the same tensor 1.4.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from fastppo.models.fused import fused_layers
 
 
 @torch.no_grad()
@@ -104,24 +103,16 @@ class _Step:
         self.cache.batch_select_indices(rows)
 
 
-@contextlib.contextmanager
-def _laid_out(policy: nn.Module, batch: int) -> Iterator[None]:
+def _laid_out(policy: nn.Module, batch: int) -> contextlib.AbstractContextManager[None]:
     """Under bfloat16 autocast: every linear layer with its weight as oneDNN wants it, by the operators that
     torch.compile calls. A bfloat16 copy of the weights, as autocast itself would keep until its end."""
-    groups = _groups(policy) if _can_lay_out() else []
-    try:
-        for group in groups:
-            product = _Product(group, batch)
-            for index, layer in enumerate(group):
-                layer.forward = functools.partial(product, index)
-        yield
-    finally:
-        for layer in itertools.chain.from_iterable(groups):
-            layer.__dict__.pop("forward", None)
+    if not _can_lay_out():
+        return contextlib.nullcontext()
+    return fused_layers(policy, lambda layers: _Product(layers, batch))
 
 
 class _Product:
-    """One product for linear layers that are given the same tensor, one after the other."""
+    """One product for linear layers that are given the same tensor."""
 
     def __init__(self, layers: list[nn.Linear], batch: int) -> None:
         weight = torch.cat([layer.weight.detach().bfloat16() for layer in layers])
@@ -129,38 +120,10 @@ class _Product:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.detach().bfloat16() for bias in biases]) if biases else None
         self.sizes = [layer.out_features for layer in layers]
-        self.input: Tensor | None = None
-        self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, index: int, x: Tensor) -> Tensor:
-        if x is not self.input:
-            out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
-            self.input, self.outputs = x, out.split(self.sizes, -1)
-        output = self.outputs[index]
-        if index == len(self.sizes) - 1:
-            self.input, self.outputs = None, ()
-        return output
-
-
-# What attention and the gated MLP of most architectures call, in this order, on one tensor.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def _groups(policy: nn.Module) -> list[list[nn.Linear]]:
-    """Every plain linear layer once, those that go together in one list."""
-    groups, seen = [], set()
-    for module in policy.modules():
-        for names in _TOGETHER:
-            layers = [getattr(module, name, None) for name in names]
-            if all(map(_is_plain, layers)) and len({(layer.in_features, layer.bias is None) for layer in layers}) == 1:
-                groups.append(layers)
-                seen.update(layers)
-    return groups + [[module] for module in policy.modules() if _is_plain(module) and module not in seen]
-
-
-def _is_plain(module: nn.Module | None) -> bool:
-    """A linear layer whose forward is its class's: nobody has put another in its place."""
-    return type(module) is nn.Linear and "forward" not in module.__dict__
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
+        return out.split(self.sizes, -1)
 
 
 def _can_lay_out() -> bool:

@@ -55,10 +55,17 @@ def _load_products() -> tuple[str, ...]:
         "_ZN2at6native7cpublas14brgemm_releaseEb",
     ]
     try:
-        symbols = [getattr(ctypes.CDLL(str(library)), name) for name in names]
+        exported = ctypes.CDLL(str(library))
+        symbols = [_address(getattr(exported, name)) for name in names]
     except (OSError, AttributeError):
         return ()
-    return tuple(module.use_products(*(ctypes.cast(symbol, ctypes.c_void_p).value for symbol in symbols)))
+    # By way of PyTorch's library the search finds the OpenMP runtime that it is linked with, and no other.
+    module.use_team(_address(getattr(exported, "GOMP_parallel", None)))
+    return tuple(module.use_products(*symbols))
+
+
+def _address(function) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 PRODUCTS = _load_products()

@@ -1,12 +1,13 @@
-"""What the C library does with memory that a training step has freed.
+"""What becomes of memory that a training step has freed.
 
-glibc gives freed memory back to the system, and the next step gets it again a page at a time, cleared: activations and
-gradients, half a gigabyte an update for SmolLM2-135M.
+glibc gives freed memory back to the system, and the next step gets it again a page of 4 KB at a time, cleared:
+activations and gradients, half a gigabyte an update for SmolLM2-135M.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -17,11 +18,13 @@ _LARGEST = 32 * 2**20  # what glibc allows. Blocks beyond it, which would leave 
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep blocks of up to 32 MiB that it frees, for its next ones.
+    """Have this process keep blocks of up to 32 MiB that it frees for its next ones, and get larger ones in huge pages.
 
-    Returns whether the C library can do so (glibc). For a program whose every step needs the same memory again: it
-    concerns all of the process, to its end.
+    Returns whether the C library can keep them (glibc). For a program whose every step needs the same memory again: it
+    concerns all of the process, to its end. PyTorch asks Linux for huge pages only if it is told to before its first
+    tensor; THP_MEM_ALLOC_ENABLE=0 in the environment leaves them out.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         libc = ctypes.CDLL(None)
         if not hasattr(libc, "gnu_get_libc_version"):  # the numbers are glibc's

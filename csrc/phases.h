@@ -1,0 +1,76 @@
+// How the work of a call is shared between threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "scratch.h"
+
+namespace fastppo {
+
+// body(worker, item) for every item; a worker number is in use by one thread at a time.
+template <class Body>
+void for_each(std::int64_t items, int threads, const Body& body) {
+    std::atomic<std::int64_t> next{0};
+    const int workers = static_cast<int>(std::min<std::int64_t>(items, threads));
+    parallel_for(workers, threads, [&](int worker) {
+        for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(worker, item);
+    });
+}
+
+// Phases of items one after the other: an item begins when all of the phases before its own are done. The threads meet
+// at a counter, not in the pool: to wake a thread costs as much as a block of logits, and there are hundreds of phases.
+class Phases {
+public:
+    template <class Body>
+    void add(std::int64_t items, Body body) {
+        before_ = total_;
+        beside(items, std::move(body));
+    }
+
+    // More items for the phase added last.
+    template <class Body>
+    void beside(std::int64_t items, Body body) {
+        if (items == 0) return;
+        pieces_.push_back({total_, before_, std::move(body)});
+        total_ += items;
+    }
+
+    // body(worker, item) for all of them; a worker number is in use by one thread at a time.
+    void run(int threads) const {
+        alignas(kLine) std::atomic<std::int64_t> next{0};
+        alignas(kLine) std::atomic<std::int64_t> done{0};
+        parallel_for(threads, threads, [&](int worker) {
+            std::size_t at = 0;
+            for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < total_;) {
+                while (at + 1 < pieces_.size() && pieces_[at + 1].start <= item) ++at;
+                const Piece& piece = pieces_[at];
+                // Those ahead are at work, or have lost their processor to someone who would like this one's.
+                for (int tries = 0; done.load(std::memory_order_acquire) < piece.before; ++tries) {
+                    if (tries > kPatience) std::this_thread::yield();
+                }
+                piece.body(worker, item - piece.start);
+                done.fetch_add(1, std::memory_order_release);
+            }
+        });
+    }
+
+private:
+    static constexpr int kPatience = 10000;  // loads of a shared cache line: tens of microseconds
+
+    struct Piece {
+        std::int64_t start, before;  // its first item; how many must be done first
+        std::function<void(int, std::int64_t)> body;
+    };
+
+    std::vector<Piece> pieces_;
+    std::int64_t total_ = 0, before_ = 0;
+};
+
+}  // namespace fastppo

@@ -1,0 +1,181 @@
+"""A model's layers run by others that compute the same, for the length of one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastppo.models import layers
+from fastppo.ops import cpu, extension
+
+# What attention and the gated MLP of most architectures call, in this order, on one tensor.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+Product = Callable[[Tensor], "tuple[Tensor, ...]"]
+
+
+@contextlib.contextmanager
+def fused_layers(model: nn.Module, product: Callable[[list[nn.Linear]], Product] | None = None) -> Iterator[None]:
+    """Run a model by the layers of `fastppo.models.layers`: forward in here and, later, backward.
+
+    Nothing happens but on a CPU under bfloat16 autocast, without gradient checkpointing (which runs the layers again,
+    outside of this), derivatives of forward mode and compilation.
+
+    Args:
+        model: what is called in here.
+        product: makes one product of linear layers that are given the same tensor; by default `layers.dense`, where the
+            processor has bfloat16 instructions.
+    """
+    if product is None and "bfloat16" in cpu.PRODUCTS:
+        product = _dense
+    forwards = _forwards(model, product) if _usable(model) else {}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+def _usable(model: nn.Module) -> bool:
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not any(map(_runs_elsewhere, model.modules()))
+    )
+
+
+def _runs_elsewhere(module: nn.Module) -> bool:
+    """Whether a module is run again in the backward pass, or by a program compiled from it."""
+    checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
+    return checkpointed or module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _forwards(model: nn.Module, product: Callable[[list[nn.Linear]], Product] | None) -> dict[nn.Module, Callable]:
+    """The forward that each module gets."""
+    forwards: dict[nn.Module, Callable] = {}
+    for module in model.modules():
+        if extension.load() is None or "forward" in module.__dict__:  # somebody has put another in its place
+            continue
+        if _is_rms_norm(module):
+            forwards[module] = functools.partial(_rms_norm, module, _eps(module))
+        elif _is_gated_mlp(module):
+            forwards[module] = functools.partial(_gated_mlp, module)
+    for group in _groups(model) if product else []:
+        shared = _Shared(product(group), len(group))
+        forwards |= {layer: functools.partial(shared, index) for index, layer in enumerate(group)}
+    return forwards
+
+
+class _Shared:
+    """The outputs of a product, handed out one after the other."""
+
+    def __init__(self, product: Product, count: int) -> None:
+        self.product, self.count = product, count
+        self.input: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        if x is not self.input:
+            self.input, self.outputs = x, self.product(x)
+        output = self.outputs[index]
+        if index == self.count - 1:
+            self.input, self.outputs = None, ()
+        return output
+
+
+def _dense(group: list[nn.Linear]) -> Product:
+    def product(x: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = [layer.weight for layer in group], [layer.bias for layer in group]
+        if layers.fits_dense(x, weights):
+            return layers.dense(x, weights, biases)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    return product
+
+
+def _groups(model: nn.Module) -> list[list[nn.Linear]]:
+    """Every plain linear layer once, those that go together in one list."""
+    groups, seen = [], set()
+    for module in model.modules():
+        for names in _TOGETHER:
+            group = [getattr(module, name, None) for name in names]
+            if all(map(_is_plain, group)) and len({(layer.in_features, layer.bias is None) for layer in group}) == 1:
+                groups.append(group)
+                seen.update(group)
+    return groups + [[module] for module in model.modules() if _is_plain(module) and module not in seen]
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """A linear layer whose forward is its class's."""
+    return type(module) is nn.Linear and "forward" not in module.__dict__
+
+
+def _rms_norm(module: nn.Module, eps: float, x: Tensor) -> Tensor:
+    if layers.fits_rms_norm(x, module.weight):
+        return layers.rms_norm(x, module.weight, eps)
+    return type(module).forward(module, x)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    if not type(module).__name__.endswith("RMSNorm") or _eps(module) is None:
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1 and _computes(module, weight, _plain_rms_norm)
+
+
+def _eps(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _plain_rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], module.weight, _eps(module))
+
+
+def _gated_mlp(module: nn.Module, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(layers.gated(gate, up) if layers.fits_gated(gate, up) else F.silu(gate) * up)
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(map(_is_plain, parts)) and _computes(module, parts[0].weight, _plain_gated_mlp)
+
+
+def _plain_gated_mlp(module: nn.Module, x: Tensor) -> Tensor:
+    return module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x))
+
+
+_tried: dict[tuple, bool] = {}
+
+
+def _computes(module: nn.Module, weight: Tensor, formula: Callable[[nn.Module, Tensor], Tensor]) -> bool:
+    """Whether a module of one tensor computes a formula: tried out once for a class with its settings.
+
+    Args:
+        weight: the module's first, whose last dimension is its input's.
+    """
+    settings = tuple((name, x) for name, x in sorted(vars(module).items()) if isinstance(x, int | float | str))
+    activation = getattr(module, "act_fn", None)
+    key = (type(module), settings, type(activation), getattr(activation, "__name__", None), weight.dtype, weight.device)
+    if key not in _tried:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            x = torch.linspace(-3.0, 2.0, 2 * weight.shape[-1], dtype=weight.dtype, device=weight.device)
+            x = x.view(2, -1)
+            tolerance = 4 * torch.finfo(weight.dtype).eps
+            try:
+                given, expected = module(x), formula(module, x)
+                _tried[key] = bool((given - expected).abs().max() <= tolerance * expected.abs().max())
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                _tried[key] = False
+    return _tried[key]
