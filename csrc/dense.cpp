@@ -76,6 +76,18 @@ const char* weight_rows(const Matrix& weight, Index item, const RowKernels& kern
     return rows;
 }
 
+// Fetches the cache lines of a block of a matrix that is about to be written, while its product is being computed.
+void expect(const Matrix& m, Index first, Index count, Index column, Index cols) {
+#if defined(__GNUC__)
+    for (Index i = 0; i < count; ++i) {
+        const char* const begin = row(m, first + i) + column * size_of(m.type);
+        for (Index at = 0; at < cols * size_of(m.type); at += kLine) __builtin_prefetch(begin + at, 1, 2);
+    }
+#else
+    (void)m, (void)first, (void)count, (void)column, (void)cols;
+#endif
+}
+
 // `count` rows of [cols] float32, `stride` apart, into a matrix from (first, column) on.
 void store(const float* c, Index stride, Index count, Index cols, const Matrix& to, Index first, Index column,
            const RowKernels& kernels) {
@@ -126,6 +138,7 @@ void dense_forward(const Dense& d) {
             const Index first = block * kRowBlock, count = std::min(kRowBlock, d.x.rows - first);
             const Index cols = std::min<Index>(kPanel, layer.weight.rows - column);
             alignas(kLine) float c[kRowBlock * kPanel];
+            expect(layer.y, first, count, column, cols);
             multiply(d.products, deep, x.at(block), x.stride(block), packed[g] + panel * panel_bytes, false, c, kPanel);
             d.products.release(true);
             for (Index i = 0; layer.bias && i < count; ++i) {
@@ -157,7 +170,6 @@ void dense_backward(const Dense& d) {
     char *straight = nullptr, *x_panels = nullptr;  // columns panels of [deep, 64]; of [all, 64]
     std::vector<char*> transposed(d.layers.size());
     std::vector<char*> rows(static_cast<std::size_t>(d.threads));
-    std::vector<float*> sums(static_cast<std::size_t>(d.threads));
     const auto has_columns = [&](const DenseLayer& layer) { return layer.d_weight || layer.d_bias; };
     const Scratch scratch([&](Scratch& s) {
         if (any_weight) x.plan(s);
@@ -168,7 +180,6 @@ void dense_backward(const Dense& d) {
             transposed[g] = has_columns(d.layers[g]) ? s.take<char>(dy[g].cols() * skewed * kSize) : nullptr;
         }
         for (char*& r : rows) r = s.take<char>(kPanel * dim * kSize);
-        for (float*& c : sums) c = any_weight ? s.take<float>(kRowBlock * dim) : nullptr;
     });
 
     Phases phases;
@@ -210,7 +221,9 @@ void dense_backward(const Dense& d) {
     phases.add(d.d_x.data ? columns * blocks : 0, [&](int, Index item) {
         const Index block = item % blocks, panel = item / blocks, column = panel * kPanel;
         const Index first = block * kRowBlock, count = std::min(kRowBlock, count_rows - first);
+        const Index cols = std::min<Index>(kPanel, d.x.cols - column);
         alignas(kLine) float c[kRowBlock * kPanel];
+        expect(d.d_x, first, count, column, cols);
         Index above = 0;
         for (const Operand& operand : dy) {
             multiply(d.products, operand.cols(), operand.at(block), operand.stride(block),
@@ -218,30 +231,32 @@ void dense_backward(const Dense& d) {
             above += operand.cols();
         }
         d.products.release(true);
-        store(c, kPanel, count, std::min<Index>(kPanel, d.x.cols - column), d.d_x, first, column, k);
+        store(c, kPanel, count, cols, d.d_x, first, column, k);
     });
     for (std::size_t g = 0; g < dy.size(); ++g) {
         if (!transposed[g]) continue;
         // Not after the products of ∂x but beside them: none reads what another writes.
-        phases.beside(dy[g].cols() / kPanel, [&, g](int worker, Index item) {
+        phases.beside(dy[g].cols() / kPanel * columns, [&, g](int, Index item) {
             const DenseLayer& layer = d.layers[g];
-            const Index first = item * kPanel, count = std::min<Index>(kPanel, layer.weight.rows - first);
+            const Index first = item / columns * kPanel, panel = item % columns, column = panel * kPanel;
+            const Index count = std::min<Index>(kPanel, layer.weight.rows - first);
             const char* const a = transposed[g] + first * skewed * kSize;
-            if (layer.d_bias) {
+            if (layer.d_bias && panel == 0) {
                 for (Index i = 0; i < count; ++i) {
                     layer.d_bias[first + i] = k.sum(a + i * skewed * kSize, Type::bfloat16, all);
                 }
             }
             if (!layer.d_weight) return;
             const Matrix to{layer.d_weight, layer.weight.type, layer.weight.rows, layer.weight.cols, layer.weight.cols};
-            const bool direct = to.type == Type::float32 && to.cols == dim && count == kPanel;
-            float* const c =
-                direct ? reinterpret_cast<float*>(const_cast<char*>(row(to, first))) : sums[worker];
-            for (Index p = 0; p < columns; ++p) {
-                multiply(d.products, all, a, skewed, x_panels + p * all * kPanel * kSize, false, c + p * kPanel, dim);
-            }
+            const Index cols = std::min<Index>(kPanel, to.cols - column);
+            const bool direct = to.type == Type::float32 && cols == kPanel && count == kPanel;
+            alignas(kLine) float block[kRowBlock * kPanel];
+            expect(to, first, count, column, cols);
+            multiply(d.products, all, a, skewed, x_panels + panel * all * kPanel * kSize, false,
+                     direct ? reinterpret_cast<float*>(const_cast<char*>(row(to, first))) + column : block,
+                     direct ? to.cols : kPanel);
             d.products.release(true);
-            if (!direct) store(c, dim, count, to.cols, to, first, 0, k);
+            if (!direct) store(block, kPanel, count, cols, to, first, column, k);
         });
     }
     phases.run(d.threads);
