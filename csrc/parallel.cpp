@@ -105,8 +105,8 @@ void parallel_for(int parts, int threads, void (*body)(const void*, int), const 
     Job job{parts, body, context, {0}, helpers};
     if (helpers <= 0) return job.work();
     if (const Team together = team.load()) {
-        return together([](void* shared) { static_cast<Job*>(shared)->work(); }, &job,
-                        static_cast<unsigned>(helpers) + 1, 0);
+        // All of it always: libgomp ends the threads that a smaller team leaves over, and the next call makes new ones.
+        return together([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(threads), 0);
     }
     pool().run(job);
 }

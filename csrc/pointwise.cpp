@@ -20,7 +20,7 @@ void in_parts(Index items, Index unit, Index values, int threads, const Body& bo
     const Index most = std::clamp<Index>(values / kFewest, 1, threads);
     const Index each = ((items + most - 1) / most + unit - 1) / unit * unit;
     const int parts = static_cast<int>((items + each - 1) / each);
-    parallel_for(parts, parts, [&](int part) { body(part, part * each, std::min(items, (part + 1) * each)); });
+    parallel_for(parts, threads, [&](int part) { body(part, part * each, std::min(items, (part + 1) * each)); });
 }
 
 }  // namespace

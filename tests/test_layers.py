@@ -234,6 +234,65 @@ def test_a_model_is_left_alone_where_the_layers_would_not_do():
         assert not forwards(model)
 
 
+class Clamped(nn.Module):
+    """As some architectures have it: a gated MLP until the gate is very large, or `factor` has been trained."""
+
+    def __init__(self, limit: float = torch.inf, factor: float | None = None) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(64, 64) for _ in range(3))
+        self.limit = limit
+        self.factor = None if factor is None else nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        out = self.down_proj(F.silu(self.gate_proj(x).clamp(max=self.limit)) * self.up_proj(x))
+        return out if self.factor is None else out * self.factor
+
+
+@PRODUCTS
+def test_a_module_that_is_a_gated_mlp_only_sometimes_is_none():
+    def taken(module: nn.Module) -> bool:
+        with torch.autocast("cpu", torch.bfloat16), fused.fused_layers(module):
+            return "forward" in module.__dict__
+
+    assert taken(Clamped())
+    assert not taken(Clamped(limit=7.0))
+    assert not taken(Clamped(factor=1.0))
+    watched = Clamped()
+    watched.act_fn = nn.SiLU()
+    assert taken(watched)
+    watched.act_fn.register_forward_hook(lambda *_: None)
+    assert not taken(watched)
+    zero = Clamped()
+    nn.init.zeros_(zero.down_proj.weight)
+    nn.init.zeros_(zero.down_proj.bias)
+    zero.limit = 8.0  # settings of its own, which have not been tried
+    assert not taken(zero)
+
+
+@PRODUCTS
+def test_layers_whose_weight_is_made_before_they_run_are_left_alone():
+    module = Clamped()
+    nn.utils.parametrizations.weight_norm(module.up_proj)  # another class
+    module.down_proj.register_forward_pre_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16), fused.fused_layers(module):
+        assert forwards(module) == {"gate_proj"}
+
+
+@PRODUCTS
+def test_outputs_may_be_written_into_and_errors_are_those_of_torch():
+    linear, x = nn.Linear(64, 64), torch.randn(70, 64)
+    with torch.autocast("cpu", torch.bfloat16), fused.fused_layers(linear):
+        linear(x).clamp_(min=0.0).sum().backward()
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(torch.randn(70, 128))
+        with torch.autocast("cpu", enabled=False):
+            assert linear(x).dtype == torch.float32
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert linear(x).dtype == torch.bfloat16
+    half = x.bfloat16().double() @ linear.weight.detach().bfloat16().double().T + linear.bias.detach().double()
+    close(linear.bias.grad, (half > 0).double().sum(0), 0.05)
+
+
 @PRODUCTS
 def test_modules_that_compute_something_else_are_left_alone():
     class Shifted(type(model_of("Llama").norm)):

@@ -22,11 +22,11 @@ _FEWEST = 64  # rows, and features on either side: the products' blocks; below, 
 
 def fits_dense(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether `dense` takes an activation and weights of these types and sizes, and is faster."""
-    return all(
+    return torch.backends.mkldnn.enabled and all(
         type(t) in (Tensor, nn.Parameter)
         and t.device.type == "cpu"
         and t.dtype in (torch.float32, torch.bfloat16)
-        and t.shape[-1] >= _FEWEST
+        and t.shape[-1] == x.shape[-1] >= _FEWEST
         and t.numel() >= _FEWEST * t.shape[-1]
         for t in (x, *weights)
     )
@@ -47,7 +47,7 @@ def dense(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
 
 def fits_rms_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` takes tensors of these types."""
-    return all(
+    return weight.shape == x.shape[-1:] and all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight)
     )
 
@@ -78,10 +78,11 @@ class _Dense(torch.autograd.Function):
         ctx.shape, ctx.bias_dtypes = x.shape, [None if bias is None else bias.dtype for bias in biases]
         ctx.set_materialize_grads(False)
         biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
-        ys = [rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16) for weight in weights]
+        # Of their shape at once: autograd lets nobody write into a view that is made in here.
+        ys = [rows.new_empty(*x.shape[:-1], len(weight), dtype=torch.bfloat16) for weight in weights]
         arguments = [(_matrix(w), _at(b), _at(y), 0, 0) for w, b, y in zip(matrices, biases, ys, strict=True)]
         extension.load().dense_forward(_matrix(rows), arguments, _settings())
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable

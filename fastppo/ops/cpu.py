@@ -436,9 +436,14 @@ def _halves(hidden: Tensor, compute_dtype: torch.dtype) -> bool:
 
 
 def _serves(hidden: Tensor, weight: Tensor, ref_weight: Tensor | None) -> bool:
-    """float64, weights that are not stored row by row, and a PyTorch without the products are left to `chunked`."""
+    """float64, weights that are not stored row by row, and a PyTorch without the products, or with oneDNN switched off,
+    are left to `chunked`."""
     weights = [weight] if ref_weight is None else [weight, ref_weight]
-    return bool(PRODUCTS) and all(x.dtype != torch.float64 and _has_rows(x) for x in weights)
+    return (
+        bool(PRODUCTS)
+        and torch.backends.mkldnn.enabled
+        and all(x.dtype != torch.float64 and _has_rows(x) for x in weights)
+    )
 
 
 def _has_rows(x: Tensor) -> bool:
