@@ -1,4 +1,4 @@
-// Bindings of a transformer's layers (dense.h, pointwise.h). Tensors come as addresses, which fastppo/models/layers.py has
+// Bindings of a transformer's layers (attention.h, dense.h, pointwise.h). Tensors come as addresses, which fastppo/models/layers.py has
 // checked: there are thousands of calls in a step, of some microseconds each, and an exchange by DLPack takes as long.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "bindings.h"
 #include "dense.h"
 #include "pointwise.h"
@@ -32,6 +33,11 @@ Matrix matrix_at(const MatrixArgs& args) {
     return {at<const void>(address), half ? Type::bfloat16 : Type::float32, rows, cols, cols};
 }
 
+Products usable_products() {
+    if (products().bfloat16 == nullptr) throw nb::value_error("no products in bfloat16: call use_products first");
+    return products();
+}
+
 Dense dense(const MatrixArgs& x, const std::vector<LayerArgs>& layers, Address d_x, const Settings& settings) {
     Dense d;
     d.x = matrix_at(x);
@@ -44,8 +50,7 @@ Dense dense(const MatrixArgs& x, const std::vector<LayerArgs>& layers, Address d
     d.d_x.data = at<const void>(d_x);
     d.threads = std::get<0>(settings);
     d.isa = parse_isa(std::get<1>(settings));
-    d.products = products();
-    if (d.products.bfloat16 == nullptr) throw nb::value_error("no products in bfloat16: call use_products first");
+    d.products = usable_products();
     return d;
 }
 
@@ -93,12 +98,61 @@ void gate_backward(Address gate, Address up, Address d_h, std::int64_t n, Addres
                    at<Half>(d_gate), at<Half>(d_up));
 }
 
+// address, bfloat16 or float32, strides of sequences, heads and rows
+using HeadsArgs = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t>;
+using SizeArgs = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+using MaskArgs = std::tuple<Address, std::int64_t, std::int64_t>;
+
+Heads heads_at(const HeadsArgs& args) {
+    const auto& [address, half, batch_stride, head_stride, row_stride] = args;
+    return {at<const void>(address), half ? Type::bfloat16 : Type::float32, batch_stride, head_stride, row_stride};
+}
+
+Attention attention(const SizeArgs& sizes, const std::vector<HeadsArgs>& qkv_out, const MaskArgs& mask, float scale,
+                    Address log_sums, const Settings& settings) {
+    Attention a;
+    std::tie(a.batch, a.heads, a.key_heads, a.queries, a.keys, a.dim) = sizes;
+    a.q = heads_at(qkv_out.at(0));
+    a.k = heads_at(qkv_out.at(1));
+    a.v = heads_at(qkv_out.at(2));
+    a.out = heads_at(qkv_out.at(3));
+    a.visible = at<const std::uint8_t>(std::get<0>(mask));
+    a.visible_batch_stride = std::get<1>(mask);
+    a.visible_row_stride = std::get<2>(mask);
+    a.scale = scale;
+    a.log_sums = at<float>(log_sums);
+    a.threads = std::get<0>(settings);
+    a.isa = parse_isa(std::get<1>(settings));
+    a.products = usable_products();
+    return a;
+}
+
+void attend(const SizeArgs& sizes, const std::vector<HeadsArgs>& qkv_out, const MaskArgs& mask, float scale,
+            Address log_sums, const Settings& settings) {
+    const Attention a = attention(sizes, qkv_out, mask, scale, log_sums, settings);
+    nb::gil_scoped_release released;
+    attention_forward(a);
+}
+
+void attend_backward(const SizeArgs& sizes, const std::vector<HeadsArgs>& qkv_out, const MaskArgs& mask, float scale,
+                     Address log_sums, const std::vector<HeadsArgs>& gradients, const Settings& settings) {
+    Attention a = attention(sizes, qkv_out, mask, scale, log_sums, settings);
+    a.d_q = heads_at(gradients.at(0));
+    a.d_k = heads_at(gradients.at(1));
+    a.d_v = heads_at(gradients.at(2));
+    nb::gil_scoped_release released;
+    attention_backward(a);
+}
+
 }  // namespace
 
 void bind_layers(nb::module_& m) {
     using namespace nb::literals;
     m.def("dense_forward", &forward, "x"_a, "layers"_a, "settings"_a);
     m.def("dense_backward", &backward, "x"_a, "layers"_a, "d_x"_a, "settings"_a);
+    m.def("attention", &attend, "sizes"_a, "qkv_out"_a, "mask"_a, "scale"_a, "log_sums"_a, "settings"_a);
+    m.def("attention_backward", &attend_backward, "sizes"_a, "qkv_out"_a, "mask"_a, "scale"_a, "log_sums"_a,
+          "gradients"_a, "settings"_a);
     m.def("rms_norm", &norm, "x"_a, "weight"_a, "eps"_a, "rows"_a, "n"_a, "y"_a, "scales"_a, "settings"_a);
     m.def("rms_norm_backward", &norm_backward, "x"_a, "weight"_a, "scales"_a, "d_y"_a, "rows"_a, "n"_a, "d_x"_a,
           "d_weight"_a, "settings"_a);

@@ -386,6 +386,44 @@ void rms_norm_backward(const float* x, const float* weight, float scale, const f
     });
 }
 
+float softmax(float* s, const float* mask, float scale, std::int64_t n, std::uint16_t* p) {
+    F high = S::set1(-kInfinity);
+    for (std::int64_t i = 0; i < n; i += W) {
+        const F z = S::fma(S::load(s + i), S::set1(scale), S::load(mask + i));
+        S::store(s + i, z);
+        high = S::max(z, high);
+    }
+    const float m = S::highest(high);
+    F sum = S::set1(0.0f);
+    for (std::int64_t i = 0; i < n; i += W) {
+        const F e = exp(S::sub(S::load(s + i), S::set1(m)));
+        S::store(s + i, e);
+        sum = S::add(sum, e);
+    }
+    const float total = S::sum(sum);
+    for (std::int64_t i = 0; i < n; i += W) {
+        store_as(p, Type::bfloat16, i, S::mul(S::load(s + i), S::set1(1.0f / total)));
+    }
+    return m + std::log(total);
+}
+
+void softmax_backward(float* s, const float* mask, float scale, float log_sum, const float* dp, std::int64_t n,
+                      std::uint16_t* p, std::uint16_t* ds) {
+    F along = S::set1(0.0f);
+    for (std::int64_t i = 0; i < n; i += W) {
+        const F z = S::fma(S::load(s + i), S::set1(scale), S::load(mask + i));
+        const F e = exp(S::sub(z, S::set1(log_sum)));
+        S::store(s + i, e);
+        store_as(p, Type::bfloat16, i, e);
+        along = S::fma(e, S::load(dp + i), along);
+    }
+    const F mean = S::set1(S::sum(along));
+    for (std::int64_t i = 0; i < n; i += W) {
+        const F slope = S::mul(S::load(s + i), S::sub(S::load(dp + i), mean));
+        store_as(ds, Type::bfloat16, i, S::mul(slope, S::set1(scale)));
+    }
+}
+
 FASTPPO_ALWAYS_INLINE F sigmoid(F x) {
     const F one = S::set1(1.0f);
     return S::div(one, S::add(one, exp(S::sub(S::set1(0.0f), x))));
@@ -429,7 +467,8 @@ F tanh_of(F x) { return tanh(x); }
 
 constexpr RowKernels kKernels{transform_any, fold,      fold_both, jsd,         gradient_any, convert,    keep, restore,
                               pack_transposed, pack, transpose, sum,         rms_norm,     rms_norm_backward,
-                              gated,          gated_backward,       map<exp_of>, map<log_of>, map<tanh_of>};
+                              softmax,        softmax_backward,     gated,      gated_backward,
+                              map<exp_of>, map<log_of>, map<tanh_of>};
 
 }  // namespace
 }  // namespace fastppo

@@ -11,7 +11,7 @@ from architectures import SIZES
 from torch import nn
 from torch.autograd import forward_ad
 
-from fastppo.models import fused, layers, token_hidden
+from fastppo.models import attention, fused, layers, token_hidden
 from fastppo.ops import cpu, extension
 
 transformers = pytest.importorskip("transformers")
@@ -153,10 +153,76 @@ def test_gated(shape, isa):
         assert ((got.double() - exact).abs() <= half * exact.abs() + 1e-6).all()
 
 
+@PRODUCTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "queries", "keys", "dim"),
+    [(2, 4, 2, 70, 70, 64), (1, 9, 3, 55, 55, 64), (3, 3, 1, 33, 130, 128), (2, 2, 2, 64, 64, 64), (1, 1, 1, 1, 1, 64)],
+)
+def test_attention(batch, heads, key_heads, queries, keys, dim, dtype, isa):
+    # As attention layers give them: views of [B, T, heads, d].
+    query = torch.randn(batch, queries, heads, dim).to(dtype).transpose(1, 2).requires_grad_()
+    key = torch.randn(batch, keys, key_heads, dim).to(dtype).transpose(1, 2).requires_grad_()
+    value = torch.randn(batch, key_heads, keys, dim).bfloat16().requires_grad_()
+    visible = torch.rand(batch, 1, queries, keys) < 0.6
+    visible[..., -1] = True
+    out = layers.attention(query, key, value, visible, 0.2)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+
+    q64, k64, v64 = (t.detach().bfloat16().double().requires_grad_() for t in (query, key, value))
+    group = heads // key_heads
+    scores = 0.2 * q64 @ k64.repeat_interleave(group, 1).transpose(-1, -2)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    want = (weights @ v64.repeat_interleave(group, 1)).transpose(1, 2)
+    want.backward(upstream.double())
+    assert out.dtype == torch.bfloat16
+    # Weights and their gradients are rounded to bfloat16 on their way into the products.
+    for got, exact in ((out, want.detach()), (value.grad, v64.grad)):
+        assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+    for got, exact in ((query, q64), (key, k64)):
+        assert got.grad.dtype == dtype
+        assert (got.grad.double() - exact.grad).norm() <= 4e-3 * exact.grad.norm() + 1e-2 * (keys == 1)
+
+
+@PRODUCTS
+def test_attention_of_rows_that_see_nothing_is_finite_and_spoils_no_other():
+    query, key, value = (torch.randn(2, 2, 40, 64).bfloat16().requires_grad_() for _ in range(3))
+    visible = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril().expand(2, 1, 40, 40).clone()
+    visible[1, :, :7] = False  # padding, whose gradient is 0
+    out = layers.attention(query, key, value, visible, 0.125)
+    upstream = torch.randn_like(out)
+    upstream[1, :7] = 0
+    out.backward(upstream)
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(t.grad).all() for t in (query, key, value))
+    want = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), visible, scale=0.125)
+    torch.testing.assert_close(out[1, 7:].float(), want.transpose(1, 2)[1, 7:].detach(), atol=2e-2, rtol=2e-2)
+    assert query.grad[1, :, :7].abs().max() == 0
+
+
+@PRODUCTS
+def test_bits_of_attention_do_not_depend_on_the_number_of_threads():
+    query, key, value = (torch.randn(5, 3, 70, 64).bfloat16().requires_grad_() for _ in range(3))
+    visible = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    upstream = torch.randn(5, 70, 3, 64).bfloat16()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = layers.attention(query, key, value, visible, 0.125)
+            results.append([out, *torch.autograd.grad(out, [query, key, value], upstream)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def model_of(kind: str, **changes) -> nn.Module:
     torch.manual_seed(torch.seed())
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1, "pad_token_id": 0}
-    config = getattr(transformers, f"{kind}Config")(**sizes | {"num_attention_heads": 4, "head_dim": 16} | changes)
+    sizes = SIZES | {"hidden_size": 128, "intermediate_size": 96, "initializer_range": 0.1, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "attn_implementation": attention.NAME}
+    config = getattr(transformers, f"{kind}Config")(**sizes | heads | changes)
     model = getattr(transformers, f"{kind}Model")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -182,18 +248,20 @@ def run(model, ids, upstream, autocast=True):
 def test_a_model_is_as_near_to_float64_as_under_autocast_alone(kind, monkeypatch):
     options = {"rotary_pct": 0.5} if kind == "GPTNeoX" else {}
     model = model_of(kind, **options)
-    ids, upstream = torch.randint(1, 97, (3, 40)), torch.randn(3, 40, 64)
+    ids, upstream = torch.randint(1, 97, (3, 40)), torch.randn(3, 40, 128)
     taken = set()
-    pointwise = layers.gated, layers.rms_norm, layers.dense
-    for name, function in zip(("gated", "rms_norm", "dense"), pointwise, strict=True):
+    for name in ("gated", "rms_norm", "dense", "attention"):
+        function = getattr(layers, name)
         monkeypatch.setattr(layers, name, lambda *args, f=function, n=name: taken.add(n) or f(*args))
     ours = [x.clone() for x in run(model, ids, upstream)]
     monkeypatch.setattr(fused, "_usable", lambda model: False)
+    monkeypatch.setattr(layers, "fits_attention", lambda *args: False)
     plain = [x.clone() for x in run(model, ids, upstream)]
     exact = run(model.double(), ids, upstream, autocast=False)
     # Gemma normalizes with 1 + w and has another activation; Phi 3 has one weight for both halves of the gate.
-    everything = {"gated", "rms_norm", "dense"}
-    assert taken == {"Gemma": {"dense"}, "GPTNeoX": {"dense"}, "Phi3": {"dense", "rms_norm"}}.get(kind, everything)
+    attending = {"attention", "dense"}
+    everything = attending | {"gated", "rms_norm"}
+    assert taken == {"Gemma": attending, "GPTNeoX": attending, "Phi3": attending | {"rms_norm"}}.get(kind, everything)
     errors = [sum((a.double() - c).norm() / c.norm() for a, c in zip(x, exact, strict=True)) for x in (ours, plain)]
     # On average the two are equal; in one draw rounding may favour either.
     assert errors[0] <= 2 * errors[1]

@@ -1,15 +1,16 @@
 """Attention for a CPU, for the short sequences of a policy update.
 
 PyTorch's fused attention on a CPU pays for its blocking at every (sequence, head), which for short sequences is most of
-its time, and transformers repeats the keys and values of grouped heads for it. Plain products over the key heads, the
-queries of a group stacked, cost a fraction. One layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16,
-forward and backward, processor time of one Zen 4 core in ms:
+its time, and transformers repeats the keys and values of grouped heads for it. Here the queries of a group are stacked
+over their key head: in a kernel of fastppo's own (csrc/attention.h), or in plain products where that does not fit. One
+layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16, forward and backward, processor time of one Zen 4
+core in ms:
 
     sequences x tokens                      32 x 33    8 x 105    4 x 200    4 x 512
-    scaled_dot_product_attention               29.5       30.5       27.4      115.7
-    here                                        6.2       10.9       17.2      115.5
+    scaled_dot_product_attention               31.8       34.6       28.1      122.2
+    kernel                                      5.9        8.1       12.5       55.2
 
-Scores and softmax are float32 as in the fused kernel. They are kept for the backward pass, so longer sequences, whose
+Softmax is float32 as in the fused kernel. Plain products keep scores for the backward pass, so longer sequences, whose
 scores would take more memory than everything else, are left to scaled_dot_product_attention.
 """
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from fastppo.models import layers
 
 NAME = "fastppo_short"
 LONGEST = 512  # keys, for as many queries
@@ -53,10 +56,12 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layers.fits_attention(query, key, value, attention_mask):
+        return layers.attention(query, key, value, attention_mask, scale), None
     batch, heads, _, dim = query.shape
     groups = heads // key.shape[1]
     with torch.autocast(query.device.type, enabled=False):
-        scale = dim**-0.5 if scaling is None else scaling
         stacked = (query.float() * scale).reshape(batch, -1, groups * queries, dim)
         scores = stacked @ key.float().transpose(-1, -2)  # [B, H / G, G Q, K]
         scores = scores.view(batch, -1, groups, queries, keys)

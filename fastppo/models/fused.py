@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastppo.models import layers
 from fastppo.ops import cpu, extension
@@ -48,9 +47,7 @@ def _usable(model: nn.Module) -> bool:
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
+        and layers.only_reverse_mode()
         and not any(map(_runs_elsewhere, model.modules()))
     )
 

@@ -1,4 +1,4 @@
-"""A transformer's layers on a CPU under bfloat16 autocast, with gradients: csrc/dense.h and csrc/pointwise.h.
+"""A transformer's layers on a CPU under bfloat16 autocast, with gradients: csrc/{dense,attention,pointwise}.h.
 
 Autocast makes a bfloat16 copy of every weight and of what each layer is given, lays the copies out for its products,
 and rounds every weight's gradient to bfloat16 before it makes that float32 again. Here operands are rounded and laid
@@ -13,11 +13,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import cpu, extension
 
 _FEWEST = 64  # rows, and features on either side: the products' blocks; below, PyTorch's own are no slower
+
+
+def only_reverse_mode() -> bool:
+    """Whether nothing is being done for which the functions below are not written: derivatives of forward mode,
+    functional transforms, compilation."""
+    return (
+        forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def fits_dense(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -67,6 +78,67 @@ def fits_gated(gate: Tensor, up: Tensor) -> bool:
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, elementwise in bfloat16, rounded once (SwiGLU; Shazeer, 2020, arXiv:2002.05202)."""
     return _Gated.apply(gate, up)
+
+
+def fits_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> bool:
+    """Whether `attention` takes tensors of these types and sizes, and is faster."""
+    return (
+        "bfloat16" in cpu.PRODUCTS
+        and torch.backends.mkldnn.enabled
+        and only_reverse_mode()
+        and all(type(t) is Tensor and t.device.type == "cpu" for t in (query, key, value, visible))
+        and value.dtype == torch.bfloat16
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and key.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 64 == 0
+        and query.shape[1] // key.shape[1] * query.shape[2] >= 32  # of the 64 rows that go into a product
+    )
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v, the products in bfloat16, the softmax in float32.
+
+    Args:
+        query: [B, H, Q, d] float32 or bfloat16, d a multiple of 64.
+        key, value: [B, H / G, K, d], one for every G query heads; value in bfloat16.
+        visible: [B, 1, Q, K] bool, True where a query sees a key.
+
+    Returns:
+        [B, Q, H, d] bfloat16; what stands at queries that see nothing is finite.
+    """
+    return _Attention.apply(query, key, value, visible, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        batch, heads, queries, dim = query.shape
+        visible = visible.expand(batch, 1, queries, key.shape[2])[:, 0]
+        visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+        out = value.new_empty(batch, queries, heads, dim)
+        log_sums = out.new_empty(batch, heads, queries, dtype=torch.float32)
+        ctx.sizes = (batch, heads, key.shape[1], queries, key.shape[2], dim)
+        ctx.scale = scale
+        extension.load().attention(
+            ctx.sizes, [*map(_heads, (query, key, value, out.transpose(1, 2)))], _mask(visible), scale, _at(log_sums),
+            _settings(),
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, visible, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, visible, log_sums = ctx.saved_tensors
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        gradients = [torch.empty_like(x) for x in (query, key, value)]
+        extension.load().attention_backward(
+            ctx.sizes, [*map(_heads, (query, key, value, d_out.transpose(1, 2)))], _mask(visible), ctx.scale,
+            _at(log_sums), [*map(_heads, gradients)], _settings(),
+        )  # fmt: skip
+        return (*gradients, None, None)
 
 
 class _Dense(torch.autograd.Function):
@@ -170,6 +242,15 @@ def _at(x: Tensor | None) -> int:
 
 def _matrix(x: Tensor) -> tuple[int, bool, int, int]:
     return x.data_ptr(), x.dtype == torch.bfloat16, *x.shape
+
+
+def _heads(x: Tensor) -> tuple[int, bool, int, int, int]:
+    """[B, heads, rows, d], each row whole."""
+    return x.data_ptr(), x.dtype == torch.bfloat16, *x.stride()[:3]
+
+
+def _mask(visible: Tensor) -> tuple[int, int, int]:
+    return visible.data_ptr(), *visible.stride()[:2]
 
 
 def _settings() -> tuple[int, str | None]:
