@@ -35,7 +35,7 @@ struct Buffers {
 class Item {
 public:
     Item(const Attention& a, const Buffers& b, Index item)
-        : a_(a), b_(b), k_(row_kernels(a.isa)), batch_(item / a.key_heads), key_head_(item % a.key_heads),
+        : a_(a), b_(b), k_(row_kernels(a.machine.isa)), batch_(item / a.key_heads), key_head_(item % a.key_heads),
           group_(a.heads / a.key_heads), rows_(group_ * a.queries), all_rows_(padded(rows_)), all_keys_(padded(a.keys)),
           across_stride_(all_rows_ + kSkew) {}
 
@@ -53,7 +53,7 @@ public:
             product(b_.p, all_keys_, all_keys_, b_.v_down, count, [&](Index i) { return query_row(a_.out, first + i); },
                     a_.out.type);
         }
-        a_.products.release(true);
+        a_.machine.products.release(true);
     }
 
     void backward() const {
@@ -88,7 +88,7 @@ public:
             product(b_.ds_across + at, across_stride_, all_rows_, b_.q_down, count,
                     [&](Index i) { return row(a_.d_k, batch_, key_head_, first + i); }, a_.d_k.type);
         }
-        a_.products.release(true);
+        a_.machine.products.release(true);
     }
 
 private:
@@ -143,7 +143,7 @@ private:
     // c [64, keys] = 64 rows times the keys' or values' panels.
     void across(const char* rows, const char* panels, float* c) const {
         for (Index first = 0; first < all_keys_; first += kPanel) {
-            a_.products.bfloat16(kRowBlock, kPanel, a_.dim, a_.dim, kPanel, all_keys_, false, rows,
+            a_.machine.products.bfloat16(kRowBlock, kPanel, a_.dim, a_.dim, kPanel, all_keys_, false, rows,
                                  panels + first * a_.dim * kSize, c + first, true);
         }
     }
@@ -153,7 +153,7 @@ private:
     void product(const char* rows, Index stride, Index depth, const char* panels, Index count, const To& to,
                  Type type) const {
         for (Index c = 0; c < a_.dim; c += kPanel) {
-            a_.products.bfloat16(kRowBlock, kPanel, depth, stride, kPanel, kPanel, false, rows,
+            a_.machine.products.bfloat16(kRowBlock, kPanel, depth, stride, kPanel, kPanel, false, rows,
                                  panels + c * depth * kSize, b_.c, true);
             for (Index i = 0; i < count; ++i) {
                 k_.convert(b_.c + i * kPanel, Type::float32, kPanel, to(i) + c * size_of(type), type, kPanel);
@@ -176,7 +176,7 @@ private:
 template <class Run>
 void each_item(const Attention& a, bool backward, const Run& run) {
     const Index rows = padded(a.heads / a.key_heads * a.queries), keys = padded(a.keys), dim = a.dim;
-    std::vector<Buffers> buffers(static_cast<std::size_t>(a.threads));
+    std::vector<Buffers> buffers(static_cast<std::size_t>(a.machine.threads));
     const Scratch scratch([&](Scratch& s) {
         const auto halves = [&](Index count, bool needed) { return s.take<char>(needed ? count * kSize : 0); };
         for (Buffers& b : buffers) {
@@ -200,7 +200,7 @@ void each_item(const Attention& a, bool backward, const Run& run) {
             b.mask = s.take<float>(a.queries * keys);
         }
     });
-    for_each(a.batch * a.key_heads, a.threads, [&](int worker, Index item) { run(Item(a, buffers[worker], item)); });
+    for_each(a.batch * a.key_heads, a.machine.threads, [&](int worker, Index item) { run(Item(a, buffers[worker], item)); });
 }
 
 }  // namespace

@@ -12,7 +12,6 @@
 
 #include <cstdint>
 
-#include "cpu.h"
 #include "products.h"
 
 namespace fastppo {
@@ -33,9 +32,7 @@ struct Attention {
     float scale = 1.0f;
     float* log_sums = nullptr;  // [B, heads, Q]: written forward, read backward
     Heads d_q, d_k, d_v;
-    Isa isa = Isa::portable;
-    int threads = 1;
-    Products products;
+    Machine machine;
 };
 
 void attention_forward(const Attention& attention);

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <vector>
 
 #include "phases.h"
 #include "scratch.h"
@@ -17,29 +17,37 @@ constexpr Index kDepth = 2048;  // longest sum of a product: a panel of 256 KB
 
 Index blocks_of(Index rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
+// 64 rows of a matrix, from row 64 block on, as bfloat16 [64, padded(cols)]; zeros where there are no more.
+void copy_rows(const Matrix& m, Index block, const RowKernels& kernels, char* to) {
+    const Index first = block * kRowBlock, count = std::min(kRowBlock, m.rows - first), cols = padded(m.cols);
+    const Index bytes = cols * kSize;
+    for (Index i = 0; i < count; ++i) {
+        kernels.convert(row(m, first + i), m.type, m.cols, to + i * bytes, Type::bfloat16, cols);
+    }
+    std::memset(to + count * bytes, 0, static_cast<std::size_t>((kRowBlock - count) * bytes));
+}
+
+// How many blocks of 64 rows lie in memory as the products read them.
+Index blocks_in_place(const Matrix& m) {
+    return m.type == Type::bfloat16 && m.cols == padded(m.cols) ? m.rows / kRowBlock : 0;
+}
+
 // A matrix as blocks of 64 rows of bfloat16, their length padded with zeros to whole panels: in place where it is that
 // already, else copied.
 class Operand {
 public:
     Operand(const Matrix& m, const RowKernels& kernels)
         : m_(m), kernels_(kernels), cols_(padded(m.cols)), blocks_(blocks_of(m.rows)),
-          in_place_(m.type == Type::bfloat16 && m.cols == cols_ ? m.rows / kRowBlock : 0) {}
+          in_place_(blocks_in_place(m)) {}
 
     void plan(Scratch& s) { copy_ = s.take<char>((blocks_ - in_place_) * kRowBlock * cols_ * kSize); }
 
     Index cols() const { return cols_; }
-    Index blocks() const { return blocks_; }
     Index stride(Index block) const { return block < in_place_ ? m_.stride : cols_; }
     const char* at(Index block) const { return block < in_place_ ? row(m_, block * kRowBlock) : copied(block); }
 
     void fill(Index block) const {
-        if (block < in_place_) return;
-        char* const to = copied(block);
-        const Index first = block * kRowBlock, count = std::min(kRowBlock, m_.rows - first), bytes = cols_ * kSize;
-        for (Index i = 0; i < count; ++i) {
-            kernels_.convert(row(m_, first + i), m_.type, m_.cols, to + i * bytes, Type::bfloat16, cols_);
-        }
-        std::memset(to + count * bytes, 0, static_cast<std::size_t>((kRowBlock - count) * bytes));
+        if (block >= in_place_) copy_rows(m_, block, kernels_, copied(block));
     }
 
 private:
@@ -62,17 +70,12 @@ void multiply(const Products& products, Index k, const char* a, Index lda, const
 
 // 64 rows of a weight, from row 64 item on, as bfloat16 [64, padded(K)]: where they lie, or in `rows`.
 const char* weight_rows(const Matrix& weight, Index item, const RowKernels& kernels, char* rows, Index& stride) {
-    const Index first = item * kPanel, count = std::min<Index>(kPanel, weight.rows - first), cols = padded(weight.cols);
-    if (weight.type == Type::bfloat16 && weight.cols == cols && count == kPanel) {
+    if (item < blocks_in_place(weight)) {
         stride = weight.stride;
-        return row(weight, first);
+        return row(weight, item * kPanel);
     }
-    stride = cols;
-    const Index bytes = cols * kSize;
-    for (Index i = 0; i < count; ++i) {
-        kernels.convert(row(weight, first + i), weight.type, weight.cols, rows + i * bytes, Type::bfloat16, cols);
-    }
-    std::memset(rows + count * bytes, 0, static_cast<std::size_t>((kPanel - count) * bytes));
+    stride = padded(weight.cols);
+    copy_rows(weight, item, kernels, rows);
     return rows;
 }
 
@@ -88,24 +91,24 @@ void expect(const Matrix& m, Index first, Index count, Index column, Index cols)
 #endif
 }
 
-// `count` rows of [cols] float32, `stride` apart, into a matrix from (first, column) on.
-void store(const float* c, Index stride, Index count, Index cols, const Matrix& to, Index first, Index column,
+// `count` rows of c [64, 64], `cols` values of each, into a matrix from (first, column) on.
+void store(const float* c, Index count, Index cols, const Matrix& to, Index first, Index column,
            const RowKernels& kernels) {
     for (Index i = 0; i < count; ++i) {
         char* const at = const_cast<char*>(row(to, first + i)) + column * size_of(to.type);
-        kernels.convert(c + i * stride, Type::float32, cols, at, to.type, cols);
+        kernels.convert(c + i * kPanel, Type::float32, cols, at, to.type, cols);
     }
 }
 
 }  // namespace
 
 void dense_forward(const Dense& d) {
-    const RowKernels& k = row_kernels(d.isa);
+    const RowKernels& k = row_kernels(d.machine.isa);
     const Index deep = padded(d.x.cols), blocks = blocks_of(d.x.rows), panel_bytes = deep * kPanel * kSize;
 
     Operand x(d.x, k);
     std::vector<char*> packed(d.layers.size());
-    std::vector<char*> rows(static_cast<std::size_t>(d.threads));  // of a weight
+    std::vector<char*> rows(static_cast<std::size_t>(d.machine.threads));  // of a weight
     const Scratch scratch([&](Scratch& s) {
         x.plan(s);
         for (std::size_t g = 0; g < packed.size(); ++g) {
@@ -139,21 +142,21 @@ void dense_forward(const Dense& d) {
             const Index cols = std::min<Index>(kPanel, layer.weight.rows - column);
             alignas(kLine) float c[kRowBlock * kPanel];
             expect(layer.y, first, count, column, cols);
-            multiply(d.products, deep, x.at(block), x.stride(block), packed[g] + panel * panel_bytes, false, c, kPanel);
-            d.products.release(true);
+            multiply(d.machine.products, deep, x.at(block), x.stride(block), packed[g] + panel * panel_bytes, false, c, kPanel);
+            d.machine.products.release(true);
             for (Index i = 0; layer.bias && i < count; ++i) {
                 float* const z = c + i * kPanel;
                 k.transform(z, Type::float32, cols, layer.bias + column, Transform{}, z);
             }
-            store(c, kPanel, count, cols, layer.y, first, column, k);
+            store(c, count, cols, layer.y, first, column, k);
         };
         g == 0 ? phases.add(own, body) : phases.beside(own, body);
     }
-    phases.run(d.threads);
+    phases.run(d.machine.threads);
 }
 
 void dense_backward(const Dense& d) {
-    const RowKernels& k = row_kernels(d.isa);
+    const RowKernels& k = row_kernels(d.machine.isa);
     const Index count_rows = d.x.rows, blocks = blocks_of(count_rows), all = blocks * kRowBlock, skewed = all + kSkew;
     const Index dim = padded(d.x.cols), columns = dim / kPanel;
     bool any_weight = false;
@@ -169,7 +172,7 @@ void dense_backward(const Dense& d) {
     for (const DenseLayer& layer : d.layers) dy.emplace_back(layer.y, k);
     char *straight = nullptr, *x_panels = nullptr;  // columns panels of [deep, 64]; of [all, 64]
     std::vector<char*> transposed(d.layers.size());
-    std::vector<char*> rows(static_cast<std::size_t>(d.threads));
+    std::vector<char*> rows(static_cast<std::size_t>(d.machine.threads));
     const auto has_columns = [&](const DenseLayer& layer) { return layer.d_weight || layer.d_bias; };
     const Scratch scratch([&](Scratch& s) {
         if (any_weight) x.plan(s);
@@ -226,12 +229,12 @@ void dense_backward(const Dense& d) {
         expect(d.d_x, first, count, column, cols);
         Index above = 0;
         for (const Operand& operand : dy) {
-            multiply(d.products, operand.cols(), operand.at(block), operand.stride(block),
+            multiply(d.machine.products, operand.cols(), operand.at(block), operand.stride(block),
                      straight + (panel * deep + above) * kPanel * kSize, above > 0, c, kPanel);
             above += operand.cols();
         }
-        d.products.release(true);
-        store(c, kPanel, count, cols, d.d_x, first, column, k);
+        d.machine.products.release(true);
+        store(c, count, cols, d.d_x, first, column, k);
     });
     for (std::size_t g = 0; g < dy.size(); ++g) {
         if (!transposed[g]) continue;
@@ -252,14 +255,14 @@ void dense_backward(const Dense& d) {
             const bool direct = to.type == Type::float32 && cols == kPanel && count == kPanel;
             alignas(kLine) float block[kRowBlock * kPanel];
             expect(to, first, count, column, cols);
-            multiply(d.products, all, a, skewed, x_panels + panel * all * kPanel * kSize, false,
+            multiply(d.machine.products, all, a, skewed, x_panels + panel * all * kPanel * kSize, false,
                      direct ? reinterpret_cast<float*>(const_cast<char*>(row(to, first))) + column : block,
                      direct ? to.cols : kPanel);
-            d.products.release(true);
-            if (!direct) store(block, kPanel, count, cols, to, first, column, k);
+            d.machine.products.release(true);
+            if (!direct) store(block, count, cols, to, first, column, k);
         });
     }
-    phases.run(d.threads);
+    phases.run(d.machine.threads);
 }
 
 }  // namespace fastppo

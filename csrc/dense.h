@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu.h"
 #include "products.h"
 
 namespace fastppo {
@@ -30,9 +29,7 @@ struct Dense {
     Matrix x;  // [M, K], float32 or bfloat16
     std::vector<DenseLayer> layers;
     Matrix d_x;  // as x; data null where it is not needed
-    Isa isa = Isa::portable;
-    int threads = 1;
-    Products products;
+    Machine machine;
 };
 
 void dense_forward(const Dense& dense);

@@ -1,5 +1,6 @@
-// Bindings of a transformer's layers (attention.h, dense.h, pointwise.h). Tensors come as addresses, which fastppo/models/layers.py has
-// checked: there are thousands of calls in a step, of some microseconds each, and an exchange by DLPack takes as long.
+// Bindings of a transformer's layers (attention.h, dense.h, pointwise.h). Tensors come as addresses, which
+// fastppo/models/layers.py has checked: there are thousands of calls in a step, of some microseconds each, and an exchange
+// by DLPack takes as long.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -33,9 +34,9 @@ Matrix matrix_at(const MatrixArgs& args) {
     return {at<const void>(address), half ? Type::bfloat16 : Type::float32, rows, cols, cols};
 }
 
-Products usable_products() {
+Machine machine(const Settings& settings) {
     if (products().bfloat16 == nullptr) throw nb::value_error("no products in bfloat16: call use_products first");
-    return products();
+    return {parse_isa(std::get<1>(settings)), std::get<0>(settings), products()};
 }
 
 Dense dense(const MatrixArgs& x, const std::vector<LayerArgs>& layers, Address d_x, const Settings& settings) {
@@ -48,9 +49,7 @@ Dense dense(const MatrixArgs& x, const std::vector<LayerArgs>& layers, Address d
     }
     d.d_x = d.x;
     d.d_x.data = at<const void>(d_x);
-    d.threads = std::get<0>(settings);
-    d.isa = parse_isa(std::get<1>(settings));
-    d.products = usable_products();
+    d.machine = machine(settings);
     return d;
 }
 
@@ -121,9 +120,7 @@ Attention attention(const SizeArgs& sizes, const std::vector<HeadsArgs>& qkv_out
     a.visible_row_stride = std::get<2>(mask);
     a.scale = scale;
     a.log_sums = at<float>(log_sums);
-    a.threads = std::get<0>(settings);
-    a.isa = parse_isa(std::get<1>(settings));
-    a.products = usable_products();
+    a.machine = machine(settings);
     return a;
 }
 
