@@ -14,8 +14,6 @@ namespace {
 using Index = std::int64_t;
 
 constexpr Index kSize = size_of(Type::bfloat16);
-// Beside it a score is nothing, and a row that sees nothing is finite.
-constexpr float kHidden = -1e30f;
 
 char* row(const Heads& m, Index batch, Index head, Index r) {
     const Index at = batch * m.batch_stride + head * m.head_stride + r * m.row_stride;
@@ -111,7 +109,8 @@ private:
         for (Index i = 0; i < a_.queries; ++i) {
             const std::uint8_t* const seen = a_.visible + batch_ * a_.visible_batch_stride + i * a_.visible_row_stride;
             float* const to = b_.mask + i * all_keys_;
-            for (Index j = 0; j < a_.keys; ++j) to[j] = seen[j] ? 0.0f : kHidden;
+            // Beside it a score is nothing, and a row that sees nothing is finite.
+            for (Index j = 0; j < a_.keys; ++j) to[j] = seen[j] ? 0.0f : kVeryNegative;
             for (Index j = a_.keys; j < all_keys_; ++j) to[j] = -std::numeric_limits<float>::infinity();
         }
     }

@@ -34,6 +34,18 @@ def close(got, want, tolerance):
     assert error <= tolerance * size, f"{error:.3g} of {size:.3g}"
 
 
+def same_with_any_number_of_threads(run):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @PRODUCTS
 @pytest.mark.parametrize(
     ("shape", "sizes"),
@@ -105,16 +117,12 @@ def test_dense_gives_only_the_gradients_that_are_asked_for():
 def test_bits_of_dense_do_not_depend_on_the_number_of_threads():
     x, weights = torch.randn(200, 130, requires_grad=True), [torch.randn(n, 130, requires_grad=True) for n in (70, 200)]
     upstream = [torch.randn(200, n).bfloat16() for n in (70, 200)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            ys = layers.dense(x, weights, [None, None])
-            results.append([*ys, *torch.autograd.grad(ys, [x, *weights], upstream)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        ys = layers.dense(x, weights, [None, None])
+        return [*ys, *torch.autograd.grad(ys, [x, *weights], upstream)]
+
+    same_with_any_number_of_threads(run)
 
 
 @BUILT
@@ -206,16 +214,12 @@ def test_bits_of_attention_do_not_depend_on_the_number_of_threads():
     query, key, value = (torch.randn(5, 3, 70, 64).bfloat16().requires_grad_() for _ in range(3))
     visible = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
     upstream = torch.randn(5, 70, 3, 64).bfloat16()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            out = layers.attention(query, key, value, visible, 0.125)
-            results.append([out, *torch.autograd.grad(out, [query, key, value], upstream)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        out = layers.attention(query, key, value, visible, 0.125)
+        return [out, *torch.autograd.grad(out, [query, key, value], upstream)]
+
+    same_with_any_number_of_threads(run)
 
 
 def model_of(kind: str, **changes) -> nn.Module:
