@@ -185,12 +185,10 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
     const Index slot_row = p.width * (halves ? 2 : 4);
 
     RowSums* sums = nullptr;
-    float* jsd = nullptr;  // [n][2]
     char *packed[2], *ref_packed[2];  // one tile is read while the next is packed
     std::unique_ptr<WorkerScratch[]> workers(new WorkerScratch[static_cast<std::size_t>(p.threads)]);
     const Scratch scratch([&](Scratch& s) {
         sums = s.take<RowSums>(p.n);
-        jsd = s.take<float>(p.divergence == Divergence::jsd ? 2 * p.n : 0);
         for (char*& buffer : packed) buffer = s.take<char>(p.width / kPanel * policy.panel_bytes());
         for (char*& buffer : ref_packed) {
             buffer = both ? s.take<char>(p.width / kPanel * reference.panel_bytes()) : nullptr;
@@ -201,7 +199,6 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
     });
     for (Index i = 0; i < p.n; ++i) sums[i] = {-FLT_MAX, 0, 0, kNoTarget, -FLT_MAX, 0, 0};
 
-    // pass over all tiles: visit(tile, lo, hi, row number, z, maximum, ref_z, its maximum)
     const auto panels = [&](Index tile) {
         return tile < tiles ? padded(std::min(p.width, vocab - tile * p.width)) / kPanel : 0;
     };
@@ -210,38 +207,14 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
         policy.pack_weight(lo, hi, item, width, packed[tile % 2], nullptr, w.rows, w.spare);
         if (both) reference.pack_weight(lo, hi, item, width, ref_packed[tile % 2], nullptr, w.rows, w.spare);
     };
-    const auto each_row = [&](const auto& visit) {
-        Phases phases;
-        phases.add(panels(0), [&](int worker, Index item) { pack(workers[worker], 0, item); });
-        for (Index tile = 0; tile < tiles; ++tile) {
-            const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
-            phases.add(blocks + panels(tile + 1), [&, tile, lo, hi, width](int worker, Index item) {
-                const WorkerScratch& w = workers[worker];
-                if (item >= blocks) return pack(w, tile + 1, item - blocks);
-                const Index first = item * rows, count = std::min(rows, p.n - first);
-                const Index* const index = p.rows + first;
-                float maxima[kRowBlock], ref_maxima[kRowBlock];
-                policy.logits(index, count, rows, lo, hi, packed[tile % 2], w.rows, w.spare, w.z, maxima);
-                if (both) {
-                    reference.logits(index, count, rows, lo, hi, ref_packed[tile % 2], w.rows, w.spare, w.ref_z,
-                                     ref_maxima);
-                }
-                for (Index i = 0; i < count; ++i) {
-                    visit(tile, lo, hi, first + i, w.z + i * width, maxima[i], both ? w.ref_z + i * width : nullptr,
-                          both ? ref_maxima[i] : 0.0f);
-                }
-            });
-        }
-        phases.run(p.threads);
-    };
 
     if (kept.whole) {
         std::memset(kept.whole, 1, static_cast<std::size_t>(tiles));
         prefer_huge_pages(kept.front, kept.front_tiles * kept.front_stride);
         prefer_huge_pages(kept.back, kept.back_tiles * kept.rows * slot_row);
     }
-    each_row([&](Index tile, Index lo, Index hi, Index i, const float* z, float high, const float* ref_z,
-                 float ref_high) {
+    const auto fold_row = [&](Index tile, Index lo, Index hi, Index i, const float* z, float high, const float* ref_z,
+                              float ref_high) {
         RowSums& r = sums[i];
         const float shift = raise(r.max, high);
         const Index target = p.targets[p.rows[i]];
@@ -267,18 +240,29 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
                 std::memcpy(to, z, static_cast<std::size_t>(padded(hi - lo)) * sizeof(float));
             }
         }
-    });
-    if (p.divergence == Divergence::jsd) {
-        // Needs both normalizers first, hence a pass of its own.
-        std::memset(jsd, 0, static_cast<std::size_t>(2 * p.n) * sizeof(float));
-        each_row([&](Index, Index lo, Index hi, Index i, const float* z, float, const float* ref_z, float) {
-            const RowSums& r = sums[i];
-            float tile_kl[2];
-            k.jsd(z, r.max, std::log(r.sum), ref_z, r.ref_max, std::log(r.ref_sum), hi - lo, tile_kl);
-            jsd[2 * i] += tile_kl[0];
-            jsd[2 * i + 1] += tile_kl[1];
+    };
+
+    Phases phases;
+    phases.add(panels(0), [&](int worker, Index item) { pack(workers[worker], 0, item); });
+    for (Index tile = 0; tile < tiles; ++tile) {
+        const Index lo = tile * p.width, hi = std::min(lo + p.width, vocab), width = padded(hi - lo);
+        phases.add(blocks + panels(tile + 1), [&, tile, lo, hi, width](int worker, Index item) {
+            const WorkerScratch& w = workers[worker];
+            if (item >= blocks) return pack(w, tile + 1, item - blocks);
+            const Index first = item * rows, count = std::min(rows, p.n - first);
+            const Index* const index = p.rows + first;
+            float maxima[kRowBlock], ref_maxima[kRowBlock];
+            policy.logits(index, count, rows, lo, hi, packed[tile % 2], w.rows, w.spare, w.z, maxima);
+            if (both) {
+                reference.logits(index, count, rows, lo, hi, ref_packed[tile % 2], w.rows, w.spare, w.ref_z, ref_maxima);
+            }
+            for (Index i = 0; i < count; ++i) {
+                fold_row(tile, lo, hi, first + i, w.z + i * width, maxima[i], both ? w.ref_z + i * width : nullptr,
+                         both ? ref_maxima[i] : 0.0f);
+            }
         });
     }
+    phases.run(p.threads);
 
     const float most = std::log(static_cast<float>(vocab));
     for (Index i = 0; i < p.n; ++i) {
@@ -296,11 +280,8 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
         float divergence = 0, center = 0;
         if (forward) {
             divergence = r.difference / r.ref_sum - ref_log_sum + log_sum;
-        } else if (p.divergence == Divergence::reverse) {
-            center = divergence = r.difference / r.sum - log_sum + ref_log_sum;
         } else {
-            divergence = 0.5f * (jsd[2 * i] + jsd[2 * i + 1]);
-            center = jsd[2 * i];
+            center = divergence = r.difference / r.sum - log_sum + ref_log_sum;
         }
         to[4 * out_stride] = divergence < 0 ? 0.0f : divergence;
         to[5 * out_stride] = center;

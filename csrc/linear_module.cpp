@@ -32,8 +32,7 @@ Divergence parse_divergence(const std::string& name) {
     if (name.empty()) return Divergence::none;
     if (name == "reverse") return Divergence::reverse;
     if (name == "forward") return Divergence::forward;
-    if (name == "jsd") return Divergence::jsd;
-    throw nb::value_error("expected reverse, forward, jsd or nothing");
+    throw nb::value_error("expected reverse, forward or nothing");
 }
 
 Model model(const ModelArgs& args) {
@@ -137,7 +136,7 @@ void gradients_of_logits(const Any& logits, const TransformArgs& t, const Flat<c
 void vector_math(const std::string& function, const Flat<const float>& x, const Flat<float>& y,
                  const std::optional<std::string>& isa) {
     const RowKernels& k = row_kernels(parse_isa(isa));
-    (function == "exp" ? k.exp : function == "log" ? k.log : k.tanh)(x.data(), std::int64_t(x.size()), y.data());
+    (function == "exp" ? k.exp : k.tanh)(x.data(), std::int64_t(x.size()), y.data());
 }
 
 }  // namespace

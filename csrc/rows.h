@@ -29,7 +29,7 @@ struct Transform {
     float cap = 0.0f;  // 0: none
 };
 
-enum class Divergence { none, reverse, forward, jsd };
+enum class Divergence { none, reverse, forward };
 
 // A logit further below its row's maximum counts as this far below: eᶻ⁻ᵐ is 0, and 0 times it is still 0, where
 // 0 · (−inf) would be NaN. No finite logit of use is so low, so that a divergence counts the whole distance to a
@@ -60,9 +60,6 @@ struct RowKernels {
     float (*transform)(const void* x, Type type, std::int64_t n, const float* bias, const Transform&, float* z);
     Sums (*fold)(const float* z, std::int64_t n, float m);
     BothSums (*fold_both)(const float* z, float m, const float* other, float other_m, std::int64_t n);
-    // Σ p (log p − log ½(p+q)) into kl[0], Σ q (log q − log ½(p+q)) into kl[1]
-    void (*jsd)(const float* z, float m, float log_sum, const float* ref_z, float ref_m, float ref_log_sum,
-                std::int64_t n, float* kl);
     // ∂loss/∂x [padded(n)] in `type`; out may be z.
     void (*gradient)(float* z, const float* ref_z, std::int64_t n, Divergence, const RowGradient&, const Transform&,
                      Type type, void* out);
@@ -100,8 +97,7 @@ struct RowKernels {
     void (*gated_backward)(const std::uint16_t* gate, const std::uint16_t* up, const std::uint16_t* dh, std::int64_t n,
                            std::uint16_t* d_gate, std::uint16_t* d_up);
 
-    void (*exp)(const float* x, std::int64_t n, float* y);  // for the tests, as are these two
-    void (*log)(const float* x, std::int64_t n, float* y);
+    void (*exp)(const float* x, std::int64_t n, float* y);  // for the tests, as is the next
     void (*tanh)(const float* x, std::int64_t n, float* y);
 };
 

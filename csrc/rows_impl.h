@@ -159,31 +159,10 @@ FASTPPO_ALWAYS_INLINE F log_probability(const float* z, F m, F log_sum) {
     return S::sub(below_max(z, m), log_sum);
 }
 
-// log ½ (p + q)
-FASTPPO_ALWAYS_INLINE F log_mean(F log_p, F log_q) {
-    const F distance = S::abs(S::sub(log_p, log_q));
-    const F beyond = log(S::add(S::set1(1.0f), exp(S::sub(S::set1(0.0f), distance))));
-    return S::add(S::max(log_p, log_q), S::sub(beyond, S::set1(0.693147181f)));
-}
-
-void jsd(const float* z, float m, float log_sum, const float* ref_z, float ref_m, float ref_log_sum, std::int64_t n,
-         float* kl) {
-    F kl_p = S::set1(0.0f), kl_q = kl_p;
-    for (std::int64_t i = 0; i < padded(n); i += W) {
-        const F log_p = log_probability(z + i, S::set1(m), S::set1(log_sum));
-        const F log_q = log_probability(ref_z + i, S::set1(ref_m), S::set1(ref_log_sum));
-        const F log_m = log_mean(log_p, log_q);
-        kl_p = S::fma(exp(log_p), S::sub(log_p, log_m), kl_p);
-        kl_q = S::fma(exp(log_q), S::sub(log_q, log_m), kl_q);
-    }
-    kl[0] = S::sum(kl_p);
-    kl[1] = S::sum(kl_q);
-}
-
 template <Divergence kKind, bool kCap, Type kType>
 void gradient(float* z, const float* ref_z, std::int64_t n, const RowGradient& row, const Transform& t, void* out) {
     const F m = S::set1(row.row_max), log_sum = S::set1(row.log_sum), a = S::set1(row.a), b = S::set1(row.b);
-    const F d_kl = S::set1(kKind == Divergence::jsd ? 0.5f * row.d_kl : row.d_kl), center = S::set1(row.kl_center);
+    const F d_kl = S::set1(row.d_kl), center = S::set1(row.kl_center);
     const F ref_m = S::set1(row.ref_row_max), ref_log_sum = S::set1(row.ref_log_sum);
     const F scale = S::set1(t.scale), minus_scale = S::set1(-t.scale), per_cap = S::set1(kCap ? 1.0f / t.cap : 0.0f);
     const auto slope = [&](std::int64_t i) {
@@ -199,8 +178,7 @@ void gradient(float* z, const float* ref_z, std::int64_t n, const RowGradient& r
         if (kKind == Divergence::forward) {
             return S::sub(S::mul(p, S::add(coefficient, d_kl)), S::mul(d_kl, exp(log_q)));
         }
-        const F against = kKind == Divergence::reverse ? log_q : log_mean(log_p, log_q);
-        return S::mul(p, S::fma(d_kl, S::sub(S::sub(log_p, against), center), coefficient));
+        return S::mul(p, S::fma(d_kl, S::sub(S::sub(log_p, log_q), center), coefficient));
     };
 
     // The vector with the target in it, first: the loop may overwrite z.
@@ -232,7 +210,6 @@ void gradient_type(float* z, const float* ref_z, std::int64_t n, Divergence kind
         case Divergence::none: return gradient_kind<Divergence::none, kType>(z, ref_z, n, row, t, out);
         case Divergence::reverse: return gradient_kind<Divergence::reverse, kType>(z, ref_z, n, row, t, out);
         case Divergence::forward: return gradient_kind<Divergence::forward, kType>(z, ref_z, n, row, t, out);
-        case Divergence::jsd: return gradient_kind<Divergence::jsd, kType>(z, ref_z, n, row, t, out);
     }
 }
 
@@ -462,13 +439,11 @@ void map(const float* x, std::int64_t n, float* y) {
 }
 
 F exp_of(F x) { return exp(x); }
-F log_of(F x) { return log(x); }
 F tanh_of(F x) { return tanh(x); }
 
-constexpr RowKernels kKernels{transform_any, fold,      fold_both, jsd,         gradient_any, convert,    keep, restore,
-                              pack_transposed, pack, transpose, sum,         rms_norm,     rms_norm_backward,
-                              softmax,        softmax_backward,     gated,      gated_backward,
-                              map<exp_of>, map<log_of>, map<tanh_of>};
+constexpr RowKernels kKernels{transform_any, fold, fold_both, gradient_any, convert, keep, restore, pack_transposed,
+                             pack, transpose, sum, rms_norm, rms_norm_backward, softmax, softmax_backward, gated,
+                             gated_backward, map<exp_of>, map<tanh_of>};
 
 }  // namespace
 }  // namespace fastppo

@@ -26,7 +26,6 @@ namespace fastppo {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 template <class To, class From>
 FASTPPO_ALWAYS_INLINE To bits_as(From from) {
@@ -63,8 +62,6 @@ struct Simd {
     }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }  // a · 2ⁿ
-    static F exponent(F a) { return _mm512_getexp_ps(a); }
-    static F mantissa(F a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
     static float highest(F a) { return _mm512_reduce_max_ps(a); }
 
@@ -154,16 +151,6 @@ struct Simd {
     static F scale(F a, F n) {
         const I whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
         return mul(mul(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
-    }
-    static F normal(F a) { return where_less(a, set1(1.17549435e-38f), mul(a, set1(8388608.0f)), a); }
-    static F exponent(F a) {
-        const I biased = _mm256_srli_epi32(_mm256_castps_si256(normal(a)), 23);
-        const F e = _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
-        return where_less(a, set1(1.17549435e-38f), sub(e, set1(23.0f)), e);
-    }
-    static F mantissa(F a) {
-        const I kept = _mm256_and_si256(_mm256_castps_si256(normal(a)), _mm256_set1_epi32(0x007FFFFF));
-        return _mm256_castsi256_ps(_mm256_or_si256(kept, _mm256_set1_epi32(0x3F800000)));
     }
     static float sum(F a) {
         __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -273,20 +260,6 @@ struct Simd {
             if (!(n.v[i] == n.v[i])) return n.v[i];
             const std::int32_t whole = static_cast<std::int32_t>(n.v[i]), half = whole >> 1;
             return a.v[i] * power_of_two(half) * power_of_two(whole - half);
-        });
-    }
-    static F exponent(F a) {
-        return each<F>([&](int i) {
-            const bool tiny = a.v[i] < 1.17549435e-38f;
-            const std::uint32_t x = bits_as<std::uint32_t>(tiny ? a.v[i] * 8388608.0f : a.v[i]);
-            return static_cast<float>(std::int32_t(x >> 23) - (tiny ? 150 : 127));
-        });
-    }
-    static F mantissa(F a) {
-        return each<F>([&](int i) {
-            const bool tiny = a.v[i] < 1.17549435e-38f;
-            const std::uint32_t x = bits_as<std::uint32_t>(tiny ? a.v[i] * 8388608.0f : a.v[i]);
-            return bits_as<float>((x & 0x007FFFFFu) | 0x3F800000u);
         });
     }
     static float sum(F a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }

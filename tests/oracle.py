@@ -33,13 +33,12 @@ def row(z, target=None):
 
 def divergence(z, ref_z, kind):
     p, q = torch.log_softmax(z, -1), torch.log_softmax(ref_z, -1)  # logarithms, which no distance makes 0
-    m = torch.logaddexp(p, q) - math.log(2)
 
     def kl(a, b):
         alive = torch.exp(a) > 0
         return (torch.exp(a[alive]) * (a[alive] - b[alive])).sum()
 
-    return {"reverse": lambda: kl(p, q), "forward": lambda: kl(q, p), "jsd": lambda: (kl(p, m) + kl(q, m)) / 2}[kind]()
+    return {"reverse": lambda: kl(p, q), "forward": lambda: kl(q, p)}[kind]()
 
 
 def ppo(

@@ -122,7 +122,7 @@ def test_any_shape_agrees_with_float64(n, d, v, bias, transform, masked, budget,
         torch.testing.assert_close(a, c, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_linear_kl_matches_the_oracle(kind, backend, transform):
@@ -151,7 +151,7 @@ def test_linear_kl_matches_the_oracle(kind, backend, transform):
     assert (kl >= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(kind):
     hidden, weight, _ = random_head(9, 11, 77)
     h, w = leaves(hidden, weight)
@@ -161,7 +161,7 @@ def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(kind):
     assert h.grad.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("budget", [1, 2**25])
 def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(kind, backend, budget):
@@ -182,7 +182,7 @@ def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(ki
         ref_z = oracle.logits(hidden.double(), weight.double(), other.double())
         expected = torch.stack([oracle.divergence(z[n], ref_z[n], kind) for n in range(9)])
         (upstream * expected).sum().backward()
-        assert kind == "jsd" or expected.min() > 100
+        assert expected.min() > 100
         torch.testing.assert_close(kl.double(), expected.detach(), atol=1e-4, rtol=1e-4)
         for got, want in ((h, h64), (w, w64), (bb, b64)):
             scale = want.grad.abs().max()

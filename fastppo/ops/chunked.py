@@ -52,7 +52,7 @@ def statistics(
     Args:
         hidden: [N, D]; weight: [V, D]; bias: [V]; targets: [N] int64.
         ref_hidden: [N, D']; ref_weight: [V, D']; ref_bias: [V]: the other model of a divergence, or None.
-        kl_kind: reverse, forward or jsd; empty for none.
+        kl_kind: reverse or forward; empty for none.
         compute_dtype: precision of the matrix products.
         budget: bytes of scratch.
 
@@ -192,9 +192,7 @@ def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tenso
             p.fold_beside(q, z, reference.tile(lo, hi))
     statistics = [p.logprobs(), p.entropy(vocab), p.row_max, p.log_sum()]
     if q is not None:
-        if kl_kind == "jsd":
-            divergence, center = _jsd(policy, reference, p, q, width)
-        elif kl_kind == "forward":
+        if kl_kind == "forward":
             divergence = q.divergence_from(p)
             center = torch.zeros_like(divergence)
         else:
@@ -264,20 +262,6 @@ class _Online:
         return ((self.target - self.row_max) - self.log_sum()).clamp_(max=0.0)
 
 
-def _jsd(policy: _Logits, reference: _Logits, p: _Online, q: _Online, width: int) -> tuple[Tensor, Tensor]:
-    """½ KL(p ‖ m) + ½ KL(q ‖ m), and KL(p ‖ m): needs both normalizers first, hence a pass of its own."""
-    kl_p, kl_q = torch.zeros_like(p.sum), torch.zeros_like(p.sum)
-    vocab = policy.weight.shape[0]
-    for lo in range(0, vocab, width):
-        hi = min(lo + width, vocab)
-        log_p = _log_softmax_(policy.tile(lo, hi), p.row_max, p.log_sum())
-        log_q = _log_softmax_(reference.tile(lo, hi), q.row_max, q.log_sum())
-        log_m = _log_mean(log_p, log_q)
-        kl_p += _row_dot(log_p.exp(), log_p - log_m)
-        kl_q += _row_dot(log_q.exp(), log_q - log_m)
-    return 0.5 * (kl_p + kl_q), kl_p
-
-
 class _RowScalars:
     """What a block's rows bring to ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term)."""
 
@@ -321,14 +305,7 @@ def _divergence_gradient(p: Tensor, log_p: Tensor, log_q: Tensor, rows: _RowScal
     """∂/∂z of the divergence of a row from the reference, which is held constant."""
     if rows.kl_kind == "forward":
         return p - log_q.exp()
-    if rows.kl_kind == "reverse":
-        return p * (log_p - log_q - rows.kl_center.unsqueeze(1))
-    return 0.5 * p * (log_p - _log_mean(log_p, log_q) - rows.kl_center.unsqueeze(1))
-
-
-def _log_mean(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log ½ (p + q)"""
-    return torch.logaddexp(log_p, log_q).sub_(math.log(2.0))
+    return p * (log_p - log_q - rows.kl_center.unsqueeze(1))
 
 
 def _log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:

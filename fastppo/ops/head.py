@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, cpu, gradient_filter, triton_engine
+from fastppo.ops import chunked, cpu, triton_engine
 from fastppo.ops.budget import scratch_bytes
 from fastppo.ops.checks import check_head, check_targets, looks_at_values
 from fastppo.ops.dispatch import select
-from fastppo.ops.gradient_filter import FilteredEngine
 from fastppo.ops.transform import LogitTransform, check_transform
 from fastppo.ops.vocabulary_parallel import Slices, VocabularyParallel, local_slice
 
@@ -38,21 +37,16 @@ class Options(NamedTuple):
     compute_dtype: torch.dtype
     budget: int
     slices: Slices | None = None  # where the vocabulary is spread over ranks
-    filter_mass: float = 0.0
 
     def flat(self) -> tuple:
         """The trailing arguments of an engine's operators."""
         return (*self.transform, self.compute_dtype, self.budget)
 
     @property
-    def engine(self) -> ModuleType | VocabularyParallel | FilteredEngine:
+    def engine(self) -> ModuleType | VocabularyParallel:
         """Whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
         engine = ENGINES[self.backend]
-        if self.slices is not None:
-            return VocabularyParallel(engine, self.slices)
-        if self.filter_mass > 0 and self.backend in gradient_filter.ENGINES:
-            return FilteredEngine(self.backend, self.filter_mass)
-        return engine
+        return engine if self.slices is None else VocabularyParallel(engine, self.slices)
 
 
 ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton_engine}
@@ -105,17 +99,14 @@ def open_options(
     logit_scale: float,
     softcap: float | None,
     slices: Slices | None = None,
-    filter_mass: float = 0.0,
 ) -> Options:
-    if not 0.0 <= filter_mass < 1.0:
-        raise ValueError(f"filter_mass: expected a probability in [0, 1), got {filter_mass}")
     name = select(op, hidden.device, hidden.dtype, backend)
     if slices is not None and name == "reference":
         if backend is not None:
             raise ValueError("backend: 'reference' has no form for a vocabulary spread over ranks; use 'chunked'")
         name = "chunked"
     transform = check_transform(temperature, logit_scale, softcap)
-    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), slices, filter_mass)
+    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), slices)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:

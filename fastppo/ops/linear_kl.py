@@ -20,7 +20,7 @@ from fastppo.ops.linear_logprob import backward_rows
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-KINDS = ("reverse", "forward", "jsd")
+KINDS = ("reverse", "forward")
 
 
 def linear_kl(
@@ -44,20 +44,16 @@ def linear_kl(
     Args:
         hidden: [..., D], weight: [V, D], bias: [V]: the model that is trained.
         ref_hidden: [..., D'], ref_weight: [V, D'], ref_bias: [V]: the reference, held constant; D' may differ from D.
-        kind: reverse is KL(p ‖ q) = Σ p (log p − log q); forward is KL(q ‖ p); jsd is ½ KL(p ‖ m) + ½ KL(q ‖ m) with
-            m = ½ (p + q), at most ln 2.
+        kind: reverse is KL(p ‖ q) = Σ p (log p − log q); forward is KL(q ‖ p).
         mask: [...] bool, True for a real token; the others give 0 and cost nothing.
         temperature, logit_scale, softcap: of both models' logits.
-        group: as in `linear_logprob`; both weights are then slices of the same rows. Not for jsd, whose mixture needs
-            every rank's normalizers before its sum.
+        group: as in `linear_logprob`; both weights are then slices of the same rows.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or vocabularies that don't go together.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "jsd" and group is not None:
-        raise ValueError("kind: 'jsd' has no form for a vocabulary spread over ranks; leave out group")
     head = open_head(hidden, weight, bias, group=group)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group)
     shape = hidden.shape[:-1]

@@ -31,7 +31,6 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
-    filter_mass: float = 0.0,
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LogprobOutput:
@@ -43,10 +42,6 @@ def linear_logprob(
         targets: [...] int64 or int32 token ids, or `ignore_index`.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
         return_entropy: also the entropy of the whole distribution, in nats.
-        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
-            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
-            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL or of a
-            vocabulary spread over ranks.
         group: the ranks that hold the vocabulary's rows between them, in rank order; weight (and bias) then are this
             rank's slice, of any size, or a DTensor of Shard(0) over the group, and every rank gives the same tokens.
             ∂hidden is summed over the ranks. Without a group a DTensor weight is gathered, and its gradient averaged
@@ -63,7 +58,7 @@ def linear_logprob(
     head = open_head(hidden, weight, bias, group=group)
     slices = open_slices(head, group)
     rows = open_targets(targets, hidden, head, ignore_index, slices)
-    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap, slices, filter_mass)
+    options = open_options("linear_logprob", backend, hidden, temperature, logit_scale, softcap, slices)
     if options.backend == "reference":
         z = reference.logits(*head, options.transform, rows != IGNORED)
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)

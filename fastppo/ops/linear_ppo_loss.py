@@ -53,7 +53,6 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    filter_mass: float = 0.0,
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PPOLossOutput:
@@ -79,10 +78,6 @@ def linear_ppo_loss(
         entropy_coef: weight of the entropy bonus.
         loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
-        filter_mass: leave out of the backward tiles of the vocabulary that hold at most this probability of a row, all
-            together; 0 computes all. What that can do to the gradient is bounded: `fastppo.ops.gradient_filter`. It
-            is for peaked distributions; `cpu` and `reference` compute in full, as does a loss with an exact KL or of a
-            vocabulary spread over ranks.
         group: the ranks that hold the vocabulary's rows between them; see `linear_logprob`. ref_weight is then a slice
             of the same rows.
         backend: None chooses by device; see `fastppo doctor`.
@@ -111,7 +106,7 @@ def linear_ppo_loss(
     rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
     rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
-    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices, filter_mass)
+    options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
