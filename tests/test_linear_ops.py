@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastppo
 from fastppo.ops import extension
@@ -516,12 +518,67 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
     assert (w.grad is None) == (frozen == "weight")
 
 
-def test_forward_only_under_no_grad():
+class Recorder(TorchDispatchMode):
+    """The operators that are called, and the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.shapes = [], []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.operators.append(str(operator))
+        self.shapes += [tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        return out
+
+
+def every_loss(h, w, x, backend):
+    """The operators with a gradient on one model's head, values only."""
+    ref = (x["ref_hidden"], x["ref_weight"])
+    return (
+        fastppo.linear_ppo_loss(
+            h, w, x["targets"], x["old"], x["advantages"], entropy_coef=0.1, mask=x["mask"], backend=backend
+        ).loss,
+        fastppo.linear_logprob(h, w, x["targets"], return_entropy=True, backend=backend).entropy,
+        fastppo.linear_kl(h, w, *ref, mask=x["mask"], backend=backend),
+        fastppo.ppo_loss(x["old"], x["advantages"], logits=h @ w.T, targets=x["targets"], backend=backend).loss,
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_without_grad_mode_no_gradient_is_computed_or_allocated(mode, backend):
+    """Also where the weight is a parameter, which requires gradients in any mode."""
     x = ppo_inputs()
-    h, w = leaves(x["hidden"], x["weight"])
-    with torch.no_grad():
-        out = fastppo.linear_ppo_loss(h, w, x["targets"], x["old"], x["advantages"])
-    assert not out.loss.requires_grad
+    h, w = x["hidden"].requires_grad_(), torch.nn.Parameter(x["weight"])
+    want = every_loss(h, w, x, backend)
+    with mode(), Recorder() as seen:
+        got = every_loss(h, w, x, backend)
+    assert any("statistics" in name for name in seen.operators)
+    assert not [name for name in seen.operators if "vjp" in name or "gradient" in name or "keeping" in name]
+    assert w.shape not in seen.shapes
+    for a, b in zip(got, want, strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b.detach())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_loss_without_grad_mode_computes_no_gradient(mode):
+    x = ppo_inputs()
+    h, w, names = x["hidden"].requires_grad_(), torch.nn.Parameter(x["weight"]), []
+
+    def record(graph, inputs):
+        for module in graph.modules():
+            names.extend(str(node.target) for node in module.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(lambda h, w: every_loss(h, w, x, "chunked"), fullgraph=True, backend=record)
+    with mode():
+        got = compiled(h, w)
+    assert any("statistics" in name for name in names)
+    assert not [name for name in names if "vjp" in name]
+    for a, b in zip(got, every_loss(h, w, x, "chunked"), strict=True):
+        torch.testing.assert_close(a, b.detach())
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])

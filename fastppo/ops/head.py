@@ -73,6 +73,17 @@ def open_head(
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
+def needed_gradients(head: Head) -> tuple[bool, bool, bool]:
+    """Whether autograd records ∂hidden, ∂weight, ∂bias of an operator called here and now.
+
+    To be called outside of an autograd.Function: inside its forward grad mode is off, and `ctx.needs_input_grad` only
+    says which inputs require gradients, also under torch.no_grad().
+    """
+    recording = torch.is_grad_enabled()
+    hidden, weight, bias = (recording and x is not None and x.requires_grad for x in head)
+    return hidden, weight, bias
+
+
 def open_slices(head: Head, group: ProcessGroup | None) -> Slices | None:
     return None if group is None else Slices.open(group, head.hidden, head.weight)
 

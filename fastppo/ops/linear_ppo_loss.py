@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
+from fastppo.ops.head import (
+    IGNORED,
+    Head,
+    Options,
+    needed_gradients,
+    open_head,
+    open_options,
+    open_slices,
+    open_targets,
+)
 from fastppo.ops.linear_kl import open_reference
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
@@ -111,7 +120,9 @@ def linear_ppo_loss(
     if options.backend == "reference":
         return _reference_loss(head, rows, ref, rollout, options, loss_options)
     names = reference.metric_names(has_kl=ref is not None or ref_logprobs is not None)
-    loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(*head, rows, ref, rollout, options, loss_options)
+    loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(
+        *head, rows, ref, rollout, options, loss_options, needed_gradients(head)
+    )
     return PPOLossOutput(loss, logprobs, entropy, dict(zip(names, metric_values, strict=True)))
 
 
@@ -143,9 +154,9 @@ class _LinearPPOLoss(torch.autograd.Function):
         rollout: Rollout,
         options: Options,
         loss_options: LossOptions,
+        needs: tuple[bool, bool, bool],
     ):
         head = Head(hidden, weight, bias)
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None)
         logprobs, entropy, kl, gradients = _statistics_and_gradients(
             head, targets, ref, rollout, options, loss_options, needs
         )
@@ -172,7 +183,7 @@ class _LinearPPOLoss(torch.autograd.Function):
                 )
             ctx.handed_over = True
         gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-        return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None)
+        return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None, None)
 
 
 def _statistics_and_gradients(
