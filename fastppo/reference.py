@@ -112,13 +112,18 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
     token: each token's own (PPO). sequence: the product over the sequence. sequence-geometric: its geometric mean
     (GSPO, Zheng et al., 2025, arXiv:2507.18071). The last two hold one value a sequence, repeated along it.
     """
+    return log_probability_ratio(logprobs, old_logprobs, mask, level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def log_probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
+    """The logarithm of `probability_ratio` before it is bounded."""
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     if level != "token":
         total = log_ratio.sum(-1, keepdim=True)
         if level == "sequence-geometric":
             total = total / mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = total.expand_as(log_ratio)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return log_ratio
 
 
 def aggregation_weights(mask: Tensor, loss_agg: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -24,16 +24,19 @@ from fastppo.ops.clipped_loss_gradient import clipped_loss_gradient
     estimator=st.sampled_from(["k1", "k2", "k3", "exact"]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     kl_coef=st.sampled_from([0.0, 0.3]),
+    spread=st.sampled_from([0.5, 60.0]),  # of the log-ratios; beyond 60 they are bounded
     seed=st.integers(0, 2**31),
 )
-def test_the_loss_derivative_by_hand_is_autograds(shape, level, agg, dual_clip, estimator, entropy_coef, kl_coef, seed):
+def test_the_loss_derivative_by_hand_is_autograds(
+    shape, level, agg, dual_clip, estimator, entropy_coef, kl_coef, spread, seed
+):
     g = torch.Generator().manual_seed(seed)
 
     def draw(scale=1.0):
         return torch.randn(shape, generator=g, dtype=torch.float64) * scale
 
     logprobs, entropy, kl = (draw().requires_grad_() for _ in range(3))
-    old, ref, advantages = logprobs.detach() + draw(0.5), logprobs.detach() + draw(0.5), draw()
+    old, ref, advantages = logprobs.detach() + draw(spread), logprobs.detach() + draw(spread), draw()
     mask = torch.rand(shape, generator=g) < 0.7
     options = {
         "clip_low": 0.2, "clip_high": 0.3, "dual_clip": dual_clip, "ratio_level": level, "kl_coef": kl_coef,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, probability_ratio
+from fastppo.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, log_probability_ratio
 
 
 class RowGradients(NamedTuple):
@@ -40,12 +40,11 @@ def clipped_loss_gradient(
 ) -> RowGradients:
     """All per-token tensors [..., T]; see `reference.clipped_loss` for the loss this differentiates."""
     weights = aggregation_weights(mask, loss_agg, logprobs.dtype)
-    ratio = probability_ratio(logprobs, old_logprobs, mask, ratio_level)
+    log_ratio = log_probability_ratio(logprobs, old_logprobs, mask, ratio_level)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     _, clipped, dual_clipped = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
-    d_ratio = (-weights * advantages).masked_fill(clipped | dual_clipped | ~mask, 0.0)
-
-    limit = torch.exp(torch.tensor(MAX_LOG_RATIO, dtype=ratio.dtype, device=ratio.device))
-    d_log_ratio = d_ratio * ratio.masked_fill((ratio >= limit) | (ratio <= 1 / limit), 0.0)
+    constant = clipped | dual_clipped | ~mask | (log_ratio.abs() > MAX_LOG_RATIO)
+    d_log_ratio = (-weights * advantages * ratio).masked_fill(constant, 0.0)
     if ratio_level != "token":
         # One ratio stands for the whole sequence: each of its tokens gets what all of them ask for.
         d_log_ratio = d_log_ratio.sum(-1, keepdim=True).expand_as(ratio) * mask
@@ -68,4 +67,4 @@ def _sampled_kl_derivative(log_ratio: Tensor, estimator: str) -> Tensor:
         return torch.ones_like(log_ratio)
     if estimator == "k2":
         return log_ratio
-    return -torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO))
+    return torch.where(log_ratio < -MAX_LOG_RATIO, 1.0, -torch.expm1(-log_ratio))

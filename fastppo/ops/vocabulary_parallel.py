@@ -42,7 +42,9 @@ class Slices(NamedTuple):
         rank = dist.get_rank(group)
         if rank < 0:
             raise ValueError("group: this process is not one of its ranks")
-        mine = torch.tensor([weight.shape[0], *hidden.shape], device=hidden.device)
+        sizes = (weight.shape[0], *hidden.shape)
+        # Filled on the device: a tensor of Python numbers would be a copy that waits for the work before it.
+        mine = torch.stack([torch.full((), n, dtype=torch.int64, device=hidden.device) for n in sizes])
         shares = gather(mine, group)  # [ranks, 1 + dims]
         if looks_at_values(shares) and (shares[:, 1:] != shares[:1, 1:]).any():
             raise ValueError(f"hidden: expected the same tokens on every rank of group, got {shares[:, 1:].tolist()}")
