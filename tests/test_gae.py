@@ -336,9 +336,11 @@ def test_compiles_whole(name):
         torch._dynamo.reset()
 
 
-def test_operator_is_declared_as_it_behaves():
-    r, v = torch.randn(2, 3, 33)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_operator_is_declared_as_it_behaves(dtype):
+    r, v = torch.randn(2, 3, 33).to(dtype)
     torch.library.opcheck(torch.ops.fastppo.gae, (r, v, r > 0, None, r[:, 0], None, 0.9, 0.9, True, None))
+    torch.library.opcheck(torch.ops.fastppo.gae, (r[:, :0], v[:, :0], None, None, None, None, 0.9, 0.9, False, None))
 
 
 R = torch.zeros(2, 5)
@@ -376,6 +378,7 @@ def poisoned(value, where, like=R):
         ((R, R), {"cu_seqlens": torch.tensor([0, 10])}, ValueError, "rewards"),
         ((PACKED, PACKED), {"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens"),
         ((PACKED, PACKED), {"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens"),
+        ((PACKED, PACKED), {"cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens"),
         ((PACKED, PACKED), {"cu_seqlens": torch.tensor([0, 4, 2, 5])}, ValueError, "cu_seqlens"),
         ((PACKED, PACKED), {"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, "cu_seqlens"),
         ((PACKED, PACKED), {"cu_seqlens": torch.tensor([], dtype=torch.long)}, ValueError, "cu_seqlens"),

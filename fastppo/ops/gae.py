@@ -61,9 +61,9 @@ def gae(
 
     Raises:
         TypeError: an argument that is no tensor, or has another dtype than it should.
-        ValueError: another shape or device; gamma or lam out of range; cu_seqlens that do not cut N tokens into
-            sequences; on CPU tensors, a reward, value or used bootstrap of a real token that is not finite, or
-            advantages that overflow.
+        ValueError: another shape or device; gamma or lam out of range; on CPU tensors, cu_seqlens that do not cut N
+            tokens into sequences, a reward, value or used bootstrap of a real token that is not finite, or advantages
+            that overflow. On a GPU these values are checked with FASTPPO_CHECK=1, since that waits for the device.
     """
     check_floating("rewards", rewards)
     device, shape = rewards.device, tuple(rewards.shape)
@@ -85,6 +85,8 @@ def gae(
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: expected [S + 1], got {tuple(cu_seqlens.shape)}")
         sequences = cu_seqlens.numel() - 1
+        if sequences == 0 and shape[0]:
+            raise ValueError(f"cu_seqlens: expected to run from 0 to {shape[0]} (tokens in rewards), got no sequence")
     if mask is not None:
         mask = check_mask(mask, rewards)
     if dones is not None:
@@ -93,9 +95,11 @@ def gae(
         check_floating("bootstrap", bootstrap, device)
         check_shape("bootstrap", bootstrap, (sequences,), "one for each sequence")
 
-    dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
-    rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
-    bootstrap = None if bootstrap is None else bootstrap.detach().to(dtype)
+    rewards, values = rewards.detach(), values.detach()
+    if bootstrap is not None:
+        bootstrap = bootstrap.detach()
+        if bootstrap.dtype == torch.float64:
+            bootstrap = bootstrap.to(_output_dtype(rewards, values))
     return GAEOutput(
         *_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, float(gamma), float(lam), whiten, backend)
     )
@@ -115,24 +119,23 @@ def _gae(
     whiten: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = select("gae", rewards.device, rewards.dtype, backend)
-    if cu_seqlens is not None:
+    dtype = _output_dtype(rewards, values)
+    chosen = select("gae", rewards.device, dtype, backend)
+    if cu_seqlens is not None and looks_at_values(cu_seqlens):
         _check_cu_seqlens(cu_seqlens, rewards.numel())
-    advantages = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
-    returns = torch.empty_like(advantages)
+    advantages, returns = (torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2))
     if rewards.numel() == 0:
         return advantages, returns
-    if chosen == "triton":
-        longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
-        out = triton_kernels.gae.gae(
-            rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, longest, whiten=whiten
-        )
-        advantages, returns = out.advantages, out.returns
-        finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
-    elif chosen == "cpu":
-        finite = _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns)
+    if chosen != "triton":  # the kernels read every dtype as it is
+        rewards, values, bootstrap = (None if x is None else x.to(dtype) for x in (rewards, values, bootstrap))
+    arguments = (rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam)
+    if chosen == "cpu":
+        finite = _cpu(*arguments, advantages, returns)
     else:
-        advantages, returns = _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam)
+        if chosen == "triton":
+            advantages, returns = triton_kernels.gae.gae(*arguments, whiten=whiten)
+        else:
+            advantages, returns = _reference(*arguments)
         finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
     if not finite:
         raise ValueError(_what_is_not_finite(rewards, values, mask, bootstrap))
@@ -142,8 +145,13 @@ def _gae(
 
 
 @_gae.register_fake
-def _(rewards, *_arguments):
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+def _(rewards, values, *_arguments):
+    dtype = _output_dtype(rewards, values)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+def _output_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
 
 
 def _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns) -> bool:
@@ -212,4 +220,4 @@ def _what_is_not_finite(rewards: Tensor, values: Tensor, mask: Tensor | None, bo
         if bad.any():
             where = tuple(bad.nonzero()[0].tolist())
             return f"{name}: expected finite values at real tokens, got {tensor[where].item()} at {where}"
-    return f"rewards, values: too great, the advantages overflow {rewards.dtype}"
+    return f"rewards, values: too great, the advantages overflow {_output_dtype(rewards, values)}"

@@ -158,7 +158,7 @@ def _statistics(
     """
     transform = LogitTransform(temperature, logit_scale, softcap)
     if backend == "triton":
-        return [x.clone() for x in triton_kernels.selective.statistics(logits, ref_logits, targets, *transform)]
+        return triton_kernels.selective.statistics(logits, ref_logits, targets, *transform)
     out = reference.upcast(logits.new_zeros(0)).new_zeros(4 if ref_logits is None else 8, targets.numel())
     if ref_logits is None and _in_cpp(logits, backend):
         rows = (targets >= 0).nonzero().squeeze(-1)

@@ -1,12 +1,231 @@
-"""Statistics and gradients from logits that are already there: the two kernels behind `selective_logprob`."""
+"""Log-probability, entropy and logsumexp from logits that are already there, and their gradient.
+
+    statistics   logits [N, V]  (and a reference model's)
+                     ->  logprobs, entropy, row_max, log_sum  (and kl, kl_center, ref_row_max, ref_log_sum)  [N] float32
+    vjp_into     logits, these and a few scalars a row  ->  ∂logits [N, V] in the logits' dtype, over them on request
+
+        ∂z = p (a + b log p) + c [v = target] + d_kl · p (log p − log q − KL), then the transform's derivative
+
+with a = d_logsumexp − d_logprobs − d_entropy · entropy, b = −d_entropy, c = d_logprobs, and kl = Σ p (log p − log q),
+from one sum of the differences of the two models' logits: the difference of two large sums would lose a small
+divergence in rounding.
+
+Bytes: the statistics read N · V logits once, of either model, and write 16 N, or 32 N; the gradient reads them again
+and writes N · V. Rows without a target, or whose gradient is 0, are not read. FLOPs a logit: about 8, with a reference
+18; the gradient 12, with a reference 20.
+
+Tiling: the statistics give a program a row, BLOCK columns at a time. The online softmax is kept a lane, that is for
+each 16 bytes of logits that one thread loads together: a maximum and sums of its own, merged once at the end of the
+row. The loop then has no reduction across threads, one exponential a logit and one a lane for rescaling; with a maximum
+for each column, two a logit would keep the exponential units as busy as the memory. The gradient gives a program BLOCK
+columns of a row, which no other program reads or writes.
+
+Rows need not be aligned (V = 50,257 in bfloat16 starts every other row at an odd address of 2 bytes). Tiles therefore
+start at the last 16-byte boundary before the row, so that all but the first and the last tile of a row are loaded and
+stored 16 bytes a thread. Those two, guarded a column, go one element a thread: the same sectors of memory by more
+instructions. So do all tiles of a tensor that is aligned otherwise than the logits, such as a contiguous gradient of
+logits whose rows lie further apart. Rows of fewer than BLOCK columns are a single, guarded tile.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.selective_gradient import selective_gradient
-from fastppo_kernels.selective_statistics import selective_statistics
-from fastppo_kernels.tile import transform_factors
+from fastppo_kernels.configs import ELEMENTWISE
+from fastppo_kernels.launch import launch
+from fastppo_kernels.tile import (
+    LOWEST,
+    below,
+    exp,
+    log,
+    logprob_and_entropy,
+    raise_max,
+    transform,
+    transform_factors,
+    transform_gradient,
+)
+
+
+@triton.jit
+def lead(row):
+    """Elements from the 16-byte boundary before this pointer to it."""
+    return (row.to(tl.int64) % 16 // (row.dtype.element_ty.primitive_bitwidth // 8)).to(tl.int32)
+
+
+@triton.jit
+def wide(row, first, vocab, BLOCK: tl.constexpr):
+    """Whether the tile of columns first … first + BLOCK − 1 lies within the row and starts at a 16-byte boundary."""
+    return (first >= 0) & (first + BLOCK <= vocab) & ((row + first).to(tl.int64) % 16 == 0)
+
+
+@triton.jit
+def load_tile(row, first, lane, vocab, BLOCK: tl.constexpr):
+    """row[first + lane] in float32, 0 outside the row; lane: 0 … BLOCK − 1, in any shape."""
+    if wide(row, first, vocab, BLOCK):
+        x = tl.load(tl.multiple_of(row + first, 16) + lane)
+    else:
+        x = tl.load(row + first + lane, mask=(first + lane >= 0) & (first + lane < vocab), other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_tile(row, first, lane, value, vocab, BLOCK: tl.constexpr):
+    value = value.to(row.dtype.element_ty)
+    if wide(row, first, vocab, BLOCK):
+        tl.store(tl.multiple_of(row + first, 16) + lane, value)
+    else:
+        tl.store(row + first + lane, value, mask=(first + lane >= 0) & (first + lane < vocab))
+
+
+@triton.jit
+def load_logits(row, first, lane, vocab, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Transformed logits of a tile, −inf outside the row."""
+    z = transform(load_tile(row, first, lane, vocab, BLOCK), inner, outer, SOFTCAP)
+    return tl.where((first + lane >= 0) & (first + lane < vocab), z, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["vocab", "stride", "ref_stride"])
+def selective_statistics_kernel(
+    logits,  # [N, V]
+    ref_logits,  # [N, V] or None
+    targets,  # [N] int64, negative: no target
+    logprobs,  # this and the following: [N] float32
+    entropy,
+    row_max,
+    log_sum,
+    kl,  # this and the following: None without a reference
+    kl_center,
+    ref_row_max,
+    ref_log_sum,
+    vocab,
+    stride,
+    ref_stride,
+    max_entropy,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + n)
+    if target < 0:
+        tl.store(logprobs + n, 0.0)
+        tl.store(entropy + n, 0.0)
+        tl.store(row_max + n, 0.0)
+        tl.store(log_sum + n, 0.0)
+        if ref_logits is not None:
+            tl.store(kl + n, 0.0)
+            tl.store(kl_center + n, 0.0)
+            tl.store(ref_row_max + n, 0.0)
+            tl.store(ref_log_sum + n, 0.0)
+        return
+    row = logits + n * stride
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // WIDTH
+    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    high = tl.full((LANES,), LOWEST, dtype=tl.float32)
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    weighted = tl.zeros((LANES,), dtype=tl.float32)
+    if ref_logits is not None:
+        ref_row = ref_logits + n * ref_stride
+        ref_high = tl.full((LANES,), LOWEST, dtype=tl.float32)
+        ref_total = tl.zeros((LANES,), dtype=tl.float32)
+        difference = tl.zeros((LANES,), dtype=tl.float32)
+    for first in range(-lead(row), vocab, BLOCK):
+        high, shift, z = raise_max(high, load_logits(row, first, lane, vocab, inner, outer, SOFTCAP, BLOCK), 1)
+        e, scale = exp(z), exp(shift)
+        if ref_logits is not None:
+            ref_z = load_logits(ref_row, first, lane, vocab, inner, outer, SOFTCAP, BLOCK)
+            ref_high, ref_shift, ref_z = raise_max(ref_high, ref_z, 1)
+            difference = (difference + total * (shift - ref_shift)) * scale + tl.sum(e * (z - ref_z), 1)
+            ref_total = ref_total * exp(ref_shift) + tl.sum(exp(ref_z), 1)
+        weighted = (weighted + total * shift) * scale + tl.sum(e * z, 1)
+        total = total * scale + tl.sum(e, 1)
+    greatest = tl.max(high, 0)
+    shift = below(high, greatest)
+    scale = exp(shift)
+    weighted_sum = tl.sum((weighted + total * shift) * scale, 0)
+    total_sum = tl.sum(total * scale, 0)
+    # A target outside the vocabulary must not pass for a probability, nor be read.
+    taken = tl.load(row + target, mask=target < vocab, other=float("nan")).to(tl.float32)
+    taken = transform(taken, inner, outer, SOFTCAP)
+    logprob, row_entropy, log_total = logprob_and_entropy(taken, greatest, total_sum, weighted_sum, max_entropy)
+    tl.store(logprobs + n, logprob)
+    tl.store(entropy + n, row_entropy)
+    tl.store(row_max + n, greatest)
+    tl.store(log_sum + n, log_total)
+    if ref_logits is not None:
+        ref_greatest = tl.max(ref_high, 0)
+        ref_shift = below(ref_high, ref_greatest)
+        ref_log_total = log(tl.sum(ref_total * exp(ref_shift), 0))
+        difference_sum = tl.sum((difference + total * (shift - ref_shift)) * scale, 0)
+        center = difference_sum / total_sum - log_total + ref_log_total
+        tl.store(kl + n, tl.where(center < 0.0, 0.0, center))
+        tl.store(kl_center + n, center)
+        tl.store(ref_row_max + n, ref_greatest)
+        tl.store(ref_log_sum + n, ref_log_total)
+
+
+@triton.jit(do_not_specialize=["vocab", "stride", "ref_stride", "out_stride"])
+def selective_gradient_kernel(
+    logits,  # [N, V]
+    ref_logits,  # [N, V] or None
+    targets,  # [N] int64, negative: no target
+    entropy,  # this and the following: [N] float32
+    row_max,
+    log_sum,
+    kl_center,  # this and the following: None without a reference
+    ref_row_max,
+    ref_log_sum,
+    d_logprobs,  # [N] float32 or None, and the following
+    d_entropy,
+    d_logsumexp,
+    d_kl,
+    out,  # [N, V], may be the logits
+    vocab,
+    stride,
+    ref_stride,
+    out_stride,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    row, out_row = logits + n * stride, out + n * out_stride
+    first = tl.program_id(1) * BLOCK - lead(row)
+    if first >= vocab:  # the grid allows for the greatest lead
+        return
+    lane = tl.arange(0, BLOCK)
+    target = tl.load(targets + n).to(tl.int32)
+    a, b, c, k = 0.0, 0.0, 0.0, 0.0
+    if d_logprobs is not None:
+        c += tl.load(d_logprobs + n)
+    if d_entropy is not None:
+        b -= tl.load(d_entropy + n)
+    if d_logsumexp is not None:
+        a += tl.load(d_logsumexp + n)
+    if ref_logits is not None:
+        k += tl.load(d_kl + n)
+    if (target < 0) | ((a == 0.0) & (b == 0.0) & (c == 0.0) & (k == 0.0)):
+        store_tile(out_row, first, lane, tl.zeros((BLOCK,), dtype=tl.float32), vocab, BLOCK)
+        return
+    a = a - c + b * tl.load(entropy + n)
+    z = transform(load_tile(row, first, lane, vocab, BLOCK), inner, outer, SOFTCAP)
+    log_p = below(z - tl.load(row_max + n), tl.load(log_sum + n))
+    factor = a + b * log_p
+    if ref_logits is not None:
+        ref_row = ref_logits + n * ref_stride
+        ref_z = transform(load_tile(ref_row, first, lane, vocab, BLOCK), inner, outer, SOFTCAP)
+        log_q = below(ref_z - tl.load(ref_row_max + n), tl.load(ref_log_sum + n))
+        factor += k * (log_p - log_q - tl.load(kl_center + n))
+    dz = exp(log_p) * factor + tl.where(first + lane == target, c, 0.0)
+    store_tile(out_row, first, lane, transform_gradient(dz, z, inner, outer, SOFTCAP), vocab, BLOCK)
 
 
 def statistics(
@@ -19,10 +238,31 @@ def statistics(
 ) -> list[Tensor]:
     """logits [N, V], targets [N] int64 -> logprobs, entropy, row_max, log_sum [N] float32; zeros where target < 0.
 
-    With ref_logits [N, V] also kl(p ‖ q), kl_center, ref_row_max, ref_log_sum.
+    With ref_logits [N, V] also kl(p ‖ q), kl_center, ref_row_max, ref_log_sum. Logits are float32, bfloat16 or float16.
     """
-    factors = transform_factors(temperature, logit_scale, softcap)
-    return list(selective_statistics(_rows(logits), _rows(ref_logits), targets.contiguous(), **factors).unbind(0))
+    logits, ref_logits = _rows(logits), _rows(ref_logits)
+    num_rows, vocab = logits.shape
+    out = [
+        torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(4 if ref_logits is None else 8)
+    ]
+    config = ELEMENTWISE["selective_statistics" if ref_logits is None else "selective_statistics_kl"]
+    launch(
+        selective_statistics_kernel,
+        (num_rows,),
+        logits,
+        ref_logits,
+        targets.contiguous(),
+        *out,
+        *[None] * (8 - len(out)),
+        vocab,
+        logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
+        max_entropy=math.log(vocab),
+        **transform_factors(temperature, logit_scale, softcap),
+        BLOCK=_block(vocab, config.block),
+        num_warps=config.warps,
+    )
+    return out
 
 
 def vjp_into(
@@ -45,11 +285,37 @@ def vjp_into(
         saved: what `statistics` returned for the same arguments.
         d_logprobs, d_entropy, d_logsumexp, d_kl: upstream scalars [N], or None where that term is absent.
     """
-    upstream = tuple(None if g is None else g.float().contiguous() for g in (d_logprobs, d_entropy, d_logsumexp, d_kl))
-    factors = transform_factors(temperature, logit_scale, softcap)
-    reference = None if d_kl is None else _rows(ref_logits)
-    selective_gradient(_rows(logits), reference, targets.contiguous(), saved, upstream, out, **factors)
+    upstream = (None if g is None else g.float().contiguous() for g in (d_logprobs, d_entropy, d_logsumexp, d_kl))
+    logits, ref_logits = _rows(logits), None if d_kl is None else _rows(ref_logits)
+    num_rows, vocab = logits.shape
+    config = ELEMENTWISE["selective_gradient"]
+    block = _block(vocab, config.block)
+    greatest_lead = 16 // logits.element_size() - 1
+    launch(
+        selective_gradient_kernel,
+        (num_rows, triton.cdiv(greatest_lead + vocab, block)),
+        logits,
+        ref_logits,
+        targets.contiguous(),
+        *saved[1:4],
+        *((None, None, None) if ref_logits is None else saved[5:8]),
+        *upstream,
+        out,
+        vocab,
+        logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
+        out.stride(0),
+        **transform_factors(temperature, logit_scale, softcap),
+        BLOCK=block,
+        num_warps=config.warps,
+    )
+
+
+def _block(vocab: int, greatest: int) -> int:
+    """Columns a program: a power of two, at least what a warp loads at a time, so that few sizes are ever compiled."""
+    return min(greatest, max(128, triton.next_power_of_2(vocab)))
 
 
 def _rows(logits: Tensor | None) -> Tensor | None:
+    """With a contiguous last dimension; of one column only, its stride says nothing."""
     return logits if logits is None or logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()

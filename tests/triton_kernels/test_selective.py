@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import host_waits
 import oracle
 import pytest
 import torch
+from fastppo_kernels import selective as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +16,10 @@ from fastppo.ops import selective_logprob as ops
 TRANSFORMS = [{}, {"logit_scale": 0.3, "temperature": 1.3}, {"softcap": 3.0, "logit_scale": 2.0, "temperature": 0.5}]
 
 
-def check(device, n, v, transform, masked, *, dtype=torch.float32, inplace=False, zeroed=0.3, tolerance=2e-5):
+def check(
+    device, n, v, transform, masked, *, dtype=torch.float32, inplace=False, zeroed=0.3, tolerance=2e-5, wrap=lambda x: x
+):
+    """wrap: lays the logits out in memory in another way."""
     logits = (4 * torch.randn(n, v)).to(device, dtype)
     targets = torch.randint(0, v, (n,), device=device)
     targets[torch.rand(n) < masked] = -7
@@ -22,7 +27,7 @@ def check(device, n, v, transform, masked, *, dtype=torch.float32, inplace=False
     upstream[:, torch.rand(n) < zeroed] = 0
     leaf = logits.clone().requires_grad_()
     out = fastppo.selective_logprob(
-        leaf * 1.0, targets, ignore_index=-7, return_entropy=True, inplace_backward=inplace, backend="triton",
+        wrap(leaf * 1.0), targets, ignore_index=-7, return_entropy=True, inplace_backward=inplace, backend="triton",
         **transform,
     )  # fmt: skip
     sum((g * o).sum() for g, o in zip(upstream, out, strict=True)).backward()
@@ -55,7 +60,107 @@ def test_low_precision_logits(device, dtype, tolerance):
     check(device, 17, 301, {}, 0.2, dtype=dtype, tolerance=tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+def in_a_buffer(stride, offset):
+    """A view of the same numbers whose rows are `stride` elements apart, from `offset` on, with NaN between them."""
+
+    def wrap(x):
+        buffer = x.new_full((offset + x.shape[0] * stride,), float("nan"))
+        view = buffer.as_strided(x.shape, (stride, 1), offset)
+        view.copy_(x)
+        return view
+
+    return wrap
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So that a row of a few hundred columns has tiles within it, as one of 50,257 has."""
+    for name in ("selective_statistics", "selective_statistics_kl", "selective_gradient"):
+        monkeypatch.setitem(kernels.ELEMENTWISE, name, kernels.ELEMENTWISE[name]._replace(block=128))
+
+
+@pytest.mark.parametrize(("stride", "offset"), [(603, 0), (611, 0), (616, 0), (613, 3), (608, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_at_any_address(device, small_tiles, stride, offset, dtype):
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    check(device, 9, 603, {}, 0.2, dtype=dtype, tolerance=tolerance, wrap=in_a_buffer(stride, offset))
+    check(device, 7, 203, {}, 0.2, dtype=dtype, tolerance=tolerance, wrap=in_a_buffer(stride, offset))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ref_dtype", [torch.float32, torch.float16])
+def test_a_reference_and_a_gradient_aligned_otherwise(device, small_tiles, dtype, ref_dtype):
+    n, v = 5, 403
+    logits, ref_logits = torch.randn(n, v).to(dtype), torch.randn(n, v).to(ref_dtype)
+    targets, upstream = torch.randint(0, v, (n,)), torch.randn(4, n)
+    exact = logits.double().requires_grad_()
+    rows = [oracle.row(exact[i], targets[i]) for i in range(n)]
+    kl = torch.stack([oracle.divergence(exact[i], ref_logits[i].double(), "reverse") for i in range(n)])
+    values = (*(torch.stack([r[k] for r in rows]) for k in range(3)), kl)
+    sum((g.double() * x).sum() for g, x in zip(upstream, values, strict=True)).backward()
+
+    z, ref_z = (in_a_buffer(s, o)(x.to(device)) for s, o, x in ((405, 1, logits), (410, 0, ref_logits)))
+    out = in_a_buffer(403, 2)(torch.zeros_like(logits).to(device))
+    transform = (1.0, 1.0, None)
+    saved = kernels.statistics(z, ref_z, targets.to(device), *transform)
+    kernels.vjp_into(out, z, ref_z, targets.to(device), saved, *upstream.to(device), *transform)
+    for got, want in zip((saved[0], saved[1], saved[2] + saved[3], saved[4]), values, strict=True):
+        torch.testing.assert_close(got.double().cpu(), want.detach(), atol=2e-5, rtol=2e-5)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(out.double().cpu(), exact.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_a_gradient_in_place_leaves_what_lies_between_rows(device, small_tiles):
+    logits, targets = torch.randn(6, 403, device=device), torch.randint(0, 403, (6,), device=device)
+    targets[2] = -1
+    view = in_a_buffer(407, 1)(logits)
+    buffer = view.as_strided((1 + 6 * 407,), (1,), 0)
+    saved = kernels.statistics(view, None, targets, 1.0, 1.0, None)
+    kernels.vjp_into(view, view, None, targets, saved, torch.ones(6, device=device), None, None, None, 1.0, 1.0, None)
+    inside = torch.zeros_like(buffer, dtype=torch.bool)
+    inside.as_strided((6, 403), (407, 1), 1).fill_(True)
+    assert torch.equal(buffer.isnan(), ~inside)
+    want = torch.nn.functional.one_hot(targets.clamp(min=0), 403) - logits.softmax(1)
+    torch.testing.assert_close(view, want.masked_fill(targets.unsqueeze(1) < 0, 0.0), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_beyond_two_to_the_31_elements(device):
+    """Only the pages that hold the three rows are ever touched."""
+    stride = 2**30 + 3
+    try:
+        buffer = torch.empty(2 * stride + 203, dtype=torch.float16, device=device)
+    except RuntimeError:
+        pytest.skip("no address space for 4 GiB")
+    logits, targets = torch.randn(3, 203).half(), torch.randint(0, 203, (3,), device=device)
+    view = buffer.as_strided((3, 203), (stride, 1))
+    view.copy_(logits)
+    ones = torch.ones(3, device=device)
+    got, want = (kernels.statistics(x, None, targets, 1.0, 1.0, None) for x in (view, logits.to(device)))
+    assert all(map(torch.equal, got, want))
+    out = torch.empty(3, 203, dtype=torch.float16, device=device)
+    kernels.vjp_into(out, logits.to(device), None, targets, want, ones, ones, None, None, 1.0, 1.0, None)
+    kernels.vjp_into(view, view, None, targets, got, ones, ones, None, None, 1.0, 1.0, None)
+    assert torch.equal(view, out)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_host_never_waits(device, inplace):
+    logits = torch.randn(7, 203, device=device, requires_grad=True)
+    targets = torch.randint(0, 203, (7,), device=device)
+
+    def run():
+        out = fastppo.selective_logprob(
+            logits * 1.0, targets, return_entropy=True, inplace_backward=inplace, backend="triton"
+        )
+        (out.logprobs + out.entropy).sum().backward()
+
+    if device.type == "cuda":
+        run()  # compiles
+    with host_waits.no_host_waits(device):
+        run()
+
+
+@settings(max_examples=10, deadline=None)
 @given(
     n=st.integers(0, 20),
     v=st.integers(1, 70),
@@ -189,3 +294,22 @@ def test_the_divergence_counts_the_whole_distance_to_a_model_that_all_but_exclud
         rounded = [x[:, order].to(device, torch.float32) for x in (logits, far)]
         kl = ops.triton_kernels.selective.statistics(*rounded, targets, 1.0, 1.0, None)[4]
         torch.testing.assert_close(kl.double().cpu(), want, atol=0, rtol=1e-4)
+
+
+def test_a_nan_is_not_hidden(device):
+    logits = torch.randn(3, 50, device=device)
+    logits[1, 7] = float("nan")
+    targets = torch.tensor([4, 5, 6], device=device)
+    for reference in (None, torch.randn(3, 50, device=device)):
+        logprobs, entropy, _, _, *rest = kernels.statistics(logits, reference, targets, 1.0, 1.0, None)
+        for result in (logprobs, entropy, *rest[:1]):
+            assert result.isnan().tolist() == [False, True, False]
+
+
+def test_a_target_outside_the_vocabulary_gives_nan_and_is_not_read(device):
+    """On a GPU nobody looks at targets beforehand."""
+    logits = torch.randn(2, 100, device=device)[:, :50]
+    targets = torch.tensor([50, 3], device=device)
+    logprobs = kernels.statistics(logits, None, targets, 1.0, 1.0, None)[0]
+    assert logprobs[0].isnan()
+    assert torch.isfinite(logprobs[1])
