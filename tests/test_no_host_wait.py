@@ -140,7 +140,7 @@ def test_linear_ppo_loss(options, backend, dtype, masked, scaled):
         assert len(out.metrics) >= 7
     gradients = [hidden.grad, weight.grad, *([bias.grad] if masked else [])]
     assert all(g is not None for g in gradients)
-    assert len(scaled) == len(gradients)
+    assert len(scaled) == (len(gradients) if backend == "triton" else 0)
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])

@@ -164,6 +164,18 @@ def test_scratch_budget_is_checked_and_restored(monkeypatch):
         pass
 
 
+def test_on_a_gpu_the_scratch_is_a_share_of_its_memory(monkeypatch):
+    from types import SimpleNamespace
+
+    from fastppo.ops.budget import scratch_bytes
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    assert scratch_bytes(torch.device("cuda")) == 5 * 2**30
+    assert scratch_bytes(torch.device("xpu")) == 256 * 2**20
+    with fastppo.scratch_budget(123):
+        assert scratch_bytes(torch.device("cuda")) == 123
+
+
 def test_the_value_clip_fraction_leaves_out_what_is_within_the_range():
     """old + (v - old) is not v to the last bit: nothing may count as clipped for that."""
     values = torch.randn(40, 50)

@@ -1,4 +1,4 @@
-"""A model's layers run by others that compute the same, for the length of one pass."""
+"""Swap a model's layers for CPU kernels that compute the same, during one pass."""
 
 from __future__ import annotations
 

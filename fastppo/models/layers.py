@@ -51,7 +51,7 @@ def dense(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
         weights: [N_g, K] float32 or bfloat16; biases: [N_g] or None.
 
     Returns:
-        [..., N_g] bfloat16. Gradients are in the dtypes of what was given, and come once: they have no gradients.
+        [..., N_g] bfloat16. Gradients are in the dtypes of the arguments; first-order only, double backward raises.
     """
     return _Dense.apply(x, *weights, *biases)
 

@@ -7,8 +7,8 @@
                 z recomputed, turned into ∂z in place, then ∂W[tile] += ∂zᵀ h  and  ∂h += ∂z W[tile]
 
 Cost: 2NDV FLOPs for pass 1 and 6NDV for pass 2. Memory: tiles that fit `budget` bytes; beyond them a copy of the rows
-that contribute and ∂h in float32, [N, D] each. Rows that
-cannot contribute are left out of both passes: ignored targets of the first, rows with zero upstream of the second.
+that contribute and ∂h in float32, [N, D] each. Rows that cannot contribute are left out of both passes: ignored targets
+of the first, rows with zero upstream of the second.
 
 Both passes are custom operators, opaque to torch.compile, since which rows are left out depends on the data. On an
 accelerator the host waits for that, once a pass and once a tile.

@@ -81,7 +81,9 @@ def linear_ppo_loss(
         targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked.
         old_logprobs: [..., T]: log-probabilities under the policy that sampled the tokens (not the reference).
         advantages: [..., T], a constant of the loss.
-        mask: [..., T] bool, True for a sampled token; padding costs nothing and may hold anything.
+        mask: [..., T] bool, True for a sampled token; padding may hold anything. It costs nothing, but for
+            backend="triton", where it takes part in two of the three products as zeros: the host then need not wait
+            to learn how many tokens there are.
         clip_low, clip_high, dual_clip: the ratio's clip range, and the bound on −r A / |A| where A < 0.
         ratio_level: token, sequence (product over the sequence) or sequence-geometric (its geometric mean).
         ref_logprobs: [..., T]: log-probabilities under the reference, for kl_estimator k1, k2, k3.
@@ -166,7 +168,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
         if gradients is not None:
             ctx.save_for_backward(*gradients)
-        ctx.needs, ctx.handed_over = needs, False
+        ctx.needs, ctx.handed_over, ctx.backend = needs, False, options.backend
         outputs = (
             logprobs.clone(),
             entropy.clone(),
@@ -186,7 +188,15 @@ class _LinearPPOLoss(torch.autograd.Function):
                 )
             ctx.handed_over = True
         gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-        return (*(None if g is None else _scale(g, d_loss) for g in gradients), None, None, None, None, None, None)
+        return (
+            *(None if g is None else _scale(g, d_loss, ctx.backend) for g in gradients),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _statistics_and_gradients(
@@ -228,7 +238,7 @@ def _statistics_and_gradients(
     return logprobs, entropy, kl, (d_hidden, store[0], d_bias)
 
 
-def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
+def _scale(gradient: Tensor, d_loss: Tensor, backend: str) -> Tensor:
     """gradient · d_loss in the gradient's own memory: a second [V, D] tensor may not fit where the first one did.
 
     The product is taken in d_loss's own precision, at least float32, and rounded once. Rounded to bfloat16 beforehand,
@@ -238,7 +248,7 @@ def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
         return (gradient.to(d_loss.dtype) * d_loss).to(gradient.dtype)
     if looks_at_values(d_loss) and d_loss.item() == 1.0:
         return gradient
-    if triton_kernels.why_unusable(gradient.device, gradient.dtype) is None:
+    if backend == "triton":
         return triton_kernels.scale.scale_(gradient, d_loss)
     for part in gradient.view(-1).split(max(1, scratch_bytes(gradient.device) // d_loss.element_size())):
         part.copy_(part.to(d_loss.dtype) * d_loss)

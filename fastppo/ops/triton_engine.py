@@ -1,8 +1,8 @@
 """The Triton engine: what `fastppo.ops.chunked` computes, by the kernels of kernels/fastppo_kernels.
 
 The operators have the signatures of `chunked.statistics` and `chunked.vjp`, where the arguments are explained. Which
-rows contribute is decided on the device; the host learns their number while the device works, never under CUDA graph
-capture.
+rows contribute is decided on the device, and the host never asks: a step runs ahead of the device, and a CUDA graph can
+capture it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def statistics(
         logit_scale,
         softcap,
         compute_dtype,
+        budget,
     )
     return [x.clone() for x in out]  # a custom operator's outputs may not share memory
 
@@ -136,8 +137,8 @@ def loss_with_gradients(
     """The statistics of a loss's rows and its gradients, by the tiling that the cost model prefers.
 
     Whole rows (6NDV) where they fit the budget and are expected to be faster; else tiles of the vocabulary (8NDV), as
-    for every loss with a reference model. Where one ratio stands for a sequence its rows stay together, so a sequence
-    that does not fit the budget goes by tiles of the vocabulary too.
+    for float16, very flat distributions, and every loss with a reference model. Where one ratio stands for a sequence
+    its rows stay together, so a sequence that does not fit the budget goes by tiles of the vocabulary too.
 
     Args:
         mask … ref_logprobs: the fields of `Rollout`; clip_low … loss_agg: those of `LossOptions`. The others: see
@@ -156,23 +157,25 @@ def loss_with_gradients(
         gradients = rollout.loss_gradient(logprobs.view(mask.shape), options)
         return [None if g is None else g.reshape(-1) for g in gradients]
 
-    linear = triton_kernels.linear
     if not kl_kind and targets.numel():
-        unit = linear.ROW_MULTIPLE if ratio_level == "token" else mask.shape[-1]
-        tiling = linear.choose_tiling(hidden, weight, unit, compute_dtype, budget)
+        unit = 1 if ratio_level == "token" else mask.shape[-1]
+        tiling = triton_kernels.loss.choose_tiling(
+            hidden, weight, unit, *transform, compute_dtype, budget, with_entropy=entropy_coef != 0.0
+        )
         if tiling.whole:
-            saved, *gradients = linear.row_chunks(
+            saved, *gradients = triton_kernels.loss.loss_by_rows(
                 *head,
                 targets,
                 lambda saved, span: [None if g is None else g[span] for g in row_scalars(saved[0])[:2]],
                 *transform,
                 compute_dtype,
                 tiling.rows,
-                unit,
+                budget,
                 *needs,
             )
             return [*(x.clone() for x in saved), *gradients]
-    saved = linear.statistics(*head, targets, *reference, kl_kind, *transform, compute_dtype)
+    linear = triton_kernels.linear
+    saved = linear.statistics(*head, targets, *reference, kl_kind, *transform, compute_dtype, budget)
     d_logprobs, d_entropy, d_kl = row_scalars(saved[0])
     gradients = linear.vjp(
         *head, targets, *reference, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *transform, compute_dtype,

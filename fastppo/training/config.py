@@ -176,7 +176,7 @@ class CriticConfig(AlgorithmConfig):
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
     cliprange_value: PositiveFloat | None = None
-    """How far a value may move from the one at sampling time before its loss stops to fall."""
+    """Clip range around the value predicted at rollout time."""
 
 
 @dataclass(config=_STRICT)
@@ -257,7 +257,7 @@ class NPGConfig(AlgorithmConfig):
     lam: UnitFloat = 0.95
     """GAE's weight of longer returns (Schulman et al., 2016)."""
     cliprange_value: PositiveFloat | None = None
-    """How far a value may move from the one at sampling time before its loss stops to fall."""
+    """Clip range around the value predicted at rollout time."""
 
 
 @dataclass(config=_STRICT)
@@ -289,7 +289,7 @@ class CPIConfig(AlgorithmConfig):
     lam: UnitFloat = 0.95
     """GAE's weight of longer returns (Schulman et al., 2016)."""
     cliprange_value: PositiveFloat | None = None
-    """How far a value may move from the one at sampling time before its loss stops to fall."""
+    """Clip range around the value predicted at rollout time."""
 
 
 @dataclass(config=_STRICT)

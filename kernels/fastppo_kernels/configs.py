@@ -1,11 +1,9 @@
 """Tile sizes, pipeline depths and warps: data, apart from the kernels, each proved by `python -m fastppo_kernels.aot`.
 
 GEMM is looked up by kernel, architecture and precision. Architectures: sm_80 also serves sm_86, sm_89 and sm_120, whose
-shared memory is 99 KiB, so its entries stay below that; sm_90 and sm_100 have 227 KiB; gfx942 (MI300) has 64 KiB and
-gfx950 (MI350) 160 KiB. `odd` serves hidden sizes that are no multiple of 16 on every chip: rows are then not aligned,
-and loads are narrow. `interpreter` is Triton's CPU interpreter. Precisions: `half` is bfloat16 and float16; `mixed` is
-a float32 weight that is cast to half on its way to the tensor cores (autocast); `tf32` and `ieee` are float32 by
-request and by default. Where there is an entry `… capped`, it serves logits with a softcap, whose tanh needs registers.
+shared memory is 99 KiB, so its entries stay below that; sm_90 and sm_100 have 227 KiB. `interpreter` is Triton's CPU
+interpreter. Precisions: `half` is bfloat16 and float16; `tf32` and `ieee` are float32 by request and by default. Where
+there is an entry `… capped`, it serves logits with a softcap, whose tanh needs registers.
 
 `python -m fastppo_kernels.tune` measures alternatives on the chip at hand; what it writes is read back from the file
 that FASTPPO_TUNED names, in place of the entries here.
@@ -15,11 +13,10 @@ from typing import NamedTuple
 
 
 class Gemm(NamedTuple):
-    """block_m rows × block_n vocabulary columns, block_k of the hidden size at a time; group_m row blocks share L2.
+    """block_m × block_n of the output a tile, block_k of the inner size at a time; group_m row blocks share L2.
 
-    tma: operands that allow it come through TMA descriptors. compact: the statistics first bring their rows together
-    (N · D of memory), so that both operands do. specialize: producer and consumer warps are split, which needs that.
-    flatten: the loops over columns and hidden size become one, so that the pipeline never drains between tiles.
+    specialize: a producer warp loads while two warp groups multiply (sm_90, 4 warps). per_processor: programs a
+    processor, each of which takes tile after tile; 0 gives every tile a program of its own.
     """
 
     block_m: int
@@ -28,10 +25,8 @@ class Gemm(NamedTuple):
     warps: int
     stages: int
     group_m: int = 16
-    tma: bool = False
-    compact: bool = False
     specialize: bool = False
-    flatten: bool = False
+    per_processor: int = 1
 
 
 class Elementwise(NamedTuple):
@@ -53,203 +48,106 @@ def _for_each(precisions: dict[str, Gemm], *architectures: str) -> dict[tuple[st
     return {(arch, precision): config for arch in architectures for precision, config in precisions.items()}
 
 
-_NVIDIA, _AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942", "gfx950")
-_INTERPRETER = Gemm(32, 32, 16, warps=1, stages=1, group_m=2)
+_ALL = ("sm_80", "sm_90", "sm_100")
+_INTERPRETER = _for_each(
+    {kind: Gemm(32, 32, 16, warps=1, stages=1, group_m=2) for kind in ("half", "ieee")}, "interpreter"
+)
 
-# One accumulator alive at a time.
+# One accumulator.
 _ONE = {
     **_for_each(
         {
             "half": Gemm(128, 128, 32, warps=8, stages=4),
-            "mixed": Gemm(128, 128, 32, warps=8, stages=3),
-            "tf32": Gemm(128, 128, 32, warps=8, stages=4),
-            "ieee": Gemm(64, 64, 16, warps=4, stages=3),
+            "tf32": Gemm(128, 128, 32, warps=8, stages=3),
+            "ieee": Gemm(64, 64, 16, warps=8, stages=3),
         },
-        *_NVIDIA,
+        *_ALL,
     ),
-    ("sm_80", "tf32"): Gemm(128, 128, 32, warps=8, stages=3),
-    **_for_each(
-        {
-            "half": Gemm(128, 128, 64, warps=8, stages=2),
-            "mixed": Gemm(128, 64, 32, warps=8, stages=2),
-            "ieee": Gemm(128, 64, 32, warps=8, stages=2),
-        },
-        *_AMD,
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 64, 32, warps=4, stages=3),
-            "mixed": Gemm(64, 64, 32, warps=4, stages=3),
-            "tf32": Gemm(64, 64, 32, warps=4, stages=3),
-            "ieee": Gemm(64, 64, 16, warps=4, stages=3),
-        },
-        "odd",
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 64, 32, warps=4, stages=2),
-            "mixed": Gemm(64, 64, 32, warps=4, stages=2),
-            "ieee": Gemm(64, 64, 16, warps=4, stages=2),
-        },
-        "gfx odd",
-    ),
-    **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
+    **_INTERPRETER,
 }
 
-# Two accumulators at once: the policy's and the reference's.
+# Two accumulators at once: the policy's and the reference's, or the logits and their derivative.
 _TWO = {
     **_for_each(
         {
             "half": Gemm(128, 64, 64, warps=8, stages=3),
-            "mixed": Gemm(64, 64, 32, warps=4, stages=3),
-            "tf32": Gemm(128, 64, 32, warps=8, stages=3),
+            "tf32": Gemm(64, 64, 32, warps=8, stages=3),
             "ieee": Gemm(32, 32, 16, warps=4, stages=3),
         },
-        *_NVIDIA,
+        *_ALL,
     ),
-    ("sm_80", "half"): Gemm(128, 64, 32, warps=8, stages=3),
-    ("sm_80", "mixed"): Gemm(64, 64, 32, warps=8, stages=3),
-    ("sm_80", "tf32"): Gemm(64, 64, 32, warps=8, stages=3),
-    **_for_each(
-        {
-            "half": Gemm(128, 64, 64, warps=8, stages=2),
-            "mixed": Gemm(64, 64, 32, warps=8, stages=2),
-            "ieee": Gemm(64, 64, 32, warps=8, stages=2),
-        },
-        *_AMD,
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 32, 32, warps=4, stages=3),
-            "mixed": Gemm(64, 32, 32, warps=4, stages=3),
-            "tf32": Gemm(64, 32, 32, warps=4, stages=3),
-            "ieee": Gemm(32, 32, 16, warps=4, stages=3),
-        },
-        "odd",
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 32, 32, warps=8, stages=2),
-            "mixed": Gemm(64, 32, 32, warps=8, stages=2),
-            "ieee": Gemm(32, 32, 16, warps=4, stages=2),
-        },
-        "gfx odd",
-    ),
-    **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
+    ("sm_80", "half"): Gemm(64, 128, 32, warps=8, stages=3),
+    ("sm_80", "ieee"): Gemm(64, 32, 16, warps=4, stages=3),
+    ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=3),
+    ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=3),
+    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=3),
+    **_INTERPRETER,
 }
-
-# Two accumulators, and four operands in flight with a direction for the weight, three without.
 _FISHER = {
-    **_for_each(
-        {
-            "half": Gemm(128, 128, 64, warps=8, stages=3, tma=True),
-            "mixed": Gemm(64, 64, 32, warps=4, stages=3),
-            "tf32": Gemm(128, 64, 32, warps=8, stages=3),
-            "ieee": Gemm(32, 64, 16, warps=4, stages=3),
-        },
-        *_NVIDIA,
-    ),
-    ("sm_80", "half"): Gemm(128, 64, 32, warps=8, stages=4),
-    ("sm_80", "mixed"): Gemm(64, 64, 32, warps=8, stages=3),
-    ("sm_80", "tf32"): Gemm(64, 64, 32, warps=8, stages=3),
-    # Triton 3.6 cannot pipeline two products that share a weight tile which is cast on its way.
-    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=1),
-    **_for_each(
-        {
-            "half": Gemm(64, 64, 64, warps=8, stages=2),
-            "mixed": Gemm(64, 64, 32, warps=8, stages=2),
-            "ieee": Gemm(64, 64, 16, warps=8, stages=2),
-        },
-        *_AMD,
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 32, 32, warps=4, stages=3),
-            "mixed": Gemm(64, 32, 32, warps=4, stages=3),
-            "tf32": Gemm(64, 32, 32, warps=4, stages=3),
-            "ieee": Gemm(32, 64, 16, warps=4, stages=3),
-        },
-        "odd",
-    ),
-    **_for_each(
-        {
-            "half": Gemm(64, 32, 32, warps=8, stages=2),
-            "mixed": Gemm(64, 32, 32, warps=8, stages=2),
-            "ieee": Gemm(32, 32, 16, warps=4, stages=2),
-        },
-        "gfx odd",
-    ),
-    **_for_each({"half": _INTERPRETER, "ieee": _INTERPRETER}, "interpreter"),
+    **_TWO,
+    ("sm_100", "half capped"): Gemm(128, 64, 32, warps=8, stages=3),
+    ("sm_100", "tf32"): Gemm(64, 32, 32, warps=4, stages=3),
 }
-_FISHER_WEIGHT = {
-    **_FISHER,
-    ("sm_100", "half capped"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
-    ("sm_100", "mixed"): Gemm(64, 64, 32, warps=4, stages=3),
-    ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=4),
+_FISHER_GRADIENT = {**_FISHER, ("sm_80", "tf32"): Gemm(64, 64, 16, warps=8, stages=3)}
+
+_WIDE = Gemm(128, 256, 64, warps=8, stages=3)
+_STATISTICS = {
+    **_ONE,
+    ("sm_90", "half"): _WIDE,
+    ("sm_100", "half"): _WIDE,
+    ("sm_100", "half capped"): Gemm(128, 128, 64, warps=8, stages=4),
+}
+_PRODUCT = {
+    **_ONE,
+    **_for_each({kind: Gemm(128, 64, 32, warps=8, stages=3) for kind in ("half", "tf32")}, "sm_80"),
+    ("sm_90", "half"): _WIDE,
+    ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4),
 }
 
 GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
-    "linear_statistics": {
-        **_ONE,
-        ("sm_90", "half"): Gemm(128, 256, 64, warps=8, stages=3, tma=True),
-        ("sm_100", "half"): Gemm(128, 256, 64, warps=8, stages=4, tma=True, flatten=True),
-        ("sm_100", "half capped"): Gemm(128, 128, 64, warps=8, stages=4),
-    },
-    # The statistics that also write exponentials down: an output tile leaves through shared memory.
-    "linear_statistics_kept": {
-        **_ONE,
-        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=4, tma=True),
-        ("sm_90", "tf32"): Gemm(128, 64, 32, warps=8, stages=4),
-        ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4, tma=True),
-    },
+    "linear_statistics": dict(_STATISTICS),
+    "anchored_statistics": dict(_STATISTICS),
+    "anchored_store": dict(_STATISTICS),
     "logit_gradient": {
         **_ONE,
-        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=4, tma=True),
-        ("sm_90", "tf32"): Gemm(128, 128, 32, warps=8, stages=4, tma=True),
-        ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4, tma=True),
-        ("sm_100", "tf32"): Gemm(128, 128, 32, warps=8, stages=4, tma=True),
+        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=4),
+        ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4),
     },
-    "linear_divergence": {
-        **_TWO,
-        ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4),
-        ("sm_100", "tf32"): Gemm(64, 64, 32, warps=4, stages=3),
-    },
-    "linear_jsd": {**_TWO, ("sm_100", "half"): Gemm(128, 64, 64, warps=8, stages=4)},
-    "fisher_statistics": dict(_FISHER),
-    "fisher_statistics_weight": dict(_FISHER_WEIGHT),
-    "fisher_gradient": dict(_FISHER),
-    "fisher_gradient_weight": dict(_FISHER_WEIGHT),
-    "logit_gradient_kl": {
-        **_TWO,
-        **_for_each({"ieee": Gemm(64, 32, 16, warps=4, stages=3)}, *_NVIDIA, "odd"),
-        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=3, tma=True),
-        ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=3, tma=True),
-    },
+    "linear_divergence": {**_TWO, ("sm_90", "half capped"): Gemm(128, 64, 64, warps=8, stages=3)},
+    "logit_gradient_kl": {**_TWO, ("sm_90", "half capped"): Gemm(128, 64, 64, warps=8, stages=3)},
+    "fisher_statistics": {**_FISHER, ("sm_100", "half capped"): Gemm(128, 32, 64, warps=8, stages=3)},
+    "fisher_statistics_weight": dict(_FISHER),
+    "fisher_gradient": dict(_FISHER_GRADIENT),
+    "fisher_gradient_weight": {**_FISHER_GRADIENT, ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=2)},
+    "product_rows": dict(_PRODUCT),
+    "product_columns": {**_PRODUCT, ("sm_80", "ieee"): Gemm(64, 32, 16, warps=4, stages=3)},
 }
+
+# Who multiplies ∂logits with the weight and with the hidden states: "cublas" over all rows there are, those that do not
+# contribute as zeros, or "triton" over the contributing rows alone. Both are proved; a measurement on a chip is to
+# choose, and delete the other.
+PRODUCTS = "cublas"
 
 ELEMENTWISE: dict[str, Elementwise] = {
     "compact_rows": Elementwise(rows=1, block=2048, warps=8),
     "gather_rows": Elementwise(rows=4, block=512, warps=4),
     "scatter_rows": Elementwise(rows=4, block=512, warps=4),
-    "combine_statistics": Elementwise(rows=64, block=1, warps=2),
-    "combine_divergence": Elementwise(rows=64, block=1, warps=2),
-    "combine_jsd": Elementwise(rows=64, block=1, warps=2),
-    "combine_fisher": Elementwise(rows=64, block=1, warps=2),
-    "gae": Elementwise(rows=1, block=1024, warps=4),
+    "target_logits": Elementwise(rows=1, block=1024, warps=4),
+    "combine": Elementwise(rows=32, block=16, warps=4),
+    "write_targets": Elementwise(rows=1, block=4096, warps=4),
+    "stored_gradient": Elementwise(rows=1, block=2048, warps=8),
+    "gae": Elementwise(rows=1, block=256, warps=1),
     "gae_whiten": Elementwise(rows=1, block=2048, warps=4),
-    "kept_gradient": Elementwise(rows=1, block=4096, warps=8),
     "selective_statistics": Elementwise(rows=1, block=4096, warps=8),
     "selective_statistics_kl": Elementwise(rows=1, block=2048, warps=8),
     "selective_gradient": Elementwise(rows=1, block=4096, warps=8),
 }
 
-# Nominal, from the makers' data sheets (A100, H100, B200, MI300X, MI355X: dense bfloat16, memory): only their quotient
-# decides between tilings. `tune` puts what it measures in their place.
+# Nominal, from the maker's data sheets (A100, H100, B200: dense bfloat16, memory): only their quotient decides between
+# tilings. `tune` puts what it measures in their place.
 CEILINGS: dict[str, Ceilings] = {
     "sm_80": Ceilings(312e12, 2.0e12),
     "sm_90": Ceilings(989e12, 3.35e12),
     "sm_100": Ceilings(2250e12, 8.0e12),
-    "gfx942": Ceilings(1307e12, 5.3e12),
-    "gfx950": Ceilings(2516e12, 8.0e12),
     "interpreter": Ceilings(989e12, 3.35e12),  # so that the tests take the ways a GPU would
 }

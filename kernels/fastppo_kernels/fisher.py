@@ -1,13 +1,14 @@
 """The Fisher-vector product of softmax(transform(hidden weightᵀ + bias)) without [N, V]: the kernels put together.
 
     compact_rows  ->  gather_rows (hidden, d_hidden)  ->  fisher_statistics  ->  combine_fisher             4NDV
-                  ->  for each tile of the vocabulary:
-                      fisher_gradient -> g [M, v];  hidden product += g weight tile;  weight product tile = gᵀ hidden
-                  ->  scatter_rows                                                                     6NDV
+                  ->  for each slice of the vocabulary:
+                      fisher_gradient -> g [N, v];  hidden product += g weight;  weight product = gᵀ hidden
+                  ->  scatter_rows                                                                     6NDV, 8NDV
 
-In all 10NDV, or 16NDV with a direction for the weight. The products after `fisher_gradient` are cuBLAS's, accumulated
-in float32. Memory: `budget` bytes for g and the float32 tile of the weight product, besides the contributing rows of
-hidden and d_hidden and the float32 product of hidden.
+In all 10NDV, or 16NDV with a direction for the weight; the plain products run over all N rows, the others over the
+contributing ones, which are brought together in front. The host waits for nothing. Memory: `budget` bytes for g, the
+float32 slice of the weight product and copies of slices of weights that cannot be read as they lie, besides hidden and
+d_hidden in the dtype of the products and the float32 product of hidden.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo_kernels.compact_rows import compact_rows
 from fastppo_kernels.fisher_gradient import fisher_gradient
 from fastppo_kernels.fisher_statistics import fisher_statistics
 from fastppo_kernels.fisher_tile import Tangent
-from fastppo_kernels.gather_rows import gather_rows
 from fastppo_kernels.launch import interpreted_dtype
-from fastppo_kernels.linear import _power_of_two_scale, _product, _RowCount, _unit_stride
-from fastppo_kernels.scatter_rows import scatter_rows
-from fastppo_kernels.tile import transform_factors
-from fastppo_kernels.tiling import tile_of_columns
+from fastppo_kernels.operands import Head, needs_copy
+from fastppo_kernels.products import hidden_product, power_of_two_scale, weight_product
+from fastppo_kernels.rows import compact_rows, gather_rows, scatter_rows
+from fastppo_kernels.tile import steepest, transform_factors
+from fastppo_kernels.tiling import row_stride, tile_of_columns
 
 
 def fisher_vector_product(
@@ -56,54 +56,43 @@ def fisher_vector_product(
     out_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=weight.dtype, device=device)
     out_bias = torch.zeros(vocab if need_bias else 0, dtype=bias.dtype if need_bias else weight.dtype, device=device)
-    if not row_weights.numel():
+    num_rows = row_weights.numel()
+    if not num_rows:
         return out_hidden, out_weight, out_bias
 
     rows, count = compact_rows(torch.where(row_weights != 0, 0, -1))
-    known = _RowCount(count, row_weights.numel())
-    h, dh = (gather_rows(_unit_stride(x), rows, count, compute_dtype) for x in (hidden, d_hidden))
-    num_rows = known.padded()
-    if num_rows == 0:
-        return out_hidden, out_weight, out_bias
-    tangent = Tangent(h[:num_rows], dh[:num_rows], weight, d_weight, bias, d_bias)
+    h, dh = (gather_rows(x, rows, count, compute_dtype) for x in (hidden, d_hidden))
+    copies = sum(x is not None and needs_copy(x, compute_dtype) for x in (weight, d_weight))
+    # Bytes a column beside g's, in float32 elements: its row of the weight product and of each copy.
+    column = h.shape[1] * (need_weight + -(-copies * compute_dtype.itemsize // 4))
+    block, width = tile_of_columns(num_rows, vocab, column, compute_dtype.itemsize, budget)
+    d_bias = None if d_bias is None else d_bias.contiguous()
+    tangent = Tangent(Head.make(h, weight, bias, budget, width), dh, d_weight, d_bias)
     transform = transform_factors(temperature, logit_scale, softcap)
-    *statistics, peak = fisher_statistics(tangent, count, **transform)
-    weights = row_weights[rows[:num_rows].long()]  # behind the count: the first row's, which no kernel looks at
+    statistics = fisher_statistics(tangent, count, transform)
+    weights = row_weights[rows.long()]  # behind the count: the first row's, which no kernel looks at
     # float16 has few exponents and g is as small as w p dz; a power of two is exact to undo.
-    scale = _power_of_two_scale([weights * peak])
+    scale = power_of_two_scale([weights * statistics[3]], steepest(transform))
 
-    block, width = tile_of_columns(num_rows, vocab, dim if need_weight else 0, compute_dtype.itemsize, budget)
-    product = torch.zeros(num_rows, dim, dtype=torch.float32, device=device)
-    scratch = torch.empty(block * width, dtype=compute_dtype, device=device)
-    accumulator = torch.empty(width if need_weight else 0, dim, dtype=torch.float32, device=device)
-    for lo in range(0, vocab, width):
-        hi = min(lo + width, vocab)
-        weight_tile = accumulator[: hi - lo]
-        bias_tile = torch.zeros(hi - lo if need_bias else 0, dtype=torch.float32, device=device)
+    product = torch.empty(h.shape, dtype=torch.float32, device=device)
+    scratch = torch.empty(block, row_stride(width), dtype=compute_dtype, device=device)
+    accumulator = torch.empty(width if need_weight else 0, h.shape[1], dtype=torch.float32, device=device)
+    for part in tangent.slices():
+        columns = slice(part.first, part.last)
+        weight_slice = accumulator[: part.last - part.first]
+        bias_product = torch.zeros(part.last - part.first if need_bias else 0, dtype=torch.float32, device=device)
         for first in range(0, num_rows, block):
             span = slice(first, min(first + block, num_rows))
-            part = tangent._replace(hidden=tangent.hidden[span], d_hidden=tangent.d_hidden[span])
-            num = part.hidden.shape[0]
-            g = scratch[: num * (hi - lo)].view(num, hi - lo)
-            fisher_gradient(
-                part,
-                count,
-                [x[span] for x in statistics],
-                weights[span],
-                scale,
-                g,
-                first_row=first,
-                first_column=lo,
-                **transform,
-            )
-            _product(product[span], g, weight[lo:hi].to(compute_dtype), accumulate=lo > 0)
+            g = scratch[: span.stop - first, : part.last - part.first]
+            fisher_gradient(tangent, part, count, statistics, weights, scale, g, first, transform)
+            hidden_product(g, part.weight, product[span], count, first, accumulate=part.first > 0)
             if need_weight:
-                _product(weight_tile, g.t(), part.hidden, accumulate=first > 0)
+                weight_product(g, h[span], weight_slice, count, first, accumulate=first > 0)
             if need_bias:
-                bias_tile += g.sum(0, dtype=torch.float32)
+                bias_product += g.sum(0, dtype=torch.float32)
         if need_weight:
-            out_weight[lo:hi] = weight_tile / scale
+            out_weight[columns] = weight_slice[:, :dim] / scale
         if need_bias:
-            out_bias[lo:hi] = bias_tile / scale
+            out_bias[columns] = bias_product / scale
     scatter_rows(product.div_(scale), rows, count, out_hidden)
     return out_hidden, out_weight, out_bias

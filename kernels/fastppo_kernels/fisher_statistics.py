@@ -1,54 +1,54 @@
-"""The normalizer of every row and the mean of its logits' derivative: two or three products with online softmax.
+"""The normalizer of every row and the mean of its logits' derivative: products, then a softmax within the tile.
 
-    hidden, d_hidden [M, D]   weight, d_weight [V, D]
+    hidden, d_hidden [M, D]   weight, d_weight [v, D]
          \\             /
       z, dz [BLOCK_M, BLOCK_N]  one tile, float32, never leaves the registers
+              |  m the row's maximum in the tile,  E = eᶻ⁻ᵐ
+      Σ E,  Σ E dz,  m,  max |dz|                                                      [BLOCK_M] each
               |
-      row_max, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ dz, max |dz|                              [BLOCK_M] each, carried over the columns
-              |
-      partial [4, splits, M] float32  ->  combine_fisher
+      partial [4, tiles, M] float32  ->  combine.combine_fisher
 
-Bytes: weight and d_weight once for every GROUP_M row blocks; hidden and d_hidden once for every split, mostly from L2;
-16 · splits · M written. FLOPs: 4 M D V, or 6 M D V with d_weight, and about 12 a logit.
-Tiling: as `linear_statistics`: a persistent program takes items of BLOCK_M rows × one split of the vocabulary.
+Bytes: weight and d_weight once for every GROUP_M row blocks, V · D · ceil(M / (GROUP_M · BLOCK_M)) elements each;
+hidden and d_hidden from L2; 16 a row and tile written. FLOPs: 4 M D V, or 6 M D V with d_weight, and about 10 a logit.
+Tiling: as `statistics`, one work item an output tile; both accumulators share the loads.
 """
+
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from fastppo_kernels.combine_fisher import combine_fisher
+from fastppo_kernels.combine import combine_fisher
 from fastppo_kernels.fisher_tile import Tangent, tangent_tile
-from fastppo_kernels.launch import balanced_splits, gemm_config, gemm_options, launch, processors
-from fastppo_kernels.linear_statistics import MAX_SPLITS
-from fastppo_kernels.tile import LOWEST, exp, grouped_order, raise_max
+from fastppo_kernels.launch import gemm_config, gemm_options, launch, programs
+from fastppo_kernels.tile import LOWEST, below, described, exp, grouped_order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "width", "first_tile", "num_tiles"])
 def fisher_statistics_kernel(
+    # operands, see `tangent_tile` and `described`
     hidden,
     d_hidden,
     weight,
     d_weight,
     bias,
     d_bias,
+    # [1] int32: how many rows are real
     count,
+    # results: [4, num_tiles, num_rows] float32
     partial,
+    # sizes
     num_rows,
-    vocab,
+    width,
     dim,
-    splits,
-    weight_stride,
-    weight_stride_k,
-    d_weight_stride,
-    d_weight_stride_k,
+    first_tile,
+    num_tiles,
     inner,
     outer,
     SOFTCAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,71 +56,61 @@ def fisher_statistics_kernel(
 ):
     real_rows = tl.load(count)
     blocks_m = tl.cdiv(real_rows, BLOCK_M)
-    tiles = tl.cdiv(vocab, BLOCK_N)
-    tiles_per_split = tl.cdiv(tiles, splits)
-    for item in range(tl.program_id(0), blocks_m * splits, tl.num_programs(0)):
-        block, split = grouped_order(item, blocks_m, splits, GROUP_M)
-        row_max = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        weighted = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        peak = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        first = split * tiles_per_split
-        for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
-            column = tile * BLOCK_N
-            columns = column + tl.arange(0, BLOCK_N)
-            z, dz = tangent_tile(
-                hidden, d_hidden, weight, d_weight, bias, d_bias, block * BLOCK_M, columns, num_rows, vocab, dim,
-                weight_stride, weight_stride_k, d_weight_stride, d_weight_stride_k, inner, outer,
-                SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION, TMA, column,
-            )  # fmt: skip
-            row_max, z, shift = raise_max(row_max, z)
-            e = exp(z)
-            scale = exp(shift)
-            weighted = weighted * scale + tl.sum(e * dz, 1)
-            total = total * scale + tl.sum(e, 1)
-            peak = tl.maximum(peak, tl.max(tl.abs(dz), 1))
-        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(width, BLOCK_N)
+    hidden = described(hidden, num_rows, dim, dim, TMA, BLOCK_M, BLOCK_K)
+    d_hidden = described(d_hidden, num_rows, dim, dim, TMA, BLOCK_M, BLOCK_K)
+    weight = described(weight, width, dim, dim, TMA, BLOCK_N, BLOCK_K)
+    if d_weight is not None:
+        d_weight = described(d_weight, width, dim, dim, TMA, BLOCK_N, BLOCK_K)
+    for item in tl.range(tl.program_id(0), blocks_m * tiles, tl.num_programs(0)):
+        block, tile = grouped_order(item, blocks_m, tiles, GROUP_M)
+        row = block * BLOCK_M
+        z, dz = tangent_tile(
+            hidden, d_hidden, weight, d_weight, bias, d_bias, row, tile * BLOCK_N, width, dim, inner, outer,
+            SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        row_max = tl.maximum(tl.max(z, 1), LOWEST)  # a number also where all of the tile is −∞
+        e = exp(below(z, row_max[:, None]))
+        m = row + tl.arange(0, BLOCK_M)
         inside = m < real_rows
-        out = partial + split * num_rows + m
-        quantity = splits * num_rows
-        tl.store(out, row_max, mask=inside)
-        tl.store(out + quantity, total, mask=inside)
-        tl.store(out + 2 * quantity, weighted, mask=inside)
-        tl.store(out + 3 * quantity, peak, mask=inside)
+        place = partial + (first_tile + tile).to(tl.int64) * num_rows + m
+        quantity = num_tiles.to(tl.int64) * num_rows
+        tl.store(place, tl.sum(e, 1), mask=inside)
+        tl.store(place + quantity, tl.sum(e * dz, 1), mask=inside)
+        tl.store(place + 2 * quantity, row_max, mask=inside)
+        tl.store(place + 3 * quantity, tl.max(tl.abs(dz), 1), mask=inside)
 
 
-def fisher_statistics(
-    tangent: Tangent, count: torch.Tensor, *, inner: float, outer: float, softcap: bool
-) -> torch.Tensor:
-    """row_max, log_sum, Σ p dz, max |dz|: [4, M] float32, zeros from `count` on.
+def fisher_statistics(tangent: Tangent, count: torch.Tensor, transform: dict) -> torch.Tensor:
+    """row_max, log_sum, Σ p dz, max |dz|: [4, M] float32, zeros behind the count.
 
     Args:
         count: [1] int32, how many of the rows are real.
-        inner, outer, softcap: the logit transform, see `tile.transform`.
+        transform: of `tile.transform_factors`.
     """
-    (num_rows, dim), vocab, compute_dtype = tangent.hidden.shape, tangent.weight.shape[0], tangent.hidden.dtype
+    hidden, device = tangent.head.hidden, tangent.head.hidden.device
     kernel = "fisher_statistics" if tangent.d_weight is None else "fisher_statistics_weight"
-    config = gemm_config(kernel, compute_dtype, tangent.weight, dim, softcap=softcap)
-    programs = processors(tangent.hidden.device)
-    tiles = triton.cdiv(vocab, config.block_n)
-    splits = balanced_splits(triton.cdiv(num_rows, config.block_m), tiles, programs, MAX_SPLITS)
-    partial = torch.empty(4, splits, num_rows, dtype=torch.float32, device=tangent.hidden.device)
-    operands, tma = tangent.operands(config)
-    launch(
-        fisher_statistics_kernel,
-        (programs,),
-        *operands,
-        count,
-        partial,
-        num_rows,
-        vocab,
-        dim,
-        splits,
-        *tangent.strides(),
-        inner,
-        outer,
-        SOFTCAP=softcap,
-        TMA=tma,
-        **gemm_options(config, compute_dtype, tangent.weight.device, dim),
-    )
+    config = gemm_config(kernel, hidden.dtype, device, **transform)
+    num_rows, dim = hidden.shape
+    num_tiles = sum(triton.cdiv(hi - lo, config.block_n) for lo, hi in tangent.head.spans)
+    partial = torch.empty(4, num_tiles, num_rows, dtype=torch.float32, device=device)
+    first_tile = 0
+    for part in tangent.slices():
+        width = part.last - part.first
+        tiles = triton.cdiv(width, config.block_n)
+        launch(
+            fisher_statistics_kernel,
+            (programs(config, triton.cdiv(num_rows, config.block_m) * tiles, device),),
+            *tangent.operands(part, config),
+            count,
+            partial,
+            num_rows,
+            width,
+            dim,
+            first_tile,
+            num_tiles,
+            **transform,
+            **gemm_options(config, hidden.dtype, device),
+        )
+        first_tile += tiles
     return combine_fisher(partial, count)

@@ -4,6 +4,9 @@ acc   = h Wᵀ                        [BLOCK_M, BLOCK_N] float32
 d_acc = dh Wᵀ (+ h dWᵀ)             the weight tile is loaded once for both, the hidden tile once for both
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,104 +14,90 @@ import triton
 import triton.language as tl
 
 from fastppo_kernels.configs import Gemm
-from fastppo_kernels.launch import descriptor, fits_descriptor
+from fastppo_kernels.launch import operand
+from fastppo_kernels.operands import Head
 from fastppo_kernels.tile import finish_logits, load_bias, transform_gradient
 
 
 @triton.jit
 def tangent_tile(
-    hidden,  # pointer to [M, D], contiguous, or a TMA descriptor; all four alike
+    hidden,  # descriptors of [M, D], blocks [BLOCK_M, BLOCK_K]
     d_hidden,
-    weight,  # pointer to [V, D]
-    d_weight,  # or None: the weight is constant
-    bias,
+    weight,  # descriptors of [v, D], blocks [BLOCK_N, BLOCK_K]; d_weight None: the weight is constant
+    d_weight,
+    bias,  # [v] or None
     d_bias,
-    row,  # first row of the block
-    columns,  # [BLOCK_N]
-    num_rows,
-    vocab,
+    row,
+    column,
+    width,
     dim,
-    weight_stride,
-    weight_stride_k,
-    d_weight_stride,
-    d_weight_stride_k,
     inner,
     outer,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    column,  # first of the columns
 ):
-    """(z, dz) [BLOCK_M, BLOCK_N] float32: z is −inf beyond the vocabulary, dz is 0 there."""
-    offs_k = tl.arange(0, BLOCK_K)
-    if not TMA:
-        local = tl.minimum(row + tl.arange(0, BLOCK_M), num_rows - 1).to(tl.int64)
-        h_offsets = local[:, None] * dim + offs_k[None, :]
-        # Columns beyond the vocabulary repeat its last one, which spares the loads a mask.
-        offs_n = tl.minimum(columns, vocab - 1).to(tl.int64)
-        w_offsets = offs_n[:, None] * weight_stride + offs_k[None, :] * weight_stride_k
-        if d_weight is not None:
-            dw_offsets = offs_n[:, None] * d_weight_stride + offs_k[None, :] * d_weight_stride_k
+    """(z, dz) [BLOCK_M, BLOCK_N] float32: z is −inf beyond the slice of the vocabulary, dz is 0 there."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     d_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, dim, BLOCK_K):
-        if TMA:
-            h, dh, w = hidden.load([row, k]), d_hidden.load([row, k]), weight.load([column, k])
-        elif EVEN_K:
-            h, dh = tl.load(hidden + h_offsets + k), tl.load(d_hidden + h_offsets + k)
-            w = tl.load(weight + w_offsets + k * weight_stride_k)
-        else:
-            rest = offs_k[None, :] < dim - k
-            h = tl.load(hidden + h_offsets + k, mask=rest, other=0.0)
-            dh = tl.load(d_hidden + h_offsets + k, mask=rest, other=0.0)
-            w = tl.load(weight + w_offsets + k * weight_stride_k, mask=rest, other=0.0)
-        w_t = w.to(COMPUTE).T
-        acc = tl.dot(h, w_t, acc, input_precision=PRECISION)
-        d_acc = tl.dot(dh, w_t, d_acc, input_precision=PRECISION)
+        h = hidden.load([row, k])
+        dh = d_hidden.load([row, k])
+        w = weight.load([column, k]).T
+        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        d_acc = tl.dot(dh, w, d_acc, input_precision=PRECISION)
         if d_weight is not None:
-            if TMA:
-                dw = d_weight.load([column, k])
-            elif EVEN_K:
-                dw = tl.load(d_weight + dw_offsets + k * d_weight_stride_k)
-            else:
-                dw = tl.load(d_weight + dw_offsets + k * d_weight_stride_k, mask=offs_k[None, :] < dim - k, other=0.0)
-            d_acc = tl.dot(h, dw.to(COMPUTE).T, d_acc, input_precision=PRECISION)
+            d_acc = tl.dot(h, d_weight.load([column, k]).T, d_acc, input_precision=PRECISION)
+    columns = column + tl.arange(0, BLOCK_N)
     if d_bias is not None:
-        d_acc += load_bias(d_bias, columns, vocab)
-    z = finish_logits(acc, bias, columns, vocab, inner, outer, SOFTCAP)
+        d_acc += load_bias(d_bias, columns, width)
+    z = finish_logits(acc, bias, columns, width, inner, outer, SOFTCAP)
     # The transform acts elementwise, so its derivative is the same forward and backward.
     dz = transform_gradient(d_acc, z, inner, outer, SOFTCAP)
-    return z, tl.where(columns[None, :] < vocab, dz, 0.0)
+    return z, tl.where(columns[None, :] < width, dz, 0.0)
 
 
-class Tangent(NamedTuple):
-    """hidden, d_hidden [M, D]: compacted, contiguous, in the dtype of the products. weight, d_weight [V, D] of any
-    strides, bias, d_bias [V]; None where there is no bias or no direction for what is constant.
-    """
+class Slice(NamedTuple):
+    """Columns first:last of the vocabulary: weights [v, D'] ready for the products, biases [v]; None as in Tangent."""
 
-    hidden: torch.Tensor
-    d_hidden: torch.Tensor
+    first: int
+    last: int
     weight: torch.Tensor
     d_weight: torch.Tensor | None
     bias: torch.Tensor | None
     d_bias: torch.Tensor | None
 
-    def operands(self, config: Gemm) -> tuple[tuple, bool]:
-        """The kernels' first six arguments, and whether the matrices among them are TMA descriptors."""
-        matrices = [x for x in self[:4] if x is not None]
-        tma = config.tma and all(x.dtype == self.hidden.dtype and fits_descriptor(x) for x in matrices)
-        if not tma:
-            return tuple(self), False
-        rows, columns = (config.block_m, config.block_k), (config.block_n, config.block_k)
-        blocks = (rows, rows, columns, columns)
-        described = (None if x is None else descriptor(x, *block) for x, block in zip(self[:4], blocks, strict=True))
-        return (*described, self.bias, self.d_bias), True
 
-    def strides(self) -> tuple[int, int, int, int]:
-        """Of weight and d_weight."""
-        return (*self.weight.stride(), *(self.weight if self.d_weight is None else self.d_weight).stride())
+class Tangent(NamedTuple):
+    """A head and a direction for it: d_hidden [M, D'], gathered as the head's hidden, d_weight [V, D], d_bias [V].
+
+    d_weight and d_bias are None for what is constant.
+    """
+
+    head: Head
+    d_hidden: torch.Tensor
+    d_weight: torch.Tensor | None
+    d_bias: torch.Tensor | None
+
+    def slices(self) -> Iterator[Slice]:
+        """A span of the head at a time."""
+        for lo, hi, weight in self.head.weight_slices():
+            d_weight = self.d_weight
+            if d_weight is not None:
+                d_weight = self.head._replace(weight=d_weight).weight_slice(lo, hi)
+            biases = (None if x is None else x[lo:hi] for x in (self.head.bias, self.d_bias))
+            yield Slice(lo, hi, weight, d_weight, *biases)
+
+    def operands(self, part: Slice, config: Gemm) -> tuple:
+        """The kernels' first six arguments."""
+        rows, columns = (config.block_m, config.block_k), (config.block_n, config.block_k)
+        return (
+            operand(self.head.hidden, *rows),
+            operand(self.d_hidden, *rows),
+            operand(part.weight, *columns),
+            None if part.d_weight is None else operand(part.d_weight, *columns),
+            part.bias,
+            part.d_bias,
+        )

@@ -1,6 +1,7 @@
 """What a launch needs to know of the machine: architecture, precision, processors, descriptors."""
 
 import contextlib
+import contextvars
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastppo_kernels.configs import CEILINGS, GEMM, Ceilings, Gemm
 from fastppo_kernels.tile import exp
 
-# Decided by TRITON_INTERPRET when triton is imported, for the whole process.
+# Decided by TRITON_INTERPRET when triton is imported, for the whole process; any kernel function shows it.
 INTERPRETED = isinstance(exp, InterpretedFunction)
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -27,14 +28,26 @@ _recording: tuple[str, Callable] | None = None
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """kernel[grid](*arguments, **options), with multiplications and additions fused: Triton's default is changing."""
+    """kernel[grid](*arguments, **options), with multiplications and additions fused: Triton's default is changing.
+
+    A kernel that makes a descriptor of its own (SPECIALIZE) needs a few bytes of device memory for it, which Triton
+    asks of an allocator. That is set in a copy of the context, so that the caller's own allocator stays.
+    """
     options = {"enable_fp_fusion": True, **options}
     if _recording is not None:
         _recording[1](kernel, arguments, options)
     elif all(grid):
         tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever holds the tensors
-            kernel[grid](*arguments, **options)
+            if options.get("SPECIALIZE") and not INTERPRETED:
+                contextvars.copy_context().run(_launch_with_memory, kernel, grid, arguments, options)
+            else:
+                kernel[grid](*arguments, **options)
+
+
+def _launch_with_memory(kernel, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    kernel[grid](*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -57,7 +70,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if torch.version.hip:
-        return "the kernels compile for AMD chips (MI300, MI350) but have not run on one yet"
+        return "the kernels are for NVIDIA's chips"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
@@ -69,8 +82,6 @@ def architecture(device: torch.device) -> str:
         return _recording[0]
     if INTERPRETED:
         return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
@@ -78,11 +89,11 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     """half, tf32 or ieee: float32 products are exact unless PyTorch's own switch allows TensorFloat-32 for them.
 
     That switch is torch.set_float32_matmul_precision("high"), torch.backends.cuda.matmul.allow_tf32 or, from PyTorch
-    2.9 on, torch.backends.cuda.matmul.fp32_precision. AMD's chips multiply in float32 whatever it says.
+    2.9 on, torch.backends.cuda.matmul.fp32_precision.
     """
     if dtype != torch.float32:
         return "half"
-    if INTERPRETED or architecture(device).startswith("gfx"):
+    if INTERPRETED:
         return "ieee"
     # The older getters raise where the newer switch was used.
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
@@ -90,29 +101,20 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def gemm_config(
-    kernel: str, compute_dtype: torch.dtype, weight: torch.Tensor, *dims: int, softcap: bool = False
-) -> Gemm:
-    """The entry for products in compute_dtype with this weight (and others like it) over hidden sizes `dims`."""
-    arch = architecture(weight.device)
-    kind = precision(compute_dtype, weight.device)
-    tuned = {} if _recording is not None else tuned_for(weight.device).get("gemm", {}).get(kernel, {})
-    if arch != "interpreter":
-        if weight.element_size() > compute_dtype.itemsize:
-            kind = "mixed"
-        if any(dim % 16 for dim in dims):
-            arch = "gfx odd" if arch.startswith("gfx") else "odd"
-    table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items() if "odd" not in arch}
+def gemm_config(kernel: str, dtype: torch.dtype, device: torch.device, *, SOFTCAP: bool = False, **_transform) -> Gemm:
+    """The entry of `configs.GEMM` for products of this dtype on this device."""
+    arch, kind = architecture(device), precision(dtype, device)
+    tuned = {} if _recording is not None else tuned_for(device).get("gemm", {}).get(kernel, {})
+    table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items()}
     plain = table[arch, kind]
-    return table.get((arch, f"{kind} capped"), plain) if softcap else plain
+    return table.get((arch, f"{kind} capped"), plain) if SOFTCAP else plain
 
 
-def gemm_options(config: Gemm, compute_dtype: torch.dtype, device: torch.device, *dims: int) -> dict:
-    """The compile-time arguments that every kernel with a product over hidden sizes `dims` has."""
-    kind = precision(compute_dtype, device)
+def gemm_options(config: Gemm, dtype: torch.dtype, device: torch.device) -> dict:
+    """The compile-time arguments that every kernel with a matrix product has."""
+    kind = precision(dtype, device)
     return {
-        "EVEN_K": all(dim % config.block_k == 0 for dim in dims),
-        "COMPUTE": TRITON_DTYPE[compute_dtype],
+        "TMA": has_tma(device),
         "PRECISION": "ieee" if kind == "half" else kind,  # half-precision products are exact in float32 anyway
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -121,6 +123,11 @@ def gemm_options(config: Gemm, compute_dtype: torch.dtype, device: torch.device,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+
+
+def programs(config: Gemm, items: int, device: torch.device) -> int:
+    """How many programs share `items` output tiles: `config.per_processor` on each processor, or one for each tile."""
+    return min(items, config.per_processor * processors(device)) if config.per_processor else items
 
 
 def ceilings(device: torch.device) -> Ceilings:
@@ -159,9 +166,15 @@ def device_name(device: torch.device) -> str:
     return "interpreter" if device.type != "cuda" else torch.cuda.get_device_name(device)
 
 
+# Triton's interpreter multiplies the bits of bfloat16 operands as integers. Tests mend it and say so here.
+INTERPRETER_MULTIPLIES_BFLOAT16 = False
+
+
 def interpreted_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Triton's interpreter has no bfloat16 product; float32 holds every bfloat16 exactly."""
-    return torch.float32 if INTERPRETED else dtype
+    """What products in `dtype` are computed in: in Triton's interpreter float32, which holds every bfloat16 exactly."""
+    if INTERPRETED and not (dtype == torch.bfloat16 and INTERPRETER_MULTIPLIES_BFLOAT16):
+        return torch.float32
+    return dtype
 
 
 def processors(device: torch.device) -> int:
@@ -170,23 +183,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [rows, columns])
+def operand(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor | torch.Tensor:
+    """x [R, C] for `tile.described`: a descriptor of blocks of rows × columns, or without TMA x itself.
 
-
-def fits_descriptor(x: torch.Tensor) -> bool:
-    """TMA wants a contiguous last dimension and 16-byte alignment of the base and of every row."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
-def balanced_splits(blocks_m: int, tiles: int, programs: int, limit: int) -> int:
-    """Into how many parts to cut `tiles` column tiles, so that `programs` of them at a time end together.
-
-    The longest program takes ceil(blocks_m · splits / programs) items of ceil(tiles / splits) tiles; an item costs
-    about half a tile more to start and to combine.
+    x starts on a 16-byte boundary, its last dimension is contiguous, and its rows are a multiple of 16 elements apart.
     """
+    return TensorDescriptor.from_tensor(x, [rows, columns]) if has_tma(x.device) else x
 
-    def cost(splits: int) -> float:
-        return triton.cdiv(blocks_m * splits, programs) * (triton.cdiv(tiles, splits) + 0.5)
 
-    return min(range(1, max(1, min(tiles, limit)) + 1), key=cost)
+def has_tma(device: torch.device) -> bool:
+    """Whether the chip has the bulk copy engine that reads descriptors."""
+    if INTERPRETED or device.type != "cuda":  # interpreted, or recorded for a chip that is not there
+        return architecture(device) != "sm_80"
+    return torch.cuda.get_device_capability(device) >= (9, 0)

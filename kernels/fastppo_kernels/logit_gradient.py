@@ -1,20 +1,20 @@
-"""∂loss/∂logits of a tile of the vocabulary, from the logits recomputed and a few scalars a row.
+"""∂loss/∂logits of a slice of the vocabulary, from the logits recomputed and a few scalars a row.
 
-    hidden [M, D]   weight[lo : lo + v] [v, D]          (and a reference model's, for a divergence)
+    hidden [M, D]   weight[lo : hi] [v, D]          (and a reference model's, for a divergence)
          \\             /
       acc [BLOCK_M, BLOCK_N] float32 in registers
               |  + bias, transform, log p = (z − row_max) − log_sum, p = exp(log p)
               |  ∂z = p (a + b log p) + c [v = target] + d_kl · (the divergence's own term), transformed back
-      out [M, v] in the dtype of the products that follow: ∂weight[lo : lo + v] = outᵀ hidden and ∂hidden += out
-      weight[lo : lo + v]
+      out [M, v] in the dtype of the products that follow: ∂weight[lo : hi] = outᵀ hidden and ∂hidden += out
+      weight[lo : hi]
 
 with a = d_logsumexp − d_logprobs − d_entropy · entropy, b = −d_entropy, c = d_logprobs, and for the divergences
-reverse p (log p − log q − KL), forward p − q, jsd ½ p (log p − log m − KL(p ‖ m)).
+reverse p (log p − log q − KL), forward p − q.
 
-Bytes: the tile of weight, v · D, once; hidden, M · D, from L2 after the first of each group; M · v written. FLOPs: 2
-M D v, twice with a reference, and about 15 a logit.
-Tiling: BLOCK_M × BLOCK_N of the output a program, in groups of GROUP_M row blocks. Rows are compacted; those behind
-the count are written as zeros without a product, so that what follows may run over M rows whatever the count is.
+Bytes: the slice of weight, v · D, once for every GROUP_M row blocks; hidden from L2; M · v elements written. FLOPs:
+2 M D v, twice with a reference, and about 8 a logit, 15 with one.
+Tiling: one program an output tile, in groups of GROUP_M row blocks. Rows are compacted; those behind the count are
+written as zeros without a product, so that what follows may run over M rows whatever the count is.
 """
 
 from typing import NamedTuple
@@ -23,29 +23,42 @@ import torch
 import triton
 import triton.language as tl
 
-from fastppo_kernels.launch import descriptor, fits_descriptor, gemm_config, gemm_options, launch
+from fastppo_kernels.launch import gemm_config, gemm_options, launch, operand
+from fastppo_kernels.operands import Operands
 from fastppo_kernels.tile import (
-    exp,
-    finish_logits,
+    LN2,
+    VERY_NEGATIVE,
+    binary_log_softmax,
+    described,
     grouped_order,
-    log_mean,
-    log_softmax,
-    raw_logits,
-    transform_gradient,
+    logits_tile,
+    tanh_of_logits,
 )
+from fastppo_kernels.tiling import row_stride
+
+ROW_VECTORS = [
+    *("targets", "rows", "entropy", "row_max", "log_sum", "kl_center", "ref_row_max", "ref_log_sum"),
+    *("d_logprobs", "d_entropy", "d_logsumexp", "d_kl"),
+]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows", "first_column", "width"], do_not_specialize_on_alignment=ROW_VECTORS
+)
 def logit_gradient_kernel(
+    # the policy's operands of `described`: [M, D] and [v, D]; [v] or None
     hidden,
     weight,
     bias,
+    # the reference's: [M, D'] and [v, D'], [v]; None without a divergence
     ref_hidden,
     ref_weight,
     ref_bias,
-    targets,
+    # by compacted row: [M] int32 original row; [1] int32, of all blocks of rows
     rows,
     count,
+    # by original row: [N] int64, and [N] float32 or None
+    targets,
     entropy,
     row_max,
     log_sum,
@@ -56,95 +69,91 @@ def logit_gradient_kernel(
     d_entropy,
     d_logsumexp,
     d_kl,
+    # [1] float32 or None
     scale,
+    # result, for `described` too: [M, v], rows `out_stride` apart
     out,
+    # sizes: the rows and columns here, and where they begin among all
     first_row,
     num_rows,
     first_column,
     width,
-    vocab,
+    padded_width,
     dim,
     ref_dim,
-    weight_stride,
-    weight_stride_k,
-    ref_weight_stride,
-    ref_weight_stride_k,
+    out_stride,
     inner,
     outer,
-    KIND: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    blocks_m = tl.cdiv(num_rows, BLOCK_M)
-    block, tile = grouped_order(tl.program_id(0), blocks_m, tl.cdiv(width, BLOCK_N), GROUP_M)
-    row = block * BLOCK_M
-    column = first_column + tile * BLOCK_N
-    m = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_N)
+    block, tile = grouped_order(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_M)
+    row, column = block * BLOCK_M, tile * BLOCK_N
+    m, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     real_rows = tl.load(count) - first_row
-    last_column = first_column + width
-    out += row.to(tl.int64) * width + tile * BLOCK_N
-    offset = tl.arange(0, BLOCK_M)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
-    inside = (m[:, None] < num_rows) & (columns[None, :] < last_column)
+    out = described(out, num_rows, padded_width, out_stride, TMA, BLOCK_M, BLOCK_N)
     if row >= real_rows:
-        tl.store(out + offset, tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty), mask=inside)
+        out.store([row, column], tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype))
         return
 
-    local = tl.minimum(m, num_rows - 1).to(tl.int64)
-    acc = raw_logits(
-        hidden, weight, local, row, column, vocab, dim, dim, weight_stride, weight_stride_k,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION, TMA, TMA,
-    )  # fmt: skip
+    hidden = described(hidden, num_rows, dim, dim, TMA, BLOCK_M, BLOCK_K)
+    weight = described(weight, width, dim, dim, TMA, BLOCK_N, BLOCK_K)
+    acc = logits_tile(hidden, weight, row, column, dim, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     if KIND != "":
-        ref_acc = raw_logits(
-            ref_hidden, ref_weight, local, row, column, vocab, ref_dim, ref_dim, ref_weight_stride, ref_weight_stride_k,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION, TMA, TMA,
-        )  # fmt: skip
+        ref_hidden = described(ref_hidden, num_rows, ref_dim, ref_dim, TMA, BLOCK_M, BLOCK_K)
+        ref_weight = described(ref_weight, width, ref_dim, ref_dim, TMA, BLOCK_N, BLOCK_K)
+        ref_acc = logits_tile(ref_hidden, ref_weight, row, column, ref_dim, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
+    # Rows behind the count get no probability and no scalars, so that their ∂z is 0.
     real = m < real_rows
     index = tl.load(rows + m, mask=real, other=0)
-    z = finish_logits(acc, bias, columns, vocab, inner, outer, SOFTCAP)
-    log_p = log_softmax(z, tl.load(row_max + index), tl.load(log_sum + index))
-    p = exp(log_p)
+    shift = tl.load(row_max + index, mask=real, other=-VERY_NEGATIVE)
+    log_p = binary_log_softmax(acc, bias, shift, tl.load(log_sum + index), columns, width, inner, outer, SOFTCAP)
+    p = tl.exp2(log_p)
+    by = outer  # without a softcap, all there is of the transform's derivative
+    if scale is not None:
+        by *= tl.load(scale)
     a = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if d_logsumexp is not None:
-        a += tl.load(d_logsumexp + index)
+        a += tl.load(d_logsumexp + index, mask=real, other=0.0)
     if d_logprobs is not None:
-        c = tl.load(d_logprobs + index)
+        c = tl.load(d_logprobs + index, mask=real, other=0.0)
         a -= c
     if d_entropy is not None:
-        g = tl.load(d_entropy + index)
+        g = tl.load(d_entropy + index, mask=real, other=0.0)
         a -= g * tl.load(entropy + index)
-        dz = p * (a[:, None] - g[:, None] * log_p)
+        dz = p * ((a * by)[:, None] - (g * by * LN2)[:, None] * log_p)
     else:
-        dz = p * a[:, None]
+        dz = p * (a * by)[:, None]
     if KIND != "":
-        ref_z = finish_logits(ref_acc, ref_bias, columns, vocab, inner, outer, SOFTCAP)
-        log_q = log_softmax(ref_z, tl.load(ref_row_max + index), tl.load(ref_log_sum + index))
-        weight_of_kl = tl.load(d_kl + index)[:, None]
+        log_q = binary_log_softmax(
+            ref_acc, ref_bias, tl.load(ref_row_max + index), tl.load(ref_log_sum + index), columns, width, inner,
+            outer, SOFTCAP,
+        )  # fmt: skip
+        k = tl.load(d_kl + index, mask=real, other=0.0) * by
         if KIND == "forward":
-            dz += weight_of_kl * (p - exp(log_q))
+            dz += k[:, None] * (p - tl.exp2(log_q))
         else:
-            center = tl.load(kl_center + index)[:, None]
-            if KIND == "reverse":
-                dz += weight_of_kl * p * (log_p - log_q - center)
-            else:
-                dz += 0.5 * weight_of_kl * p * (log_p - log_mean(log_p, log_q) - center)
+            center = tl.load(kl_center + index) * (1 / LN2)
+            dz += (k * LN2)[:, None] * p * (log_p - log_q - center[:, None])
     if d_logprobs is not None:
-        target = tl.load(targets + index)
-        dz += tl.where(columns[None, :] == target[:, None], c[:, None], 0.0)
-    # Columns beyond the vocabulary hold −inf, whose derivative under a softcap would be NaN; they are not stored.
-    dz = transform_gradient(dz, z, inner, outer, SOFTCAP)
-    if scale is not None:
-        dz *= tl.load(scale)
-    tl.store(out + offset, tl.where(real[:, None], dz, 0.0).to(out.dtype.element_ty), mask=inside)
+        target = tl.load(targets + index) - first_column
+        # Few tiles hold a target at all.
+        if tl.max(((target >= column) & (target < column + BLOCK_N)).to(tl.int32), 0) > 0:
+            dz += tl.where(columns[None, :] == target[:, None], (c * by)[:, None], 0.0)
+    if SOFTCAP:
+        capped = tanh_of_logits(acc, bias, columns, width, inner)
+        dz *= (1.0 - capped * capped) * inner
+    if column + BLOCK_N > width:
+        # Without TMA the padding is stored too, and a block of the product's sum over columns may reach into it.
+        dz = tl.where(columns[None, :] < width, dz, 0.0)
+    out.store([row, column], dz.to(out.dtype))
 
 
 class RowScalars(NamedTuple):
@@ -163,17 +172,9 @@ class RowScalars(NamedTuple):
     d_kl: torch.Tensor | None
 
 
-class Head(NamedTuple):
-    """hidden [M, D] compacted and contiguous, weight [V, D], bias [V] or None."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
 def logit_gradient(
-    policy: Head,
-    reference: Head | None,
+    policy: Operands,
+    reference: Operands | None,
     rows: torch.Tensor,
     count: torch.Tensor,
     scalars: RowScalars,
@@ -182,74 +183,52 @@ def logit_gradient(
     first_row: int,
     first_column: int,
     kind: str,
-    inner: float,
-    outer: float,
-    softcap: bool,
+    transform: dict,
     scale: torch.Tensor | None,
 ) -> None:
     """∂z of compacted rows [first_row, first_row + M) and columns [first_column, first_column + v) into out [M, v].
 
     Args:
-        policy, reference: reference is None where kind is ''.
+        policy, reference: of these rows and columns; reference is None where kind is ''.
         rows: [M] int32, those of this block; count: [1] int32, of all blocks.
         scalars: indexed by `rows`.
-        out: contiguous, in the dtype of the products.
-        kind: '', reverse, forward or jsd.
-        inner, outer, softcap: the logit transform, see `tile.transform`.
+        out: in the dtype of the products, rows at least `tiling.row_stride(v)` apart.
+        kind: '', reverse or forward.
+        transform: of `tile.transform_factors`.
         scale: [1] float32 that ∂z is multiplied by, or None.
     """
-    num_rows, width = out.shape
-    vocab, dim = policy.weight.shape
-    ref_dim = reference.weight.shape[1] if reference is not None else dim
-    config = gemm_config(
-        "logit_gradient_kl" if kind else "logit_gradient",
-        policy.hidden.dtype,
-        policy.weight,
-        dim,
-        ref_dim,
-        softcap=softcap,
-    )
-    heads = [policy] if reference is None else [policy, reference]
-    tma = config.tma and all(
-        head.weight.dtype == head.hidden.dtype and fits_descriptor(head.hidden) and fits_descriptor(head.weight)
-        for head in heads
-    )
+    (num_rows, width), dtype, device = out.shape, policy.hidden.dtype, policy.hidden.device
+    kernel = "logit_gradient_kl" if kind else "logit_gradient"
+    config = gemm_config(kernel, dtype, device, **transform)
 
-    def operands(head: Head | None) -> tuple:
-        if head is None or not tma:
-            return head or (None, None, None)
+    def operands(part: Operands | None) -> tuple:
+        if part is None:
+            return None, None, None
         return (
-            descriptor(head.hidden, config.block_m, config.block_k),
-            descriptor(head.weight, config.block_n, config.block_k),
-            head.bias,
+            operand(part.hidden, config.block_m, config.block_k),
+            operand(part.weight, config.block_n, config.block_k),
+            part.bias,
         )
 
-    tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(width, config.block_n)
-    targets, *statistics_and_upstream = scalars
     launch(
         logit_gradient_kernel,
-        (tiles,),
+        (triton.cdiv(num_rows, config.block_m) * triton.cdiv(width, config.block_n),),
         *operands(policy),
         *operands(reference),
-        targets,
         rows,
         count,
-        *statistics_and_upstream,
+        *scalars,
         scale,
-        out,
+        operand(out, config.block_m, config.block_n),
         first_row,
         num_rows,
         first_column,
         width,
-        vocab,
-        dim,
-        ref_dim,
-        *policy.weight.stride(),
-        *(policy if reference is None else reference).weight.stride(),
-        inner,
-        outer,
+        row_stride(width),
+        policy.hidden.shape[1],
+        (reference or policy).hidden.shape[1],
+        out.stride(0),
+        **transform,
         KIND=kind,
-        SOFTCAP=softcap,
-        TMA=tma,
-        **gemm_options(config, policy.hidden.dtype, policy.weight.device, dim, ref_dim),
+        **gemm_options(config, dtype, device),
     )

@@ -1,7 +1,7 @@
-"""What the vocabulary kernels share on the device: a logits tile, the transform, the online softmax, the tile order.
+"""What the vocabulary kernels share on the device: a tile of logits, the transform, the softmax merge, the tile order.
 
-Logits z are kept in natural units and every sum is relative to the running row maximum, so that a common offset of all
-logits (±1e4) costs no accuracy: z − m is formed first and only then scaled for exp2.
+Logits z stay in natural units and every sum is relative to a row constant near them, so that a common offset of all
+logits (±1e4) costs no accuracy: z − shift is formed first and only then scaled for exp2.
 """
 
 import triton
@@ -27,12 +27,12 @@ def log(x):
 
 
 @triton.jit
-def grouped_order(item, blocks_m, others, GROUP_M: tl.constexpr):
-    """Work item -> (row block, other): GROUP_M row blocks share what `other` names before the next one is touched.
+def grouped_order(item, blocks_m, tiles, GROUP_M: tl.constexpr):
+    """Work item -> (row block, tile of columns): GROUP_M row blocks take a tile of columns before the next tile.
 
     The programs that run at one time then read a patch of both operands that stays in L2.
     """
-    per_group = GROUP_M * others
+    per_group = GROUP_M * tiles
     first = (item // per_group) * GROUP_M
     size = tl.minimum(blocks_m - first, GROUP_M)
     within = item % per_group
@@ -40,51 +40,40 @@ def grouped_order(item, blocks_m, others, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def raw_logits(
-    hidden,  # pointer to [*, D], or a TMA descriptor of the compacted rows
-    weight,  # pointer to [V, D], or a TMA descriptor
-    index,  # [BLOCK_M] int64: rows of hidden (pointer only)
-    row,  # first row of the block (descriptor only)
-    column,  # first column of the tile
-    vocab,
+def described(x, rows, columns, stride, MADE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A descriptor of x [rows, columns], rows `stride` apart, in blocks of ROWS × COLUMNS, zeros beyond either end.
+
+    MADE: x is one already, made by the host, and the bulk copy engine reads it (see `launch.operand`). On older chips x
+    is a pointer: a descriptor's loads become loads through pointers there, and only if the kernel makes it does the
+    compiler know that rows are aligned, and loads 16 bytes at a time, asynchronously.
+    """
+    if MADE:
+        return x
+    else:
+        return tl.make_tensor_descriptor(x, shape=[rows, columns], strides=[stride, 1], block_shape=[ROWS, COLUMNS])
+
+
+@triton.jit
+def logits_tile(
+    hidden,  # descriptor of [M, D], blocks [BLOCK_M, BLOCK_K]
+    weight,  # descriptor of [v, D], blocks [BLOCK_N, BLOCK_K]
+    row,
+    column,
     dim,
-    hidden_stride,
-    weight_stride,
-    weight_stride_k,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HIDDEN_TMA: tl.constexpr,
-    WEIGHT_TMA: tl.constexpr,
 ):
-    """hidden[rows] @ weight[column : column + BLOCK_N].T -> [BLOCK_M, BLOCK_N] float32.
+    """hidden[row : row + BLOCK_M] @ weight[column : column + BLOCK_N].T -> [BLOCK_M, BLOCK_N] float32.
 
-    Columns beyond the vocabulary repeat its last one, which spares the loads a mask; the caller discards them.
+    Descriptors give zeros beyond either end, so sizes need no masks: the caller discards what lies outside.
     """
-    offs_k = tl.arange(0, BLOCK_K)
-    if not HIDDEN_TMA:
-        h_pointers = hidden + index[:, None] * hidden_stride + offs_k[None, :]
-    if not WEIGHT_TMA:
-        offs_n = tl.minimum(column + tl.arange(0, BLOCK_N), vocab - 1).to(tl.int64)
-        w_pointers = weight + offs_n[:, None] * weight_stride + offs_k[None, :] * weight_stride_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, dim, BLOCK_K):
-        if HIDDEN_TMA:
-            h = hidden.load([row, k])
-        elif EVEN_K:
-            h = tl.load(h_pointers + k)
-        else:
-            h = tl.load(h_pointers + k, mask=offs_k[None, :] < dim - k, other=0.0)
-        if WEIGHT_TMA:
-            w = weight.load([column, k])
-        elif EVEN_K:
-            w = tl.load(w_pointers + k * weight_stride_k)
-        else:
-            w = tl.load(w_pointers + k * weight_stride_k, mask=offs_k[None, :] < dim - k, other=0.0)
-        acc = tl.dot(h.to(COMPUTE), w.to(COMPUTE).T, acc, input_precision=PRECISION)
+        h = hidden.load([row, k])  # [BLOCK_M, BLOCK_K]
+        w = weight.load([column, k])  # [BLOCK_N, BLOCK_K]
+        acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
     return acc
 
 
@@ -126,27 +115,80 @@ def finish_logits(acc, bias, columns, vocab, inner, outer, SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def raise_max(row_max, z):
-    """(new maximum, z − maximum, shift ≤ 0 of what was summed before), both differences at least VERY_NEGATIVE."""
-    higher = tl.maximum(row_max, tl.max(z, 1))
-    return higher, tl.maximum(z - higher[:, None], VERY_NEGATIVE), tl.maximum(row_max - higher, VERY_NEGATIVE)
+def tanh_of_logits(acc, bias, columns, vocab, inner):
+    """The inner part of a softcap, from raw products [M, N]."""
+    if bias is not None:
+        acc += load_bias(bias, columns, vocab)
+    return tanh(acc * inner)
+
+
+@triton.jit
+def binary_exponents(acc, bias, shift, columns, vocab, inner, outer, SOFTCAP: tl.constexpr):
+    """(z − shift) log₂ e of raw products [M, N] and a shift [M]: exp2 of it is exp(z − shift).
+
+    Without a softcap one multiply-add a logit: the product is not rounded before the shift is taken from it, so that a
+    common offset of all logits costs no more than the rounding of shift · log₂ e, the same for all of a row.
+    """
+    if SOFTCAP:
+        acc = tanh_of_logits(acc, bias, columns, vocab, inner)
+    elif bias is not None:
+        acc += load_bias(bias, columns, vocab)
+    return acc * (outer * LOG2E) - (shift * LOG2E)[:, None]
+
+
+@triton.jit
+def binary_log_softmax(acc, bias, row_max, log_sum, columns, vocab, inner, outer, SOFTCAP: tl.constexpr):
+    """log₂ p of raw products [M, N], at least VERY_NEGATIVE, by the arithmetic that made the sums.
+
+    The two subtractions stay apart for the sake of logits with a large common offset.
+    """
+    x = binary_exponents(acc, bias, row_max, columns, vocab, inner, outer, SOFTCAP) - (log_sum * LOG2E)[:, None]
+    return tl.maximum(x, VERY_NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def below(z, shift):
+    """z − shift, at least VERY_NEGATIVE: the exponent of a softmax. A NaN stays one, in the same single instruction."""
+    return tl.maximum(z - shift, VERY_NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def log_softmax(z, row_max, log_sum):
     """z [M, N] -> log p; the two subtractions stay apart for the sake of logits with a large common offset."""
-    return tl.maximum((z - row_max[:, None]) - log_sum[:, None], VERY_NEGATIVE)
+    return below(z - row_max[:, None], log_sum[:, None])
 
 
 @triton.jit
-def log_mean(log_p, log_q):
-    """log ½ (p + q)"""
-    top = tl.maximum(log_p, log_q)
-    return top + log(0.5 * (exp(log_p - top) + exp(log_q - top)))
+def raise_max(top, z, AXIS: tl.constexpr):
+    """The softmax merge: a maximum so far, and a tile of logits, or of maxima, along AXIS of which it is to be raised.
+
+    Returns the new maximum, the shift ≤ 0 of the sums so far, and z less the new maximum. With s = exp of a shift,
+    Σ eᶻ⁻ᵐ becomes s · Σ eᶻ⁻ᵐ, and Σ eᶻ⁻ᵐ (z − m) becomes s · (Σ eᶻ⁻ᵐ (z − m) + shift · Σ eᶻ⁻ᵐ).
+    """
+    higher = tl.maximum(top, tl.max(z, AXIS))
+    return higher, below(top, higher), below(z, tl.expand_dims(higher, AXIS))
+
+
+@triton.jit
+def logprob_and_entropy(taken, top, total, weighted, max_entropy):
+    """From a target's logit, and a row's shift and sums Σ e, Σ e (z − shift): log-prob, entropy and log Σ e.
+
+    In range whatever the rounding; a NaN stays one.
+    """
+    log_sum = log(total)
+    logprob = (taken - top) - log_sum
+    entropy = log_sum - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, tl.where(entropy > max_entropy, max_entropy, entropy))
+    return tl.where(logprob > 0.0, 0.0, logprob), entropy, log_sum
+
+
+def steepest(transform: dict[str, float | bool]) -> float:
+    """The greatest slope of the transform that these factors make."""
+    return abs(transform["outer"] * transform["inner"])
 
 
 def transform_factors(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float | bool]:
     """The arguments of `transform`: z = softcap · tanh(logit_scale · x / softcap) / temperature."""
     if softcap is None:
-        return {"inner": 1.0, "outer": logit_scale / temperature, "softcap": False}
-    return {"inner": logit_scale / softcap, "outer": softcap / temperature, "softcap": True}
+        return {"inner": 1.0, "outer": logit_scale / temperature, "SOFTCAP": False}
+    return {"inner": logit_scale / softcap, "outer": softcap / temperature, "SOFTCAP": True}

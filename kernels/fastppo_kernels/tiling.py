@@ -1,7 +1,7 @@
 """Which tiling computes a loss with its gradients, and in what pieces: arithmetic on shapes, no tensor in sight.
 
     columns   8NDV: statistics; then for each tile of the vocabulary the logits once more, ∂z, ∂weight tile, ∂hidden
-    rows      6NDV: for each chunk of rows all of V: statistics that keep eᶻ⁻ᵐ, ∂z over it, ∂hidden, ∂weight
+    rows      6NDV: for each chunk of rows all of V: statistics that store E = exp(z − shift), ∂hidden, ∂weight
 
 Rows need R · V of the products' dtype, and with several chunks ∂weight is summed in float32, [V, D], which is read
 and written once a chunk: few chunks or none. What does not fit the budget is not considered.
@@ -15,14 +15,17 @@ from fastppo_kernels.configs import Ceilings
 
 # A product over fewer columns than this leaves tensor cores idle; the budget then cuts the rows instead.
 MIN_WIDTH = 512
-# The count of rows is rounded up to this, so that the shapes of the products are few and aligned.
+# Blocks of rows begin at multiples of this, so that the shapes of the products are few and aligned.
 ROW_MULTIPLE = 128
+# Rows of a scratch matrix begin at multiples of this many elements: loads and stores stay 16 bytes wide whatever V is.
+STRIDE_MULTIPLE = 64
 
 
 class Problem(NamedTuple):
     """N rows of hidden size D against V columns; bytes of an element in the products and of ∂weight's dtype.
 
     unit: rows that must stay in one chunk, a sequence's where one ratio stands for all of it.
+    copies_weight: the products read a copy of the weight, in their dtype, padded or turned.
     """
 
     rows: int
@@ -31,6 +34,7 @@ class Problem(NamedTuple):
     itemsize: int
     weight_itemsize: int
     unit: int = 1
+    copies_weight: bool = False
 
 
 class Tiling(NamedTuple):
@@ -42,10 +46,15 @@ class Tiling(NamedTuple):
     seconds: float
 
 
-def choose(problem: Problem, budget: int, ceilings: Ceilings) -> Tiling:
-    """The faster of the two tilings at these ceilings, of those that fit `budget` bytes."""
-    candidates = [_columns(problem, budget, ceilings), _rows(problem, budget, ceilings)]
+def choose(problem: Problem, budget: int, ceilings: Ceilings, *, whole_rows: bool = True) -> Tiling:
+    """The faster of the two tilings at these ceilings, of those that fit `budget` bytes; `whole_rows` allows rows."""
+    candidates = [_columns(problem, budget, ceilings), _rows(problem, budget, ceilings) if whole_rows else None]
     return min((c for c in candidates if c is not None), key=lambda c: c.seconds)
+
+
+def row_stride(columns: int) -> int:
+    """Elements from one row of a scratch matrix to the next."""
+    return -(-columns // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
 
 
 def tile_of_columns(num_rows: int, vocab: int, accumulator_dim: int, itemsize: int, budget: int) -> tuple[int, int]:
@@ -58,12 +67,12 @@ def tile_of_columns(num_rows: int, vocab: int, accumulator_dim: int, itemsize: i
     if rows_that_fit < num_rows:
         return min(num_rows, max(ROW_MULTIPLE, rows_that_fit // ROW_MULTIPLE * ROW_MULTIPLE)), width
     fits = budget // (num_rows * itemsize + 4 * accumulator_dim)
-    return num_rows, vocab if fits >= vocab else fits // MIN_WIDTH * MIN_WIDTH
+    return num_rows, vocab if fits >= vocab else max(width, fits // MIN_WIDTH * MIN_WIDTH)
 
 
-def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
-    """Of eᶻ⁻ᵐ [rows, V], padded to a multiple of 16 columns, and of a maximum for every 64 of them."""
-    return rows * (-(-vocab // 16) * 16 * itemsize + 4 * -(-vocab // 64))
+def stored_bytes(rows: int, vocab: int, itemsize: int) -> int:
+    """Of E [rows, V] and of three partial statistics for every 64 columns."""
+    return rows * (row_stride(vocab) * itemsize + 12 * -(-vocab // 64))
 
 
 def sums_in_float32(problem: Problem, chunks: int) -> bool:
@@ -71,49 +80,36 @@ def sums_in_float32(problem: Problem, chunks: int) -> bool:
     return chunks > 1 and problem.weight_itemsize != 4
 
 
-def cut(real: list[int], most: int) -> list[tuple[int, int]]:
-    """Units with so many real rows each -> (first, last) of consecutive ones that hold at most `most` rows together.
-
-    Raises:
-        ValueError: a unit that alone has more.
-    """
-    spans, first, held = [], 0, 0
-    for unit, rows in enumerate(real):
-        if rows > most:
-            raise ValueError(f"a unit of {rows} rows does not fit a chunk of {most}")
-        if held + rows > most:
-            spans.append((first, unit))
-            first, held = unit, 0
-        held += rows
-    return [*spans, (first, len(real))] if real else []
-
-
 def _columns(p: Problem, budget: int, ceilings: Ceilings) -> Tiling:
-    block, width = tile_of_columns(p.rows, p.vocab, p.dim, p.itemsize, budget)
+    block, width = tile_of_columns(p.rows, p.vocab, 0, p.itemsize, budget)
+    if block < p.rows:
+        block, width = tile_of_columns(p.rows, p.vocab, p.dim, p.itemsize, budget)
     blocks, tiles = -(-p.rows // block), -(-p.vocab // width)
     moved = (
         _weight_reads(p, blocks + 2)
         + 3 * p.itemsize * p.rows * p.vocab  # ∂z: written once, read twice
-        + (4 * (2 * blocks - 1) + 4 + p.weight_itemsize) * p.vocab * p.dim  # ∂weight tile: summed, then copied
+        # ∂weight: written at once, or summed in float32 and then copied
+        + ((4 * 2 * blocks if blocks > 1 else 0) + p.weight_itemsize) * p.vocab * p.dim
         + (8 * tiles + p.itemsize * (tiles + 2)) * p.rows * p.dim  # ∂hidden read and written a tile; hidden read
     )
     return Tiling(block, width, False, _seconds(8, p, moved, ceilings))
 
 
 def _rows(p: Problem, budget: int, ceilings: Ceilings) -> Tiling | None:
-    each = kept_bytes(1, p.vocab, p.itemsize)
-    cast = p.itemsize * p.vocab * p.dim if p.weight_itemsize != p.itemsize else 0  # a copy of the weight
-    chunk = min(p.rows, (budget - cast) // each)
+    each = stored_bytes(1, p.vocab, p.itemsize)
+    copy = p.itemsize * p.vocab * p.dim if p.copies_weight else 0
+    chunk = min(p.rows, (budget - copy) // each)
     if chunk < p.rows:
-        chunk = (budget - cast - sums_in_float32(p, 2) * 4 * p.vocab * p.dim) // each
-        chunk = chunk // ROW_MULTIPLE * ROW_MULTIPLE
-    if chunk < max(1, min(p.rows, p.unit)):
+        chunk = (budget - copy - sums_in_float32(p, 2) * 4 * p.vocab * p.dim) // each
+        multiple = ROW_MULTIPLE if p.unit == 1 else p.unit
+        chunk = chunk // multiple * multiple
+    if chunk < 1:
         return None
     chunks = -(-p.rows // chunk)
     summed = 8 * (chunks - 1) + sums_in_float32(p, chunks) * 4  # bytes moved for each element of ∂weight's sum
     moved = (
         _weight_reads(p, 2 * chunks)
-        + 5 * p.itemsize * p.rows * p.vocab  # eᶻ⁻ᵐ written, read, ∂z written over it, read twice
+        + 5 * p.itemsize * p.rows * p.vocab  # E written, read, ∂z written over it, read twice
         + (summed + p.weight_itemsize) * p.vocab * p.dim
         + (8 + 4 * p.itemsize) * p.rows * p.dim
     )

@@ -31,3 +31,39 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied and rounded as on a GPU.
+
+    The interpreter holds bfloat16 as uint16 and multiplies those as integers; here they become float32 first. And it
+    cuts float32 down to bfloat16 where a GPU rounds to the nearest.
+    """
+    import numpy as np
+    from fastppo_kernels import launch
+
+    if not launch.INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.data.dtype != np.uint16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
+    def cast_impl(self, x, dtype):
+        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(self, x, dtype)
+        rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(rounded, tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(launch, "INTERPRETER_MULTIPLIES_BFLOAT16", True)

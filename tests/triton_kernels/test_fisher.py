@@ -1,16 +1,18 @@
-"""fisher_vector_product on the Triton kernels against the naive path in float64, which tests/test_fisher.py proves."""
+"""fisher_vector_product of the Triton kernels against the dense product in float64, by automatic differentiation."""
 
 from __future__ import annotations
 
 import math
 
+import oracle
 import pytest
 import torch
+from compilations import compilations
+from fastppo_kernels.fisher import fisher_vector_product
+from fastppo_kernels.products import power_of_two_scale
+from fastppo_kernels.products import product as matrix_product
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import fastppo
-from fastppo.ops import triton_fisher
 
 TRANSFORMS = [
     {},
@@ -27,24 +29,45 @@ def random_problem(n, d, v, device, *, bias=False, dtype=torch.float32):
     return [None if x is None else x.to(device, dtype) for x in (*head, *direction)]
 
 
-def product(problem, row_weights, backend, budget=ONE_TILE, **transform):
-    hidden, weight, bias, d_hidden, d_weight, d_bias = problem
-    with fastppo.scratch_budget(budget):
-        return fastppo.fisher_vector_product(
-            hidden, weight, d_hidden, d_weight, bias=bias, d_bias=d_bias, row_weights=row_weights, backend=backend,
-            **transform,
-        )  # fmt: skip
+def product(problem, row_weights, budget=ONE_TILE, compute_dtype=None, **transform):
+    """Hidden's, weight's and bias's product, by default computed in hidden's dtype."""
+    transform = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None, **transform}
+    compute_dtype = compute_dtype or problem[0].dtype
+    return fisher_vector_product(*problem, row_weights, **transform, compute_dtype=compute_dtype, budget=budget)
 
 
-def check(problem, row_weights, budget=ONE_TILE, tolerance=3e-5, **transform):
-    out = product(problem, row_weights, "triton", budget, **transform)
-    doubles = [None if x is None else x.double() for x in problem]
-    exact = product(doubles, row_weights.double(), "reference", **transform)
-    for got, want in zip(out, exact, strict=True):
-        assert (got is None) == (want is None)
-        if want is not None:
-            scale = max(want.abs().max().item(), 1e-6) if want.numel() else 1.0
-            torch.testing.assert_close(got.double(), want, atol=tolerance * scale, rtol=0)
+def dense_product(problem, row_weights, **transform):
+    """Jᵀ diag(w) (diag(p) − p pᵀ) J v of real rows, empty for what is constant."""
+    real = row_weights != 0
+    hidden, weight, bias, d_hidden, d_weight, d_bias = (None if x is None else x.double() for x in problem)
+    present = {"hidden": (hidden[real], d_hidden[real])}
+    if d_weight is not None:
+        present["weight"] = (weight, d_weight)
+    if d_bias is not None:
+        present["bias"] = (bias, d_bias)
+    constant = {"hidden": hidden, "weight": weight, "bias": bias}
+
+    def logits(*moving):
+        return oracle.logits(**{**constant, **dict(zip(present, moving, strict=True))}, **transform)
+
+    point, direction = zip(*present.values(), strict=True)
+    z, dz = torch.func.jvp(logits, point, direction)
+    p = torch.softmax(z, -1)
+    g = row_weights[real].double()[:, None] * p * (dz - (p * dz).sum(-1, keepdim=True))
+    found = dict(zip(present, torch.func.vjp(logits, *point)[1](g), strict=True))
+    out_hidden = torch.zeros_like(hidden)
+    out_hidden[real] = found["hidden"]
+    empty = hidden.new_zeros(0)
+    return out_hidden, found.get("weight", empty), found.get("bias", empty)
+
+
+def check(problem, row_weights, budget=ONE_TILE, tolerance=3e-5, compute_dtype=None, **transform):
+    got = product(problem, row_weights, budget, compute_dtype, **transform)
+    exact = dense_product(problem, row_weights, **transform)
+    for name, x, want in zip(("hidden", "weight", "bias"), got, exact, strict=True):
+        assert x.shape == want.shape, name
+        scale = max(want.abs().max().item(), 1e-12) if want.numel() else 1.0
+        torch.testing.assert_close(x.double(), want, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("moves", ["hidden", "hidden and weight", "all"])
@@ -60,16 +83,21 @@ def test_the_product(device, moves, transform):
     check(problem, row_weights, **transform)
 
 
-@pytest.mark.parametrize(("budget", "rows", "vocab"), [(SEVERAL_TILES, 40, 600), (SEVERAL_BLOCKS, 150, 70)])
-def test_any_budget_gives_the_same(device, budget, rows, vocab):
+@pytest.mark.parametrize(
+    ("budget", "rows", "dim", "vocab"),
+    [(SEVERAL_TILES, 40, 8, 600), (SEVERAL_BLOCKS, 150, 8, 70), (2**18, 261, 5, 1100)],
+)
+def test_any_budget_gives_the_same(device, budget, rows, dim, vocab):
+    """Several slices of the vocabulary, several blocks of rows, both; a slice of several tiles each."""
     row_weights = torch.rand(rows, device=device) / rows
-    check(random_problem(rows, 8, vocab, device, bias=True), row_weights, budget)
+    row_weights[rows // 2 :: 3] = 0
+    check(random_problem(rows, dim, vocab, device, bias=True), row_weights, budget)
 
 
 @settings(max_examples=8, deadline=None)
 @given(
     n=st.integers(0, 50),
-    d=st.integers(1, 40),
+    d=st.integers(1, 96),
     v=st.integers(1, 150),
     bias=st.booleans(),
     transform=st.sampled_from(TRANSFORMS),
@@ -83,6 +111,12 @@ def test_any_shape(device, n, d, v, bias, transform, masked, seed):
     check(random_problem(n, d, v, device, bias=bias), row_weights, **transform)
 
 
+def test_no_row_that_counts_gives_zeros(device):
+    out = product(random_problem(33, 8, 70, device, bias=True), torch.zeros(33, device=device))
+    assert [x.shape for x in out] == [(33, 8), (70, 8), (70,)]
+    assert all(not x.any() for x in out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_storage_and_small_weights(device, dtype):
     """g of a mean over many tokens is below float16's smallest number; a power of two lifts it."""
@@ -90,38 +124,127 @@ def test_low_precision_storage_and_small_weights(device, dtype):
     check(problem, 1e-4 * torch.rand(61, device=device), tolerance=0.02)
 
 
-def test_weights_of_any_strides_and_padding_of_any_content(device):
-    hidden, weight, _, d_hidden, d_weight, _ = random_problem(40, 24, 90, device)
+def test_float16_products(device, monkeypatch):
+    """In the interpreter too, where products are in float32 unless told otherwise: g itself would be 0 in float16."""
+    monkeypatch.setattr("fastppo_kernels.fisher.interpreted_dtype", lambda dtype: dtype)
+    problem = random_problem(61, 37, 600, device, bias=True)
+    row_weights = 1e-7 * torch.rand(61, device=device)
+    row_weights[5:30] = 0
+    check(problem, row_weights, SEVERAL_TILES, tolerance=0.01, compute_dtype=torch.float16)
+
+
+def misaligned(x):
+    """The same values, one element into a buffer."""
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return buffer[1:].view(x.shape).copy_(x)
+
+
+def transposed(x):
+    return x.T.contiguous().T
+
+
+@pytest.mark.parametrize("budget", [ONE_TILE, SEVERAL_TILES])
+@pytest.mark.parametrize("lay", [transposed, misaligned, torch.Tensor.half])
+def test_weights_however_they_lie(device, lay, budget):
+    """A float16 weight beside float32 hidden states stands for any other dtype than the products'."""
+    hidden, weight, bias, d_hidden, d_weight, d_bias = random_problem(40, 24, 600, device, bias=True)
     row_weights = torch.rand(40, device=device)
     row_weights[7] = 0
-    turned = [hidden.T.contiguous().T, weight.T.contiguous().T, None, d_hidden, d_weight.T.contiguous().T, None]
-    check(turned, row_weights)
-    want = product([hidden, weight, None, d_hidden, d_weight, None], row_weights, "triton")
-    hidden[7], d_hidden[7] = torch.nan, torch.inf
-    got = product([hidden, weight, None, d_hidden, d_weight, None], row_weights, "triton")
-    assert torch.equal(got.hidden, want.hidden)
-    assert torch.equal(got.weight, want.weight)
+    tolerance = 1e-3 if lay is torch.Tensor.half else 3e-5  # the result is in the weight's dtype
+    check([hidden, lay(weight), bias, d_hidden, d_weight, d_bias], row_weights, budget, tolerance)
+    check([hidden, weight, bias, d_hidden, lay(d_weight), d_bias], row_weights, budget)
+    check([hidden, lay(weight), bias, transposed(d_hidden), None, None], row_weights, budget)
+    check([transposed(hidden), weight, misaligned(bias), d_hidden, None, d_bias], row_weights, budget)
 
 
-def test_operands_through_tensor_descriptors(device, monkeypatch):
-    from fastppo_kernels.configs import GEMM
-    from fastppo_kernels.launch import INTERPRETED
+def test_padding_of_any_content(device):
+    problem = random_problem(40, 24, 90, device)
+    row_weights = torch.rand(40, device=device)
+    row_weights[7] = 0
+    want = product(problem, row_weights)
+    problem[0][7], problem[3][7] = torch.nan, torch.inf
+    for got, clean in zip(product(problem, row_weights), want, strict=True):
+        assert torch.equal(got, clean)
 
-    if not INTERPRETED:
-        pytest.skip("the GPU's own configurations use descriptors where the chip has them")
-    for kernel in ("fisher_statistics", "fisher_gradient", "fisher_statistics_weight", "fisher_gradient_weight"):
-        config = GEMM[kernel]["interpreter", "ieee"]._replace(tma=True)
-        monkeypatch.setitem(GEMM[kernel], ("interpreter", "ieee"), config)
-    problem = random_problem(50, 20, 75, device, bias=True)
-    row_weights = torch.rand(50, device=device)
-    row_weights[3:20] = 0
-    check(problem, row_weights, softcap=3.0)
-    check([*problem[:4], None, None], row_weights)
+
+def test_tokens_that_are_ruled_out(device):
+    """Logits of −∞, over whole tiles: they have no probability, and no share in any product."""
+    problem = random_problem(40, 24, 150, device, bias=True)
+    alive = torch.ones(150, dtype=torch.bool, device=device)
+    alive[:70], alive[100:103] = False, False
+    problem[2][~alive] = -torch.inf
+    row_weights = torch.rand(40, device=device)
+    got = product(problem, row_weights)
+    fewer = [x if x.shape[0] == 40 else x[alive] for x in problem]
+    want = dense_product(fewer, row_weights)
+    torch.testing.assert_close(got[0].double(), want[0], atol=3e-5 * want[0].abs().max().item(), rtol=0)
+    for x, y in zip(got[1:], want[1:], strict=True):
+        assert not x[~alive].any()
+        torch.testing.assert_close(x[alive].double(), y, atol=3e-5 * y.abs().max().item(), rtol=0)
+
+
+def test_a_common_offset_of_the_logits_changes_nothing(device):
+    problem = random_problem(40, 24, 150, device, bias=True)
+    row_weights = torch.rand(40, device=device)
+    want = dense_product(problem, row_weights)
+    problem[2] += 1000.0
+    for x, y in zip(product(problem, row_weights), want, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=1e-3 * y.abs().max().item(), rtol=0)
+
+
+def test_one_compilation_serves_any_number_of_rows():
+    def run(n):
+        def meta(*shape):
+            return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+        weights = torch.empty(n, device="meta")
+        fisher_vector_product(
+            meta(n, 896), meta(5056, 896), meta(5056), meta(n, 896), meta(5056, 896), meta(5056), weights,
+            1.0, 1.0, None, torch.bfloat16, 2**22,
+        )  # fmt: skip
+
+    found = compilations(run, (16, 17, 1, 48, 1000, 4096))
+    for kernel in ("fisher_statistics_kernel", "fisher_gradient_kernel", "combine_fisher_kernel"):
+        assert len(found[kernel]) == 1, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_matrix_products_are_summed_in_float32(device, dtype):
+    a, b = torch.randn(33, 70, device=device).to(dtype), torch.randn(70, 21, device=device).to(dtype)
+    before = torch.randn(33, 21, device=device)
+    want, out = a.double() @ b.double(), before.clone()
+    matrix_product(out, a, b, accumulate=True)
+    torch.testing.assert_close(out.double(), before.double() + want, atol=1e-4, rtol=0)
+    matrix_product(out.fill_(torch.nan), a, b, accumulate=False)
+    torch.testing.assert_close(out.double(), want, atol=1e-4, rtol=0)
+    own = torch.full_like(out, torch.nan, dtype=dtype)
+    matrix_product(own, a, b, accumulate=False)
+    torch.testing.assert_close(own.double(), want, atol=1e-4 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+def test_the_scale_of_float16_is_a_power_of_two(device):
+    x = torch.tensor([0.0, -3e-5, 1e-6], device=device)
+    assert power_of_two_scale([x, None], 1.0).tolist() == [2.0**16]
+    assert power_of_two_scale([x, 5 * x.new_ones(2)], 1.0).tolist() == [0.25]
+    for other in (0.0, torch.inf, torch.nan):
+        assert power_of_two_scale([x.new_full((3,), other)], 1.0).tolist() == [1.0]
+    tiny = power_of_two_scale([x.new_full((3,), 1e-42)], 1.0)
+    assert tiny.isfinite().all()
+    assert (1 / tiny).item() > 0
 
 
 def test_opcheck(device):
-    hidden, weight, bias, d_hidden, d_weight, d_bias = random_problem(9, 8, 50, device, bias=True)
+    from fastppo.ops import triton_fisher
+
+    problem = random_problem(9, 8, 50, device, bias=True)
     tail = (torch.rand(9, device=device), 1.0, 1.0, 2.0, torch.float32, ONE_TILE)
-    operator = triton_fisher.fisher_vector_product
-    torch.library.opcheck(operator, (hidden, weight, bias, d_hidden, d_weight, d_bias, *tail))
-    torch.library.opcheck(operator, (hidden, weight, None, d_hidden, None, None, *tail))
+    hidden, weight, _, d_hidden, _, _ = problem
+    torch.library.opcheck(triton_fisher.fisher_vector_product, (*problem, *tail))
+    torch.library.opcheck(triton_fisher.fisher_vector_product, (hidden, weight, None, d_hidden, None, None, *tail))
+
+
+def test_biases_of_any_strides(device):
+    problem = random_problem(9, 16, 50, device, bias=True)
+    for place in (2, 5):
+        problem[place] = torch.stack([problem[place], torch.full_like(problem[place], torch.nan)], 1)[:, 0]
+    check(problem, torch.rand(9, device=device))

@@ -7,6 +7,7 @@ import math
 import oracle
 import pytest
 import torch
+from fastppo_kernels import configs, launch, linear, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +82,7 @@ def test_any_budget_gives_the_same(device, budget):
     check_logprob(hidden, weight, b, targets, torch.randn(3, 140, device=device), budget)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     n=st.integers(0, 70),
     d=st.integers(1, 40),
@@ -145,22 +146,6 @@ def test_weight_of_any_strides_and_ragged_hidden(device):
     h, w = wide[:, 3:27], weight.T.contiguous().T
     check_logprob(h, w, None, targets, torch.randn(3, 40, device=device), ONE_TILE)
     check_logprob(h.T.contiguous().T, w, None, targets, torch.randn(3, 40, device=device), ONE_TILE)
-
-
-def test_operands_through_tensor_descriptors(device, monkeypatch):
-    from fastppo_kernels.configs import GEMM
-    from fastppo_kernels.launch import INTERPRETED
-
-    if not INTERPRETED:
-        pytest.skip("the GPU's own configurations use descriptors where the chip has them")
-    for kernel in ("linear_statistics", "logit_gradient"):
-        for compact in (False, True):
-            config = GEMM[kernel]["interpreter", "ieee"]._replace(tma=True, compact=compact)
-            monkeypatch.setitem(GEMM[kernel], ("interpreter", "ieee"), config)
-            hidden, weight, b = random_head(50, 20, 75, device, bias=True)
-            targets = torch.randint(0, 75, (50,), device=device)
-            targets[3:20] = -100
-            check_logprob(hidden, weight, b, targets, torch.randn(3, 50, device=device), ONE_TILE)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
@@ -290,15 +275,15 @@ def check_kl(device, kind, n, d, ref_d, v, transform, masked, tolerance=5e-5):
         check(leaf.grad, want.grad, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_kl_between_models_of_different_widths(device, kind, transform):
     check_kl(device, kind, 43, 13, 23, 211, transform, masked=0.2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    kind=st.sampled_from(["reverse", "forward", "jsd"]),
+    kind=st.sampled_from(["reverse", "forward"]),
     n=st.integers(0, 40),
     d=st.integers(1, 20),
     ref_d=st.integers(1, 40),
@@ -311,7 +296,7 @@ def test_kl_of_any_shape(device, kind, n, d, ref_d, v, masked, seed):
     check_kl(device, kind, n, d, ref_d, v, {}, masked)
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(device, kind):
     hidden, weight, _ = random_head(9, 11, 77, device)
     h, w = leaves(hidden, weight)
@@ -321,7 +306,7 @@ def test_kl_of_a_model_with_itself_is_zero_and_its_gradient_too(device, kind):
     assert h.grad.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(device, kind):
     hidden, weight, b = random_head(9, 13, 211, device, bias=True)
     own, other = b.clone(), b.clone()
@@ -336,14 +321,14 @@ def test_kl_counts_the_whole_distance_to_a_model_that_all_but_excludes_tokens(de
         ref_z = oracle.logits(hidden.double().cpu(), weight.double().cpu(), ref_bias.double().cpu())
         expected = torch.stack([oracle.divergence(z[n], ref_z[n], kind) for n in range(9)])
         expected.sum().backward()
-        assert kind == "jsd" or expected.min() > 100
+        assert expected.min() > 100
         torch.testing.assert_close(kl.double().cpu(), expected.detach(), atol=1e-4, rtol=1e-4)
         for got, want in ((h, h64), (w, w64), (bb, b64)):
             scale = want.grad.abs().max()
             check(got.grad / scale, want.grad / scale, 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 def test_kl_where_both_models_exclude_tokens_is_finite(device, kind):
     hidden, weight, _ = random_head(10, 6, 80, device)
     bias = torch.zeros(80, device=device)
@@ -456,20 +441,73 @@ def test_same_bits_every_time(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_filtered_gradients_are_those_of_the_other_engine(device, monkeypatch):
-    """The bound itself is tested with the engine in plain PyTorch, by tests/test_gradient_filter.py."""
-    from fastppo.ops import gradient_filter
+def test_bias_of_any_strides(device):
+    hidden, weight, _ = random_head(20, 16, 90, device)
+    targets = torch.randint(0, 90, (20,), device=device)
+    for bias in (torch.randn(90, 2, device=device)[:, 0], torch.randn(1, device=device).expand(90)):
+        out = fastppo.linear_logprob(hidden, weight, targets, bias=bias, backend="triton")
+        values, _ = exact_logprob(hidden, weight, bias, targets, torch.zeros(3, 20))
+        check(out.logprobs, values[0], 1e-5)
 
-    monkeypatch.setattr(gradient_filter, "TILE", 64)
-    hidden, weight, b = random_head(40, 12, 300, device, bias=True, scale=4.0)
-    targets = torch.randint(0, 300, (40,), device=device)
-    targets[::7] = -100
-    upstream = torch.randn(3, 40, device=device)
-    found = []
-    for backend in ("triton", "chunked"):
-        h, w, bb = leaves(hidden, weight, b)
-        out = fastppo.linear_logprob(h, w, targets, bias=bb, return_entropy=True, filter_mass=1e-3, backend=backend)
-        sum((g * o).sum() for g, o in zip(upstream, out, strict=True)).backward()
-        found.append((*out, h.grad, w.grad, bb.grad))
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)
+
+def test_a_single_column_of_any_stride(device):
+    hidden, _, _ = random_head(5, 16, 3, device)
+    weight = torch.randn(16, 1, device=device).t()  # contiguous by PyTorch's rule, one element from row to row
+    out = fastppo.linear_logprob(hidden, weight, torch.zeros(5, dtype=torch.long, device=device), backend="triton")
+    check(out.logprobs, torch.zeros(5, dtype=torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("spoilt", ["hidden", "weight"])
+def test_a_nan_is_not_hidden(device, spoilt):
+    """One in a single row of the weight is in every token's normalizer, and in every gradient."""
+    hidden, weight, _ = random_head(7, 16, 90, device)
+    (hidden if spoilt == "hidden" else weight)[3, 2] = float("nan")
+    targets = torch.arange(10, 17, device=device)
+    h, w = leaves(hidden, weight)
+    out = fastppo.linear_logprob(h, w, targets, return_entropy=True, backend="triton")
+    (out.logprobs + out.entropy).sum().backward()
+    rows = slice(3, 4) if spoilt == "hidden" else slice(None)
+    assert out.logprobs[rows].isnan().all()
+    assert out.entropy[rows].isnan().all()
+    assert h.grad[rows].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("transform", [{"temperature": 1e-3, "logit_scale": 500.0}, {"temperature": 1e6}])
+def test_products_in_float16_follow_the_slope_of_the_transform(device, transform, monkeypatch):
+    monkeypatch.setattr(linear, "interpreted_dtype", lambda dtype: dtype)
+    transform = {"temperature": 1.0, "logit_scale": 1.0, **transform}
+    hidden, weight, _ = random_head(33, 32, 97, device, dtype=torch.float16)
+    hidden = hidden * (transform["temperature"] / transform["logit_scale"] if transform["temperature"] < 1 else 1)
+    targets = torch.randint(0, 97, (33,), device=device)
+    upstream = torch.randn(3, 33, device=device)
+    arguments = (hidden, weight.float(), None, targets, None, None, None, "")
+    options = (*transform.values(), None, torch.float16, ONE_TILE)
+    saved = linear.statistics(*arguments, *options)
+    gradients = linear.vjp(*arguments, list(saved), *upstream, None, *options, False, True, False)
+    _, want = exact_logprob(hidden, weight, None, targets, upstream, **transform)
+    check(gradients[1], want[1], 3e-3 * want[1].abs().max().item())
+
+
+def test_copies_of_a_weight_fit_the_budget(device, monkeypatch):
+    """A weight that products cannot read as it lies is copied a slice at a time."""
+    hidden, weight, _ = random_head(16, 200, 3000, device)
+    targets, upstream = torch.randint(0, 3000, (16,), device=device), torch.randn(3, 16, device=device)
+    copied, copy = [], operands.padded_copy
+    monkeypatch.setattr(operands, "padded_copy", lambda *x: copied.append(copy(*x)) or copied[-1])
+    arguments = (hidden, weight, None, targets, None, None, None, "")
+    options = (1.0, 1.0, None, torch.float32, 2**20)
+    saved = linear.statistics(*arguments, *options)
+    copied.clear()
+    linear.vjp(*arguments, list(saved), *upstream, None, *options, True, False, False)
+    assert max(x.nbytes for x in copied) <= 2**20
+
+
+@pytest.mark.parametrize("products", ["cublas", "triton"])
+def test_a_chip_without_tma(device, products, monkeypatch):
+    """Descriptors that the kernel makes; tiles are then stored to the end of the rows' padding."""
+    monkeypatch.setattr(launch, "has_tma", lambda device: False)
+    monkeypatch.setattr(configs, "PRODUCTS", products)
+    hidden, weight, b = random_head(40, 16, 77, device, bias=True)
+    targets, upstream = torch.randint(0, 77, (40,), device=device), torch.randn(3, 40, device=device)
+    for transform in ({}, {"softcap": 3.0, "logit_scale": 2.0}):
+        check_logprob(hidden, weight, b, targets, upstream, ONE_TILE, **transform)

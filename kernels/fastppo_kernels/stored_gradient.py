@@ -1,0 +1,159 @@
+"""∂loss/∂logits over the exponentials that `statistics` stored, E = exp(z − shift) [M, V]: no product.
+
+    write_targets     without entropy and softcap: E[m, target] −= S, one element a row. Then with α = −d_logprobs / S
+                          ∂z = α E,   ∂hidden = α ⊙ (E weight),   ∂weight = Eᵀ (α ⊙ hidden)
+    stored_gradient   otherwise, in place: log p = log E − log S,  ∂z = p (a + b log p) + c [v = target], and the
+                      transform's derivative, with a, b, c of `logit_gradient`
+
+In bfloat16 an exponential is rounded once, to a relative 2⁻⁹: p carries that error, as ∂z does when it is rounded in
+its turn, and log p carries it absolutely, whatever the size of the logits; the statistics were made before any
+rounding. The target's own p is known exactly. Rows are walked to the end of their padding, a multiple of 128 bytes, so
+that loads and stores are 16 bytes wide for a vocabulary of any size.
+
+Bytes: 20 a row read and one element of it written; or M · V elements read and M · V written. FLOPs: a few a row, or
+about 12 a logit. In both, rows behind the count are written as zeros, so that the products that follow may run over M
+rows whatever the count is.
+Tiling: one program a row, or BLOCK columns of a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastppo_kernels.configs import ELEMENTWISE
+from fastppo_kernels.launch import launch
+from fastppo_kernels.tile import VERY_NEGATIVE, exp, log, transform_gradient
+
+
+@triton.jit(do_not_specialize_on_alignment=["targets", "logprobs", "log_sum"])
+def write_targets_kernel(
+    stored,  # [M, V], rows `stride` apart
+    rows,  # [M] int32
+    count,  # [1]
+    targets,  # [N]
+    logprobs,  # [N]
+    log_sum,  # [N]
+    vocab,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    if m < tl.load(count):
+        row = tl.load(rows + m)
+        target = tl.load(targets + row)
+        # E[target] − S = S (p − 1), with p at the target from its exact log-probability.
+        value = exp(tl.load(log_sum + row)) * (exp(tl.load(logprobs + row)) - 1.0)
+        tl.store(stored + m * stride + target, value.to(stored.dtype.element_ty), mask=target < vocab)
+    else:
+        for start in range(0, stride, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            tl.store(
+                stored + m * stride + column, tl.zeros((BLOCK,), dtype=stored.dtype.element_ty), mask=column < stride
+            )
+
+
+def write_targets(
+    stored: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, targets: torch.Tensor, statistics: torch.Tensor
+) -> None:
+    """E[m, target] −= S in stored [M, V], zeros behind the count; statistics [4, N], targets [N] by original row."""
+    config = ELEMENTWISE["write_targets"]
+    launch(
+        write_targets_kernel,
+        (stored.shape[0],),
+        stored,
+        rows,
+        count,
+        targets,
+        statistics[0],
+        statistics[3],
+        stored.shape[1],
+        stored.stride(0),
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        *("targets", "logprobs", "entropy", "shift", "log_sum", "d_logprobs", "d_entropy"),
+    ]
+)
+def stored_gradient_kernel(
+    stored,  # [M, V], rows `stride` apart
+    rows,  # [M] int32
+    count,  # [1]
+    # by original row: [N]
+    targets,
+    logprobs,
+    entropy,
+    shift,
+    log_sum,
+    d_logprobs,
+    d_entropy,  # or None
+    stride,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < stride
+    place = stored + m * stride + column
+    real = m < tl.load(count)
+    row = tl.load(rows + m, mask=real, other=0)
+    c = tl.load(d_logprobs + row, mask=real, other=0.0)
+    b = 0.0
+    if d_entropy is not None:
+        b -= tl.load(d_entropy + row, mask=real, other=0.0)
+    if (b == 0.0) & (c == 0.0):
+        tl.store(place, tl.zeros((BLOCK,), dtype=stored.dtype.element_ty), mask=inside)
+        return
+    a = b * tl.load(entropy + row) - c
+    top, normalizer = tl.load(shift + row), tl.load(log_sum + row)
+    e = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    is_target = column == tl.load(targets + row)
+    # What underflowed to 0 has no gradient but the target's own; its logarithm stands in for log 0.
+    log_p = tl.where(e > 0.0, log(tl.maximum(e, 1e-38)) - normalizer, VERY_NEGATIVE)
+    log_p = tl.where(is_target, tl.maximum(tl.load(logprobs + row), VERY_NEGATIVE), log_p)
+    p = tl.where(is_target | (e == 0.0), exp(log_p), e * exp(-normalizer))
+    dz = p * (a + b * log_p) + tl.where(is_target, c, 0.0)
+    dz = transform_gradient(dz, (log_p + normalizer) + top, inner, outer, SOFTCAP)
+    if SOFTCAP:
+        dz = tl.where((e == 0.0) & (is_target == 0), 0.0, dz)
+    tl.store(place, dz.to(stored.dtype.element_ty), mask=inside)
+
+
+def stored_gradient(
+    stored: torch.Tensor,
+    rows: torch.Tensor,
+    count: torch.Tensor,
+    targets: torch.Tensor,
+    statistics: torch.Tensor,
+    d_logprobs: torch.Tensor,
+    d_entropy: torch.Tensor | None,
+    transform: dict,
+) -> None:
+    """∂z over stored [M, V], in place, zeros behind the count; rows `tiling.row_stride(V)` elements apart, their own.
+
+    Args:
+        rows [M] int32, count [1] int32: of `rows.compact_rows`.
+        targets [N] int64, statistics [4, N] of `statistics.row_statistics`, d_logprobs, d_entropy [N] float32 or None.
+        transform: of `tile.transform_factors`.
+    """
+    config = ELEMENTWISE["stored_gradient"]
+    launch(
+        stored_gradient_kernel,
+        (stored.shape[0], triton.cdiv(stored.stride(0), config.block)),
+        stored,
+        rows,
+        count,
+        targets,
+        *statistics,
+        d_logprobs,
+        d_entropy,
+        stored.stride(0),
+        **transform,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
