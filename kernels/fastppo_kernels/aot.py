@@ -1,78 +1,117 @@
 """`python -m fastppo_kernels.aot`: every kernel compiled to machine code, for chips that are not there, and inspected.
 
-The public functions of this package run on meta tensors of real shapes; what they would launch on each architecture is
-recorded and compiled as the just-in-time compiler would (pointers aligned, integers specialized), to a cubin for
-NVIDIA's chips and a code object for AMD's. For each kernel the table shows registers, spills (local memory), shared
-memory against the chip's limit, tensor-core instructions, 16-byte loads.
+Three kinds of specializations are compiled, by whatever Triton this runs under, as its just-in-time compiler would:
+each entry of `configs.GEMM`, launched by `tune.runs`; what the package's public functions launch on meta tensors of
+real shapes (`aot_cases`); and the tuner's candidates (`tune.candidates`; those of sm_90 alone without --all).
 
-Exit status 1 on a spill, on shared memory over the limit, on a GEMM that asked for tensor cores and has no instruction
-of theirs, or where compilation itself fails.
+For each the table shows registers, spills (local memory), shared memory against the chip's limit, tensor-core and
+warp-specialization instructions, 16-byte loads, and the instructions outside of the matrix loop for each logit.
+
+Exit status 1 where compilation fails, on a spill, on shared or tensor memory over the limit, on a GEMM that asked for
+tensor cores or warp specialization and has no instruction of theirs, or that never loads 16 bytes at a time, on a copy
+whose descriptor does not fit its buffer, on a kernel that exceeds its budget in budgets.json by more than a tenth, and
+on a candidate that is not clean.
+
+`--write-budgets` measures the budgets anew and keeps of `tune.PROPOSALS` the candidates that compile clean, those of
+sm_90 or with --all of every chip. Run it under each Triton that budgets.json names. Compiled kernels are kept in
+Triton's cache, in the folder that TRITON_CACHE_DIR names.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import math
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import native_specialize_impl
 
-from fastppo_kernels import aot_cases
+from fastppo_kernels import aot_cases, budgets, machine_code, tune
+from fastppo_kernels.configs import GEMM, Gemm
 from fastppo_kernels.launch import INTERPRETED, recording
+from fastppo_kernels.machine_code import Counts
 
-# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities; CDNA 3 and 4
-# instruction set guides). sm_80's entries also serve sm_86, sm_89 and sm_120, which have 99 KiB.
-SHARED_LIMIT = {
-    "sm_80": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
-TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-}
+# Shared memory a block may have, in bytes (CUDA C++ Programming Guide, table of compute capabilities). sm_80's entries
+# also serve sm_86, sm_89 and sm_120, which have 99 KiB.
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+TENSOR_MEMORY_COLUMNS = 512
+TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+CANDIDATES_ALWAYS = "sm_90"  # the chips that the tuner meets first
 
 
 class Launch(NamedTuple):
-    """One kernel in one specialization; kernel is module:function, so that a worker process can find it."""
+    """One kernel in one specialization.
+
+    Attributes:
+        name: of an entry in configs.GEMM where it has one, else of the function.
+        case: what it is compiled for: the entry's precision, a case of `aot_cases`, or "candidate".
+        kernel: module:function, so that a worker process can find it.
+        specialize: whether it must come out warp-specialized.
+        budget: its key in budgets.json, or "" for what is held to none.
+    """
 
     arch: str
+    name: str
     case: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    attributes: tuple[tuple[int, ...], ...]
+    attributes: tuple[tuple[int, str], ...]
     options: tuple[tuple[str, int], ...]
+    specialize: bool
+    budget: str = ""
+
+    @property
+    def is_gemm(self) -> bool:
+        return "BLOCK_K" in dict(self.constants)
+
+    @property
+    def wants_tensor_core(self) -> bool:
+        """Whether there are products, other than those in true float32, which have no tensor-core instruction."""
+        half = any("bf16" in kind or "fp16" in kind for _, kind in self.signature)
+        return self.is_gemm and (half or dict(self.constants).get("PRECISION") != "ieee")
+
+    @property
+    def tile(self) -> int:
+        """Logits a program works on at one time."""
+        constants = dict(self.constants)
+        return math.prod(constants.get(k, 1) for k in ("BLOCK_M", "BLOCK_N"))
 
 
 class Report(NamedTuple):
+    """What the compiler made of a launch; counts only where it is to be held to a budget."""
+
     launch: Launch
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    tensor_core: str
-    wide_loads: bool
-    error: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_memory: int = 0
+    tensor_core: str = "-"
+    specialized: bool = False
+    misfit: str = ""
+    wide_loads: bool = False
+    counts: Counts | None = None
+    error: str = ""
+
+    def a_logit(self, instructions: int) -> float:
+        """Instructions a thread executes once for each tile -> instructions for each logit of it."""
+        return instructions * 32 * dict(self.launch.options).get("num_warps", 4) / self.launch.tile
+
+    def measured(self) -> dict[str, int]:
+        """What a budget limits."""
+        return {"registers": self.registers, "shared": self.shared_bytes, **self.counts._asdict()}
 
     def failures(self) -> list[str]:
         if self.error:
@@ -83,111 +122,215 @@ class Report(NamedTuple):
         limit = SHARED_LIMIT[self.launch.arch]
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
-        # Products in true float32 have no tensor-core instruction on NVIDIA's chips.
-        asks, amd = dict(self.launch.constants), self.launch.arch.startswith("gfx")
-        if "PRECISION" in asks and (amd or not (asks["PRECISION"] == "ieee" and asks["COMPUTE"].is_fp32())):
-            wanted = TENSOR_CORE[self.launch.arch]
-            if self.tensor_core == "-":
-                found.append(f"no {wanted}")
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            found.append(f"{self.tensor_memory} columns of tensor memory, the chip has {TENSOR_MEMORY_COLUMNS}")
+        if self.launch.wants_tensor_core and self.tensor_core == "-":
+            found.append(f"no {TENSOR_CORE[self.launch.arch]}")
+        if self.launch.is_gemm and not self.wide_loads:
+            found.append("no 16-byte loads")
+        if self.launch.specialize and not self.specialized:
+            found.append("no warp specialization")
+        if self.misfit:
+            found.append(f"a descriptor's block of {self.misfit}")
         return found
 
 
-def specialize(arch: str, case: str, kernel, arguments: tuple, options: dict[str, Any]) -> Launch:
+def specialize(arch: str, name: str, case: str, kernel, arguments: tuple, options: dict[str, Any]) -> Launch:
     """What the just-in-time compiler would make of these arguments."""
-    function = kernel.fn
-    compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in options}
+    backend = make_backend(target(arch))
     named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     signature, constants, attributes = {}, {}, []
     for position, parameter in enumerate(kernel.params):
-        name, value = parameter.name, named[parameter.name]
-        signature[name] = "constexpr"
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes.append((position,))
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes.append((position,))
-        else:
-            signature[name] = "fp32"
+        value, kind, key = named[parameter.name], "constexpr", None
+        if not parameter.is_constexpr:
+            kind, key = native_specialize_impl(
+                backend,
+                value,
+                parameter.is_const,
+                not parameter.do_not_specialize,
+                not parameter.do_not_specialize_on_alignment,
+            )
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif key:
+            attributes.append((position, key))
     return Launch(
         arch,
+        name or kernel.fn.__name__.removesuffix("_kernel"),
         case,
-        f"{function.__module__}:{function.__name__}",
+        f"{kernel.fn.__module__}:{kernel.fn.__name__}",
         tuple(signature.items()),
         tuple(constants.items()),
         tuple(attributes),
-        tuple(compile_options.items()),
+        tuple((k, v) for k, v in options.items() if k not in kernel.arg_names),
+        bool(constants.get("SPECIALIZE")),
     )
 
 
-def collect(architectures: list[str]) -> list[Launch]:
-    """Every distinct specialization that the cases launch."""
-    found: dict[tuple, Launch] = {}
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def recorded(arch: str, case: str, run: Callable[[], object], name: str = "") -> list[Launch]:
+    """What `run` would launch; where it runs the kernel of a GEMM entry, `name`, only that kernel."""
+    found = []
+
+    def record(kernel, arguments, options) -> None:
+        found.append(specialize(arch, name, case, kernel, arguments, dict(options)))
+
+    with recording(arch, record):
+        run()
+    return [launch for launch in found if launch.is_gemm] if name else found
+
+
+def shipped(architectures: Iterable[str]) -> list[Launch]:
+    """Every distinct specialization of the entries of configs.GEMM, then of the cases.
+
+    Each entry has a budget, and each kernel without products in the first specialization that comes along.
+    """
+    launches = []
     for arch in architectures:
+        for kernel in GEMM:
+            for precision in precisions(kernel, arch):
+                found = entry(kernel, arch, precision)
+                launches += [launch._replace(budget=f"{kernel} {precision}") for launch in found]
+        seen = set()
         for case, run in aot_cases.cases():
+            for launch in recorded(arch, case, run):
+                first = not launch.is_gemm and launch.name not in seen
+                launches.append(launch._replace(budget=launch.name if first else ""))
+                seen.add(launch.name)
+    return distinct(launches)
 
-            def record(kernel, arguments, options, case=case, arch=arch) -> None:
-                launch = specialize(arch, case, kernel, arguments, dict(options))
-                found.setdefault(launch._replace(case=""), launch)
 
-            with recording(arch, record):
-                run()
+def precisions(kernel: str, arch: str) -> list[str]:
+    return [precision for precision in tune.PRECISIONS if (arch, precision) in GEMM[kernel]]
+
+
+def entry(kernel: str, arch: str, precision: str, case: str = "", config: Gemm | None = None) -> list[Launch]:
+    """The launch of an entry of configs.GEMM, with `config` in its place where given."""
+    config = config or GEMM[kernel][arch, precision]
+    with tune.entry_replaced(kernel, arch, precision, config):
+        launches = recorded(arch, case or precision, lambda: tune.run_on_meta(kernel, precision), kernel)
+    return [launch._replace(specialize=config.specialize) for launch in launches]
+
+
+def candidates(architectures: Iterable[str], of: Callable[[str, str, str], Iterable[Gemm]]) -> dict[tuple, list]:
+    """{(kernel, architecture, precision, configuration): launches} of of(kernel, architecture, precision)."""
+    return {
+        (kernel, arch, precision, config): entry(kernel, arch, precision, "candidate", config)
+        for arch in architectures
+        for kernel in GEMM
+        for precision in precisions(kernel, arch)
+        for config in of(kernel, arch, precision)
+        if config != GEMM[kernel][arch, precision]
+    }
+
+
+def specialization(launch: Launch) -> Launch:
+    """What two launches have in common that are compiled to the same thing, but for a constant in index arithmetic."""
+    constants = tuple((name, value) for name, value in launch.constants if name != "GROUP_M")
+    return launch._replace(name="", case="", budget="", constants=constants)
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Those that are compiled to the same thing once, under the first name."""
+    found: dict[Launch, Launch] = {}
+    for launch in launches:
+        found.setdefault(specialization(launch), launch)
     return list(found.values())
 
 
 def compile_launch(launch: Launch) -> Report:
     module, name = launch.kernel.split(":")
     kernel = getattr(__import__(module, fromlist=[name]), name)
-    source = ASTSource(
-        kernel,
-        dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={position: [["tt.divisibility", 16]] for position in launch.attributes},
-    )
-    amd = launch.arch.startswith("gfx")
-    target = GPUTarget("hip", launch.arch, 64) if amd else GPUTarget("cuda", int(launch.arch.removeprefix("sm_")), 32)
+    chip = target(launch.arch)
+    attributes = {(position,): make_backend(chip).parse_attr(key) for position, key in launch.attributes}
+    source = ASTSource(kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
     try:
-        compiled = triton.compile(source, target=target, options=dict(launch.options))
+        compiled = triton.compile(source, target=chip, options=dict(launch.options))
     except Exception as error:
-        return Report(launch, 0, 0, 0, "-", False, f"{type(error).__name__}: {str(error).strip()[:300]}")
-    shared = compiled.metadata.shared
-    if amd:
-        text = compiled.asm["amdgcn"]
-        wide = r"(global|buffer)_load_(lds_)?dwordx4"
-        matrix = "v_mfma" if "v_mfma" in text else "-"
-        return Report(launch, *amd_resources(text), shared, matrix, re.search(wide, text) is not None, "")
-    registers, local = resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    tensor_core = next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-")
+        return Report(launch, error=f"{type(error).__name__}: {str(error).strip()[:300]}")
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    registers, local = machine_code.resources(cubin)
     wide = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg[^;]*0x10|cp\.async\.bulk"
-    return Report(launch, registers, local, shared, tensor_core, re.search(wide, ptx) is not None, "")
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of local memory a thread) as cuobjdump reads them from the cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        max(map(int, re.findall(rf"{key}:(\d+)", text)), default=0) for key in ("REG", "STACK", "LOCAL")
+    return Report(
+        launch,
+        registers,
+        local,
+        compiled.metadata.shared,
+        compiled.metadata.tmem_size,
+        next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-"),
+        "setmaxnreg" in ptx,
+        misfit(compiled.asm["ttgir"]),
+        re.search(wide, ptx) is not None,
+        machine_code.count(cubin) if launch.budget else None,
     )
-    return registers, stack + local
 
 
-def amd_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers, private memory and spilled registers in bytes) a thread, from the code object's metadata."""
-    registers, spilled, scalars_spilled, private = (
-        max(map(int, re.findall(rf"\.{key}:\s*(\d+)", assembly)), default=0)
-        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    )
-    return registers, private + 4 * (spilled + scalars_spilled)
+def misfit(ttgir: str) -> str:
+    """A TMA copy of another size than the buffer it fills or empties, or "".
+
+    Triton 3.6 makes such copies where warp specialization splits a tile whose descriptor was made on the host: they
+    go on behind the end of the buffer. Later versions refuse to compile them.
+    """
+    copy = re.compile(r"async_tma_copy_\w+_to_\w+.*tensordesc<(?:tensor<)?((?:\d+x)+).*memdesc<((?:\d+x)+)")
+    for block, buffer in copy.findall(ttgir):
+        if math.prod(map(int, block.split("x")[:-1])) != math.prod(map(int, buffer.split("x")[:-1])):
+            return f"{block[:-1]} for a buffer of {buffer[:-1]}"
+    return ""
+
+
+def over_budget(report: Report) -> list[str]:
+    return budgets.excess(report.launch.arch, report.launch.budget, report.measured())
+
+
+def compile_all(launches: list[Launch], jobs: int) -> list[Report]:
+    """In worker processes, the largest tiles first; a worker that the compiler takes down is replaced."""
+    order = sorted(range(len(launches)), key=lambda i: -launches[i].tile)
+    workers = threading.local()
+
+    def one(launch: Launch) -> Report:
+        worker = workers.__dict__.setdefault("worker", None) or Worker()
+        workers.worker = worker
+        try:
+            return worker.compile(launch)
+        except EOFError:
+            workers.worker = None
+            return Report(launch, error="the compiler aborted")
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        reports = dict(zip(order, pool.map(one, (launches[i] for i in order)), strict=True))
+    return [reports[i] for i in range(len(launches))]
+
+
+class Worker:
+    """A process that compiles. Triton's compiler ends its process on an assertion, and prints whole modules."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs,), daemon=True).start()
+        theirs.close()
+
+    def compile(self, launch: Launch) -> Report:
+        self.connection.send(launch)
+        return self.connection.recv()
+
+
+def serve(connection) -> None:
+    with tempfile.TemporaryFile() as log, contextlib.suppress(EOFError):
+        os.dup2(log.fileno(), 2)
+        while True:
+            log.truncate(0)
+            log.seek(0)
+            report = compile_launch(connection.recv())
+            log.seek(0)
+            reason = re.search(r"error: (.*)", log.read().decode(errors="replace"))
+            if report.error and reason:
+                report = report._replace(error=reason[1][:300])
+            connection.send(report)
 
 
 def describe(launch: Launch) -> str:
@@ -195,23 +338,27 @@ def describe(launch: Launch) -> str:
     constants = dict(launch.constants)
     sizes = "×".join(str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if k in constants)
     options = dict(launch.options)
-    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}"
+    specialized = " specialized" if launch.specialize else ""
+    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}{specialized}"
 
 
-def table(reports: list[Report]) -> str:
-    head = ["arch", "kernel", "case", "tile", "regs", "spill B", "shared B", "limit B", "tensor core", "16 B loads", ""]
-    rows = [
-        [
-            r.launch.arch,
-            r.launch.kernel.split(":")[1].removesuffix("_kernel"),
-            r.launch.case,
-            describe(r.launch),
-            *map(str, (r.registers, r.spill_bytes, r.shared_bytes, SHARED_LIMIT[r.launch.arch], r.tensor_core)),
-            "yes" if r.wide_loads else "no",
-            "; ".join(r.failures()) or "ok",
-        ]
-        for r in reports
-    ]
+def table(reports: list[Report], failures: list[list[str]]) -> str:
+    head = [
+        "arch", "kernel", "case", "tile", "regs", "spill B", "shared B", "tensor core", "products", "loop", "other",
+        "other a logit", "MUFU a logit", "16 B loads", "",
+    ]  # fmt: skip
+    rows = []
+    for report, found in zip(reports, failures, strict=True):
+        launch, counts = report.launch, ["", "", "", "", ""]
+        if report.counts:
+            counts = [str(n) for n in report.counts[:3]]
+            a_logit = [f"{report.a_logit(n):.1f}" for n in (report.counts.other, report.counts.special)]
+            counts += a_logit if launch.is_gemm else ["", ""]
+        rows.append([
+            launch.arch, launch.name, launch.case, describe(launch), str(report.registers), str(report.spill_bytes),
+            str(report.shared_bytes), report.tensor_core, *counts, "yes" if report.wide_loads else "no",
+            "; ".join(found) or "ok",
+        ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -219,24 +366,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastppo_kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--all", action="store_true", help=f"the candidates of every chip, not of {CANDIDATES_ALWAYS}")
+    parser.add_argument("--write-budgets", action="store_true", help="measure budgets and choose candidates anew")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
+    if options.write_budgets and options.kernel:
+        parser.error("--write-budgets replaces the figures of all kernels: leave out --kernel")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: the compiler is not there to be asked")
-    launches = [x for x in collect(options.arch) if options.kernel in x.kernel]
     start = time.monotonic()
-    reports = map_in_processes(options.jobs, launches) if options.jobs > 1 else list(map(compile_launch, launches))
-    print(table(reports))
-    failed = sum(bool(r.failures()) for r in reports)
+    tried = candidates(
+        [arch for arch in options.arch if options.all or arch == CANDIDATES_ALWAYS],
+        tune.proposals if options.write_budgets else tune.candidates,
+    )
+    launches = distinct([*shipped(options.arch), *(launch for found in tried.values() for launch in found)])
+    launches = [x for x in launches if options.kernel in x.name or options.kernel in x.kernel]
+    reports = compile_all(launches, options.jobs)
+    by_launch = {specialization(report.launch): report for report in reports}
+    if options.write_budgets:
+        clean = {
+            key: not any(by_launch[specialization(x)].failures() for x in found if specialization(x) in by_launch)
+            for key, found in tried.items()
+        }
+        budgets.write({(r.launch.arch, r.launch.budget): r.measured() for r in reports if r.counts}, clean)
+    failures = [report.failures() or (over_budget(report) if report.counts else []) for report in reports]
+    passed_over = [options.write_budgets and r.launch.case == "candidate" for r in reports]
+    print(table(reports, failures))
+    failed = sum(bool(found) and not over for found, over in zip(failures, passed_over, strict=True))
     chips, seconds = ", ".join(options.arch), time.monotonic() - start
     print(f"\n{len(reports)} kernels for {chips} by Triton {triton.__version__} in {seconds:.0f} s: {failed} failed")
     return 1 if failed else 0
-
-
-def map_in_processes(jobs: int, launches: list[Launch]) -> list[Report]:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return list(pool.map(compile_launch, launches, chunksize=4))
 
 
 if __name__ == "__main__":

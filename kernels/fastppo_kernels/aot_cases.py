@@ -1,27 +1,28 @@
 """The calls that the ahead-of-time gate makes, on meta tensors: one for each way the dispatcher can choose.
 
-Shapes are those of Llama-3-8B (D 4,096, V 128,256), and a ragged D where the kernel then takes another path.
+Shapes are those of Llama-3-8B (D 4,096, V 128,256), and a hidden size that is no multiple of 16 bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels import fisher, gae, linear, selective
+from fastppo_kernels import fisher, gae, linear, loss, scale, selective
+from fastppo_kernels.tune import products_by, products_in
 
 N, D, V = 8192, 4096, 128256
 BUDGET = 256 * 2**20
+HALF = (torch.bfloat16, torch.float16)
 CAPPED = {"temperature": 0.7, "logit_scale": 0.5, "softcap": 30.0}
 PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
 
 
 class LinearCase(NamedTuple):
-    """A call of `linear.statistics` and `linear.vjp`."""
+    """A call of `linear.statistics` and `linear.vjp`, and of `loss.loss_by_rows` with entropy and without."""
 
     label: str
     dtype: torch.dtype
@@ -31,11 +32,15 @@ class LinearCase(NamedTuple):
     kind: str = ""
     weight_dtype: torch.dtype | None = None
     tf32: bool = False
+    products: str = "cublas"
 
     def run(self) -> None:
         def head(dim: int) -> tuple:
             weight = meta(V, dim, dtype=self.weight_dtype or self.dtype)
             return meta(N, dim, dtype=weight.dtype), weight, meta(V, dtype=weight.dtype) if self.bias else None
+
+        def scalars(saved: torch.Tensor, span: slice, entropy: bool) -> tuple:
+            return saved[0, span], saved[1, span] if entropy else None
 
         targets = meta(N, dtype=torch.int64)
         reference = head(D // 2) if self.kind else (None, None, None)
@@ -43,31 +48,27 @@ class LinearCase(NamedTuple):
         options = (*self.transform.values(), self.dtype)
         saved = [meta(N) for _ in range(8 if self.kind else 4)]
         upstream = (None, None, None, meta(N)) if self.kind else (meta(N), meta(N), None, None)
-        with float32_matmul_precision("high" if self.tf32 else "highest"):
-            linear.statistics(*arguments, *options)
+        with products_in("tf32" if self.tf32 else "ieee"), products_by(self.products):
+            linear.statistics(*arguments, *options, BUDGET)
             linear.vjp(*arguments, saved, *upstream, *options, BUDGET, True, True, self.bias)
-            if not self.kind:
-                linear.row_chunks(
-                    *arguments[:4], lambda saved, span: (saved[0, span], saved[1, span]), *options, N, 128, True, True,
-                    self.bias,
+            for entropy in (True, False) if not self.kind and self.dtype != torch.float16 else ():
+                row_scalars = functools.partial(scalars, entropy=entropy)
+                loss.loss_by_rows(
+                    *arguments[:4], row_scalars, *options, N // 2, BUDGET, True, True, self.bias
                 )  # fmt: skip
 
 
 LINEAR_CASES = (
     LinearCase("bf16", torch.bfloat16),
+    LinearCase("bf16 Triton products", torch.bfloat16, products="triton"),
+    LinearCase("bf16 bias softcap", torch.bfloat16, bias=True, transform=CAPPED),
     LinearCase("fp16 bias softcap", torch.float16, bias=True, transform=CAPPED),
-    LinearCase("bf16 ragged D", torch.bfloat16, dim=4112),
     LinearCase("bf16 odd D", torch.bfloat16, dim=4097),
     LinearCase("fp32 ieee", torch.float32),
     LinearCase("fp32 tf32", torch.float32, tf32=True),
     LinearCase("bf16 autocast", torch.bfloat16, weight_dtype=torch.float32),
     LinearCase("bf16 reverse", torch.bfloat16, kind="reverse"),
     LinearCase("bf16 forward bias softcap", torch.bfloat16, bias=True, transform=CAPPED, kind="forward"),
-    LinearCase("bf16 jsd", torch.bfloat16, kind="jsd"),
-    LinearCase("bf16 jsd odd D", torch.bfloat16, dim=4097, kind="jsd"),
-    LinearCase("fp32 jsd ieee", torch.float32, kind="jsd"),
-    LinearCase("fp32 jsd tf32", torch.float32, kind="jsd", tf32=True),
-    LinearCase("bf16 reverse autocast", torch.bfloat16, kind="reverse", weight_dtype=torch.float32),
 )
 
 
@@ -79,27 +80,20 @@ class FisherCase(NamedTuple):
     dim: int = D
     bias: bool = False
     transform: dict = PLAIN
-    weight_dtype: torch.dtype | None = None
-    tf32: bool = False
 
     def run(self) -> None:
-        weights = [meta(V, self.dim, dtype=self.weight_dtype or self.dtype) for _ in range(2)]
-        rows = [meta(N, self.dim, dtype=weights[0].dtype) for _ in range(2)]
-        bias = meta(V, dtype=weights[0].dtype) if self.bias else None
+        weights = [meta(V, self.dim, dtype=self.dtype) for _ in range(2)]
+        rows = [meta(N, self.dim, dtype=self.dtype) for _ in range(2)]
+        bias = meta(V, dtype=self.dtype) if self.bias else None
         options = (meta(N), *self.transform.values(), self.dtype, BUDGET)
-        with float32_matmul_precision("high" if self.tf32 else "highest"):
-            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], None, None, *options)
-            fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], weights[1], bias, *options)
+        fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], None, None, *options)
+        fisher.fisher_vector_product(rows[0], weights[0], bias, rows[1], weights[1], bias, *options)
 
 
 FISHER_CASES = (
     FisherCase("bf16 fisher", torch.bfloat16),
     FisherCase("fp16 fisher bias softcap", torch.float16, bias=True, transform=CAPPED),
-    FisherCase("bf16 fisher ragged D", torch.bfloat16, dim=4112),
     FisherCase("bf16 fisher odd D", torch.bfloat16, dim=4097),
-    FisherCase("bf16 fisher autocast", torch.bfloat16, weight_dtype=torch.float32),
-    FisherCase("fp32 fisher ieee", torch.float32),
-    FisherCase("fp32 fisher tf32", torch.float32, tf32=True),
 )
 
 
@@ -111,6 +105,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
             (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
             for d in (torch.bfloat16, torch.float32)
         ),
+        *((f"loss gradient {str(d).removeprefix('torch.')}", functools.partial(scale_case, d)) for d in HALF),
         ("padded", gae_padded),
         ("packed, long", gae_packed),
     ]
@@ -124,6 +119,10 @@ def selective_case(dtype: torch.dtype) -> None:
     selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *CAPPED.values())
 
 
+def scale_case(dtype: torch.dtype) -> None:
+    scale.scale_(meta(V, D, dtype=dtype), meta())
+
+
 def gae_padded() -> None:
     tokens, flags = (meta(4096, 1024) for _ in range(2)), (meta(4096, 1024, dtype=torch.bool) for _ in range(2))
     gae.gae(*tokens, *flags, meta(4096), None, 0.99, 0.95)
@@ -131,18 +130,8 @@ def gae_padded() -> None:
 
 def gae_packed() -> None:
     tokens, flags = (meta(2**21) for _ in range(2)), (meta(2**21, dtype=torch.bool) for _ in range(2))
-    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, 2**20, whiten=True)
+    gae.gae(*tokens, *flags, meta(2), meta(3, dtype=torch.int64), 0.99, 0.95, whiten=True)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@contextlib.contextmanager
-def float32_matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
