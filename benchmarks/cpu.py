@@ -131,14 +131,14 @@ def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable
 def peers_here(inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], object]]:
     """Other projects' (peers.py) that are installed and run on a CPU. None has the whole loss: the label says what."""
     calls: dict[str, Callable[[], object]] = {}
-    for label, make in peers.log_probs(inputs).items():
+    for label, make in peers.LOG_PROBS.items():
         try:
-            call = make()
+            call = make(inputs)
             call()
         except Exception as error:  # somebody else's code, which may want a GPU, a compiler, another package
             print(f"{label}: left out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
         else:
-            calls[label] = call
+            calls[f"peer: {label}"] = call
     return calls
 
 

@@ -1,540 +1,425 @@
-"""The operators on one GPU: correctness against float64 first, then the machine's ceilings, then times against them.
+"""The operators on one GPU, in stages: correctness first, then times against floors, choices, other projects, tests.
 
-    PYTHONPATH=.:kernels python benchmarks/gpu.py --out results/        measures everything, writes gpu.json and gpu.md
-    PYTHONPATH=.:kernels python benchmarks/gpu.py --out results/ --models Llama-3-8B --tokens 8192 --only loss
-    TRITON_INTERPRET=1 PYTHONPATH=.:kernels python benchmarks/gpu.py --dry-run       tiny sizes on the CPU: does it run
-    python benchmarks/plot.py results/gpu.json                          draws it
+    python benchmarks/gpu.py --out results                        everything, in at most seven minutes
+    python benchmarks/gpu.py --out results --stages loss,logits   some stages
+    python benchmarks/gpu.py --dry-run                            tiny sizes on a CPU: does it run, and is it right
+    python benchmarks/plot.py results/gpu-….json                  draws it
 
-Needs no network. A time is the median of several runs with a cold L2, by CUDA events; the floor of a case is what the
-plain matrix products (or a copy of as many bytes) take in the same run. Naive PyTorch is the backend `reference`;
-peers (peers.py) are timed where they are installed. Where a contender fails, out of memory say, the table says so.
+Every stage (gpu_stages/) is a process of its own, killed with all it started when its time is over, so that a fault of
+one costs the others nothing. Every result is a line in OUT/rows.jsonl as soon as there is one. At the end, whatever
+happened, OUT/gpu-DEVICE-DATE.json holds all of them, and a table of at most 10,000 characters is printed last.
+Stages print to OUT/log.txt. See device.md for how to run this on a machine without a package index.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
+import contextlib
+import datetime
 import json
+import os
 import platform
-import statistics
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
-import peers
-import torch
-from roofline import MODELS, floors
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+if str(BENCHMARKS) not in sys.path:
+    sys.path.insert(0, str(BENCHMARKS))
 
-import fastppo
-from fastppo import reference
-from fastppo.ops.budget import scratch_bytes
-from fastppo.ops.dispatch import BACKENDS, unusable
-from fastppo.ops.transform import LogitTransform
+from gpu_stages import STAGES, Stage  # noqa: E402
+from gpu_stages.rows import Rows  # noqa: E402
 
-TOKENS = [1024, 2048, 4096, 8192, 16_384, 32_768]
-GAE_SHAPES = [(1, 1_000_000), (512, 4096), (4096, 1024), (32_768, 32)]
-WHOLE_ROWS_BUDGET = 8 * 2**30  # beside the default: room for the tiling by whole rows
-Tensors = dict[str, torch.Tensor]
-
-
-class Bench:
-    """Times functions on one device; every result is a row of the table."""
-
-    def __init__(self, device: torch.device, dry_run: bool) -> None:
-        self.device, self.dry_run = device, dry_run
-        self.rounds = 1 if dry_run else 15
-        self.rows: list[dict] = []
-        self.flush = torch.empty(1 if dry_run else 2**28, dtype=torch.int8, device=device)
-
-    def milliseconds(self, function: Callable[[], object]) -> float:
-        """Median over rounds, after a warm-up that compiles, with L2 overwritten before each."""
-        for _ in range(1 if self.dry_run else 3):
-            function()
-        times = []
-        for _ in range(self.rounds):
-            self.flush.zero_()
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function()
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-            else:
-                begin = time.perf_counter()
-                function()
-                times.append(1e3 * (time.perf_counter() - begin))
-        return statistics.median(times)
-
-    def add(self, case: str, name: str, floor_ms: float, make: Callable[[], Callable[[], object]]) -> None:
-        """Time what make() returns; a function that fails (out of memory, say) is reported, and the rest goes on."""
-        row = {"case": case, "name": name, "floor_ms": floor_ms}
-        try:
-            function = make()
-            function()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                function()
-                torch.cuda.synchronize()
-                row["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            row["ms"] = self.milliseconds(function)
-            row["ratio"] = row["ms"] / floor_ms
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-        self.rows.append(row)
-        print(format_row(row), flush=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+BEGIN = time.monotonic()  # imports come off a stage's time
+CLOSING_S = 5.0  # kept for the summary and the table
+SHORTEST_S = 5.0  # a stage is not started with less
+TABLE_CHARACTERS = 10_000
+Command = Callable[[str, float], list[str]]
 
 
-def usable_backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    return [name for name in BACKENDS[op] if unusable(name, device, dtype) is None]
+# ---- the runner -----------------------------------------------------------------------------------------------------
 
 
-def inputs(tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensors:
-    generator = torch.Generator(device).manual_seed(0)
+class Runner:
+    """Runs stages one after the other within a total time.
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def head() -> tuple[torch.Tensor, torch.Tensor]:
-        return normal(tokens, dim).to(dtype), (normal(vocab, dim) / dim**0.5).to(dtype)
-
-    hidden, weight = head()
-    return {
-        "hidden": hidden.requires_grad_(),
-        "weight": weight.requires_grad_(),
-        "targets": torch.randint(0, vocab, (tokens,), generator=generator, device=device),
-        "old": -torch.rand(tokens, generator=generator, device=device) * 3 - 9,
-        "advantages": normal(tokens),
-    }
-
-
-def with_reference(x: Tensors) -> Tensors:
-    """The same and a reference model near the policy: an own copy of its head, as far off as a policy drifts."""
-    hidden, weight = x["hidden"].detach(), x["weight"].detach()
-    return x | {"ref_hidden": hidden + 0.05 * torch.randn_like(hidden), "ref_weight": weight.clone()}
-
-
-# ---- correctness ----------------------------------------------------------------------------------------------------
-
-
-def correctness(device: torch.device, dry_run: bool) -> list[dict]:
-    """For each operator, dtype and backend: the largest error of each output and gradient against float64.
-
-    Relative to the greatest magnitude of the exact result; `naive` beside it is the error of the reference backend.
+    Args:
+        command: (stage, seconds it has) -> the command line of its process.
+        out: folder of rows.jsonl and log.txt.
     """
-    found = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for op, label, call, tensors in operators(device, dry_run):
-            if op == "gae" and dtype != torch.float32:
-                continue
-            exact = run_once(call, tensors, torch.float64, "reference")
-            backends = usable_backends(op, device, dtype)
-            naive = errors(run_once(call, tensors, dtype, "reference"), exact)
-            for backend in backends:
-                row = {"operator": label, "dtype": str(dtype).removeprefix("torch."), "backend": backend}
-                try:
-                    row["errors"] = errors(run_once(call, tensors, dtype, backend), exact)
-                    row["naive"] = naive
-                except Exception as error:
-                    row["failed"] = f"{type(error).__name__}: {error}"[:200]
-                found.append(row)
-                print(row, flush=True)
-    return found
 
+    def __init__(self, stages: dict[str, Stage], command: Command, out: Path, budget_s: float) -> None:
+        self.stages, self.command, self.budget_s = stages, command, budget_s
+        self.rows, self.log_path = Rows(out / "rows.jsonl"), out / "log.txt"
+        self.begin = time.monotonic()
+        self.process: subprocess.Popen | None = None
 
-def errors(got: Tensors, exact: Tensors) -> dict[str, float]:
-    """By output and gradient, relative to the greatest magnitude of the exact one."""
-    return {
-        name: ((got[name].double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
-        for name, want in exact.items()
-    }
+    def left(self) -> float:
+        return self.budget_s - (time.monotonic() - self.begin) - CLOSING_S
 
+    def run(self) -> None:
+        with open(self.log_path, "ab", buffering=0) as log:
+            for name, stage in self.stages.items():
+                log.write(f"\n==== {name}, {self.left():.0f} s left\n".encode())
+                begin = time.monotonic()
+                fields = self.run_stage(name, stage, log)
+                seconds = round(time.monotonic() - begin, 1)
+                row = {"stage": name, "case": "stage", "name": name, "seconds": seconds, **fields}
+                self.rows.append(row)
+                print(f"{name}: {row['status']} {row.get('error', '')} ({seconds} s)", flush=True)
 
-def run_once(call: Callable, tensors: Tensors, dtype: torch.dtype, backend: str) -> Tensors:
-    """Outputs by name, and the gradients of the inputs named hidden, weight, logits, in float64.
-
-    The inputs are rounded to half precision first, so that every dtype is given the same numbers.
-    """
-    x = {}
-    for name, tensor in tensors.items():
-        if name in ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits"):
-            tensor = tensor.bfloat16().half().to(dtype)
-        elif tensor.is_floating_point() and dtype == torch.float64:
-            tensor = tensor.double()
-        x[name] = tensor.detach().clone().requires_grad_(name in ("hidden", "weight", "logits"))
-    out = {name: value for name, value in call(x, backend).items() if value is not None}
-    total = 0.0  # one backward: in place, it leaves nothing for a second
-    for value in out.values():
-        if value.requires_grad:
-            shares = torch.linspace(-1, 1, value.numel(), device=value.device).view(value.shape).to(value.dtype)
-            total = total + (value * (shares if value.dim() else 1.0)).sum()
-    if isinstance(total, torch.Tensor):
-        total.backward()
-    gradients = {f"∂{name}": t.grad for name, t in x.items() if t.grad is not None}
-    return {name: value.detach().double() for name, value in (out | gradients).items()}
-
-
-def operators(device: torch.device, dry_run: bool) -> Iterator[tuple[str, str, Callable, Tensors]]:
-    """(operator, label, call(inputs, backend) -> outputs by name, inputs) of everything that is checked."""
-    batch, time_, dim, vocab = (3, 12, 24, 203) if dry_run else (8, 125, 904, 50_257)
-    x = with_reference(inputs(batch * time_, dim, vocab, torch.float32, device))
-    with torch.no_grad():
-        now = fastppo.linear_logprob(x["hidden"], x["weight"], x["targets"], backend="reference").logprobs
-    noise = torch.randn(2, batch * time_, device=device) * 0.2
-    x |= {"old": now + noise[0], "ref": now + noise[1], "mask": torch.rand(batch * time_, device=device) < 0.8}
-    flat = ("targets", "old", "advantages", "ref", "mask")
-    x = {k: v.detach().view(batch, time_, -1) if k in ("hidden", "ref_hidden") else v.detach() for k, v in x.items()}
-    x |= {k: x[k].view(batch, time_) for k in flat}
-
-    def logprob(x: Tensors, backend: str, **options) -> Tensors:
-        targets = x["targets"].masked_fill(~x["mask"], -100)
-        return fastppo.linear_logprob(
-            x["hidden"], x["weight"], targets, return_entropy=True, backend=backend, **options
-        )._asdict()
-
-    for options in ({}, {"temperature": 0.7, "logit_scale": 0.5, "softcap": 20.0}):
-        head = {k: x[k] for k in ("hidden", "weight", "targets", "mask")}
-        yield "linear_logprob", f"linear_logprob {options or ''}".strip(), bind(logprob, options), head
-
-    def kl(x: Tensors, backend: str, kind: str) -> Tensors:
-        arguments = (x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"])
-        return {"kl": fastppo.linear_kl(*arguments, kind=kind, mask=x["mask"], backend=backend)}
-
-    for kind in ("reverse", "forward", "jsd"):
-        heads = {k: x[k] for k in ("hidden", "weight", "ref_hidden", "ref_weight", "mask")}
-        yield "linear_kl", f"linear_kl {kind}", bind(kl, {"kind": kind}), heads
-
-    def loss(x: Tensors, backend: str, budget: int | None = None, **options) -> Tensors:
-        if options.get("kl_estimator") == "exact":
-            options |= {k: x[k] for k in ("ref_hidden", "ref_weight")}
-        elif "kl_coef" in options:
-            options |= {"ref_logprobs": x["ref"]}
-        arguments = (x["hidden"], x["weight"], x["targets"], x["old"], x["advantages"])
-        with fastppo.scratch_budget(budget or 2**26):
-            out = fastppo.linear_ppo_loss(*arguments, mask=x["mask"], backend=backend, **options)
-        return {"loss": out.loss, "logprobs": out.logprobs, "entropy": out.entropy}
-
-    for options in LOSSES:
-        yield "linear_ppo_loss", f"linear_ppo_loss {options}", bind(loss, options), x
-
-    z, ref_z = ((x[h] @ x[w].t()) for h, w in (("hidden", "weight"), ("ref_hidden", "ref_weight")))
-    logits = {"logits": z, "ref_logits": ref_z, **{k: x[k] for k in flat}}
-
-    def selective(x: Tensors, backend: str, **options) -> Tensors:
-        targets = x["targets"].masked_fill(~x["mask"], -100)
-        return fastppo.selective_logprob(
-            x["logits"] * 1.0, targets, return_entropy=True, backend=backend, **options
-        )._asdict()
-
-    def from_logits(x: Tensors, backend: str, **options) -> Tensors:
-        given = {"ref_logits": x["ref_logits"]} if options.get("kl_estimator") == "exact" else {}
-        out = fastppo.ppo_loss(
-            x["old"], x["advantages"], logits=x["logits"] * 1.0, targets=x["targets"], mask=x["mask"], backend=backend,
-            **given, **options,
-        )  # fmt: skip
-        return {"loss": out.loss, "logprobs": out.logprobs, "entropy": out.entropy}
-
-    for options in ({}, {"inplace_backward": True}):
-        yield "selective_logprob", f"selective_logprob {options or ''}".strip(), bind(selective, options), logits
-    for options in ({"entropy_coef": 0.02}, {"kl_coef": 0.2, "kl_estimator": "exact", "inplace_backward": True}):
-        yield "ppo_loss", f"ppo_loss {options}", bind(from_logits, options), logits
-
-    def gae(x: Tensors, backend: str, **options) -> Tensors:
-        arguments = {k: x[k] for k in ("mask", "dones", "bootstrap", "cu_seqlens") if k in x}
-        return fastppo.gae(
-            x["rewards"], x["values"], gamma=0.99, lam=0.95, backend=backend, **arguments, **options
-        )._asdict()
-
-    rows, length = (3, 40) if dry_run else (64, 3000)
-    tokens = {k: torch.randn(rows, length, device=device) for k in ("rewards", "values")}
-    mask, dones = torch.rand(rows, length, device=device) < 0.9, torch.rand(rows, length, device=device) < 0.01
-    padded = {**tokens, "mask": mask, "dones": dones, "bootstrap": torch.randn(rows, device=device)}
-    ends = torch.arange(rows + 1, device=device) * length
-    packed = {k: v if k == "bootstrap" else v.flatten() for k, v in padded.items()} | {"cu_seqlens": ends}
-    for label, tensors in (("padded", padded), ("packed", packed)):
-        for options in ({}, {"whiten": True}):
-            yield "gae", f"gae {label} {options or ''}".strip(), bind(gae, options), tensors
-
-    directions = {"d_hidden": torch.randn_like(x["hidden"]), "d_weight": torch.randn_like(x["weight"])}
-
-    def fisher(x: Tensors, backend: str) -> Tensors:
-        d_hidden, d_weight = (x[f"d_{k}"].to(x[k].dtype) for k in ("hidden", "weight"))
-        out = fastppo.fisher_vector_product(
-            x["hidden"], x["weight"], d_hidden, d_weight, mask=x["mask"], backend=backend
-        )
-        return {"F hidden": out.hidden, "F weight": out.weight}
-
-    heads = {k: x[k] for k in ("hidden", "weight", "mask")} | directions
-    yield "fisher_vector_product", "fisher_vector_product", fisher, heads
-
-
-LOSSES = [
-    {"clip_low": 0.1, "clip_high": 0.3},
-    {"entropy_coef": 0.02, "dual_clip": 1.5, "loss_agg": "seq-mean-token-mean"},
-    {"entropy_coef": 0.02, "budget": WHOLE_ROWS_BUDGET},
-    {"kl_coef": 0.2, "kl_estimator": "k3", "loss_agg": "seq-mean-token-sum-norm"},
-    {"kl_coef": 0.2, "kl_estimator": "exact", "entropy_coef": 0.02},
-    {"ratio_level": "sequence-geometric", "loss_agg": "seq-mean-token-mean", "budget": WHOLE_ROWS_BUDGET},
-]
-
-
-def bind(call: Callable, options: dict) -> Callable:
-    return lambda *arguments: call(*arguments, **options)
-
-
-# ---- times ----------------------------------------------------------------------------------------------------------
-
-
-def ceilings(bench: Bench) -> dict[str, float]:
-    """Bandwidth of a copy (read and write both counted) and the rate of a large bfloat16 product."""
-    size = 64 if bench.dry_run else 8192
-    source = torch.empty(size * size * 4, dtype=torch.int8, device=bench.device)
-    to = torch.empty_like(source)
-    copy = bench.milliseconds(lambda: to.copy_(source))
-    a, b = torch.randn(2, size, size, device=bench.device).bfloat16()
-    product = bench.milliseconds(lambda: a @ b)
-    return {"gb_per_s": 2 * source.numel() / copy / 1e6, "tflops": 2 * size**3 / product / 1e9}
-
-
-def product_floor(bench: Bench, tokens: int, dim: int, vocab: int) -> tuple[float, float]:
-    """Milliseconds of hidden weightᵀ alone, and of a loss's three products; columns at a time where N · V is large."""
-    width = max(1, min(vocab, 2**30 // tokens))
-    hidden, weight = (torch.randn(n, dim, device=bench.device).bfloat16() for n in (tokens, width))
-    logits = torch.empty(tokens, width, dtype=torch.bfloat16, device=bench.device)
-    share = vocab / width
-    one = bench.milliseconds(lambda: torch.mm(hidden, weight.t(), out=logits)) * share
-    two = bench.milliseconds(lambda: (torch.mm(logits, weight), torch.mm(logits.t(), hidden))) * share
-    return one, one + two
-
-
-def naive_loss(hidden, weight, targets, old, advantages) -> torch.Tensor:
-    """The loss with entropy as one writes it down, for torch.compile."""
-    log_p = torch.log_softmax((hidden @ weight.t()).float(), -1)
-    ratio = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - old).exp()
-    surrogate = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages)
-    return (surrogate + 0.01 * (log_p.exp() * log_p).sum(-1)).mean()
-
-
-def naive_statistics(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    out = reference.logprob(
-        reference.logits(hidden, weight, None, LogitTransform(), torch.ones_like(targets, dtype=torch.bool)),
-        targets,
-        return_entropy=True,
-    )
-    return out.logprobs, out.entropy
-
-
-def vocabulary_operators(bench: Bench, models: dict[str, tuple[int, int]], token_counts: list[int], only: str) -> None:
-    """Forward-only statistics, statistics with gradients, divergences and the loss, from hidden states."""
-    for (model, (dim, vocab)), tokens in itertools.product(models.items(), token_counts):
-        case = f"{model}, {tokens} tokens"
-        x = with_reference(inputs(tokens, dim, vocab, torch.bfloat16, bench.device))
-        one, three = product_floor(bench, tokens, dim, vocab)
-        calls = {} if bench.dry_run else compiled(x, one, three)  # the compiler takes a minute and proves nothing there
-        for backend in usable_backends("linear_logprob", bench.device, torch.bfloat16):
-            calls |= from_hidden(x, backend, one, three)
-        for name, (floor, call) in calls.items():
-            if only in name:
-                bench.add(case, name, floor, functools.partial(lambda call: call, call))
-        for op, floor, others in (
-            ("linear_ppo_loss linear_logprob", three, peers.log_probs(x)),
-            ("linear_kl", three + one, peers.divergence(x)),
-        ):
-            if only in op:
-                for name, make in others.items():
-                    bench.add(case, name, floor, make)
-
-
-def from_hidden(x: Tensors, backend: str, one: float, three: float) -> dict[str, tuple[float, Callable]]:
-    """Operator and backend -> (floor in ms, call)."""
-    hidden, weight, targets, old, advantages = (x[k] for k in ("hidden", "weight", "targets", "old", "advantages"))
-    frozen, ref = (hidden.detach(), weight.detach()), (x["ref_hidden"], x["ref_weight"])
-
-    def logprob() -> torch.Tensor:
-        out = fastppo.linear_logprob(hidden, weight, targets, return_entropy=True, backend=backend)
-        return (advantages * out.logprobs).sum() + 0.01 * out.entropy.sum()
-
-    def loss(budget: int | None = None, **options) -> torch.Tensor:
-        with fastppo.scratch_budget(budget or scratch_bytes(hidden.device)):
-            out = fastppo.linear_ppo_loss(
-                hidden, weight, targets, old, advantages, entropy_coef=0.01, backend=backend, **options
+    def run_stage(self, name: str, stage: Stage, log: BinaryIO) -> dict:
+        """Start the stage, again where it crashed or a case of it hung: it goes on after the case that did."""
+        end = time.monotonic() + min(stage.seconds, self.left())
+        trouble = []
+        for attempt in range(stage.attempts):
+            seconds = end - time.monotonic()
+            if seconds < SHORTEST_S:
+                if attempt == 0:
+                    return {"status": "skipped", "error": "no time left"}
+                break
+            begin, size = time.monotonic(), self.rows.size()
+            self.process = subprocess.Popen(
+                self.command(name, seconds), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        return out.loss
+            reason = self.wait(seconds, stage.case_seconds)
+            self.kill()
+            if reason is None:
+                return {"status": "ok"} if not trouble else {"status": "error", "error": "; ".join(trouble)}
+            trouble.append(f"{reason} after {time.monotonic() - begin:.0f} s")
+            if self.rows.size() == size:  # it did not even begin a case: it would not the next time either
+                break
+            self.close_case(name, reason)
+        return {"status": "error", "error": "; ".join(trouble)}
 
-    exact = {"kl_coef": 0.1, "kl_estimator": "exact", "ref_hidden": ref[0], "ref_weight": ref[1]}
-    calls = {
-        "linear_logprob forward": (
-            one,
-            lambda: fastppo.linear_logprob(*frozen, targets, return_entropy=True, backend=backend),
-        ),
-        "linear_logprob with gradients": (three, peers.step(x, logprob)),
-        **{
-            f"linear_kl {kind} forward": (
-                2 * one,
-                functools.partial(fastppo.linear_kl, *frozen, *ref, kind=kind, backend=backend),
-            )
-            for kind in ("reverse", "forward", "jsd")
-        },
-        "linear_kl reverse with gradients": (
-            three + one,
-            peers.step(x, lambda: fastppo.linear_kl(hidden, weight, *ref, backend=backend).mean()),
-        ),
-        "linear_ppo_loss": (three, peers.step(x, loss)),
-        "linear_ppo_loss with exact KL": (three + one, peers.step(x, lambda: loss(**exact))),
-    }
-    if backend == "triton":
-        gib = WHOLE_ROWS_BUDGET / 2**30
-        calls[f"linear_ppo_loss in {gib:.0f} GiB"] = (three, peers.step(x, lambda: loss(WHOLE_ROWS_BUDGET)))
-        calls["linear_ppo_loss filtered at 1e-4"] = (three, peers.step(x, lambda: loss(filter_mass=1e-4)))
-    if backend in BACKENDS["fisher_vector_product"]:
-        directions = [torch.randn_like(t) for t in frozen]
-        calls["fisher_vector_product"] = (
-            2 * one + three,
-            lambda: fastppo.fisher_vector_product(*frozen, *directions, backend=backend),
-        )
-    return {f"{name}, {backend}": call for name, call in calls.items()}
+    def wait(self, seconds: float, case_seconds: float) -> str | None:
+        """None when the process ended well; else why it did not, and then it may still run."""
+        begin = last_row = time.monotonic()
+        size = self.rows.size()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(timeout=0.1)
+                return None if code == 0 else f"crashed with code {code}"
+            now = time.monotonic()
+            if self.rows.size() != size:
+                size, last_row = self.rows.size(), now
+            if now - begin > seconds:
+                return "killed at its time limit"
+            if now - last_row > case_seconds:
+                return f"killed, no row for {case_seconds:.0f} s"
+
+    def kill(self) -> None:
+        """The stage's process and all that it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def close_case(self, stage: str, reason: str) -> None:
+        """The case that the stage was at when it crashed gets its row."""
+        last: dict[tuple[str, str], dict] = {}
+        for row in self.rows.read():
+            if row["stage"] == stage:
+                last[row["case"], row["name"]] = row
+        for row in last.values():
+            if row["status"] == "started":
+                self.rows.append({**row, "status": "error", "error": reason})
 
 
-def compiled(x: Tensors, one: float, three: float) -> dict[str, tuple[float, Callable]]:
-    """torch.compile of the naive path."""
-    arguments = [x[k] for k in ("hidden", "weight", "targets", "old", "advantages")]
-    loss, statistics = torch.compile(naive_loss), torch.compile(naive_statistics)
-
-    @torch.no_grad()
-    def forward() -> object:
-        return statistics(*arguments[:3])
-
+def environment() -> dict[str, str]:
+    """Of the stages: one compiler cache for all, and this source tree first on the path."""
+    path = [str(ROOT), str(ROOT / "kernels"), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    cache = Path(tempfile.gettempdir()) / f"fastppo-benchmark-cache-{os.getuid()}"
     return {
-        "linear_logprob forward, torch.compile of naive": (one, forward),
-        "linear_ppo_loss, torch.compile of naive": (three, peers.step(x, lambda: loss(*arguments))),
+        "TRITON_CACHE_DIR": str(cache),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
     }
 
 
-def logits_operators(bench: Bench, gb_per_s: float, only: str) -> None:
-    tokens, vocab = (19, 203) if bench.dry_run else (8192, 128_256)
-    case = f"logits [{tokens}, {vocab}] bfloat16"
-    model = floors(tokens, 1, vocab)
-    floor = {k: 1e3 * model[f"selective_logprob, {k}"].bytes / (gb_per_s * 1e9) for k in ("forward", "backward")}
-    logits = torch.randn(tokens, vocab, device=bench.device).bfloat16()
-    x = inputs(tokens, 1, vocab, torch.float32, bench.device)
-
-    def step(call: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-        leaf = logits.detach().requires_grad_()
-
-        def run() -> None:
-            leaf.grad = None
-            call(leaf).backward()
-
-        return run
-
-    for backend in usable_backends("selective_logprob", bench.device, torch.bfloat16):
-
-        def statistics(z: torch.Tensor, backend=backend):
-            return fastppo.selective_logprob(z, x["targets"], return_entropy=True, backend=backend)
-
-        def sums(z: torch.Tensor, statistics=statistics) -> torch.Tensor:
-            out = statistics(z)
-            return out.logprobs.sum() + out.entropy.sum()
-
-        def loss(z: torch.Tensor, backend=backend) -> torch.Tensor:
-            return fastppo.ppo_loss(
-                x["old"], x["advantages"], logits=z, targets=x["targets"], entropy_coef=0.01, backend=backend
-            ).loss
-
-        for name, bound, call in (
-            ("selective_logprob forward", floor["forward"], lambda f=statistics: f(logits)),
-            ("selective_logprob with gradients", sum(floor.values()), step(sums)),
-            ("ppo_loss from logits", sum(floor.values()), step(loss)),
-        ):
-            if only in name:
-                bench.add(case, f"{name}, {backend}", bound, lambda call=call: call)
+def commit() -> str:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
-def gae_operator(bench: Bench, gb_per_s: float) -> None:
-    for batch, length in [(3, 40)] if bench.dry_run else GAE_SHAPES:
-        rewards, values = torch.randn(2, batch, length, device=bench.device)
-        case, floor = f"gae [{batch}, {length}] float32", {}
-        for name in ("gae", "gae whitened"):
-            floor[name] = 1e3 * floors(batch * length, 1, 1)[name].bytes / (gb_per_s * 1e9)
-        for backend in usable_backends("gae", bench.device, torch.float32):
-            if backend == "reference" and length > 4096:
-                continue  # a loop over a million tokens
-            for name, whiten in (("gae", False), ("gae whitened", True)):
-
-                def run(backend=backend, rewards=rewards, values=values, whiten=whiten):
-                    return fastppo.gae(rewards, values, gamma=0.99, lam=0.95, whiten=whiten, backend=backend)
-
-                bench.add(case, f"{name}, {backend}", floor[name], lambda run=run: run)
-        for name, make in peers.advantages(rewards, values).items():
-            bench.add(case, name, floor["gae"], make)
+# ---- one stage ------------------------------------------------------------------------------------------------------
 
 
-def format_row(row: dict) -> str:
-    if "error" in row:
-        return f"| {row['case']} | {row['name']} | {row['error']} | | | |"
-    extra = f"{row['extra_mib']:.0f}" if "extra_mib" in row else ""
-    return f"| {row['case']} | {row['name']} | {row['ms']:.3f} | {row['floor_ms']:.3f} | {row['ratio']:.2f} | {extra} |"
+def run_one_stage(options: argparse.Namespace) -> None:
+    """In the stage's own process."""
+    import importlib
 
+    import torch
+    from gpu_stages.bench import Bench, WarmUp
 
-def markdown(report: dict) -> str:
-    lines = [f"{report['device']}, PyTorch {report['torch']}, Triton {report['triton']}, {report['ceilings']}", ""]
-    lines += ["| operator | dtype | backend | greatest error | naive |", "|---|---|---|---|---|"]
-    for row in report["correctness"]:
-        cells = [row["operator"], row["dtype"], row["backend"]]
-        if "failed" in row:
-            cells += [row["failed"], ""]
-        else:
-            cells += [f"{max(row[k].values()):.1e}" for k in ("errors", "naive")]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| case | name | ms | floor, ms | ratio | extra MiB |", "|---|---|---|---|---|---|"]
-    return "\n".join([*lines, *map(format_row, report["rows"])]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; the times mean nothing")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--only", default="", help="only operators whose name contains this")
-    options = parser.parse_args()
-    if not (options.dry_run or torch.cuda.is_available()):
-        parser.error("there is no GPU here; --dry-run shows that the script runs")
     device = torch.device("cpu" if options.dry_run else "cuda")
-    bench = Bench(device, options.dry_run)
-    report = {
-        "device": "dry run on a CPU" if options.dry_run else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "python": platform.python_version(),
-        "correctness": correctness(device, options.dry_run),
-        "ceilings": ceilings(bench),
-    }
-    print(report["ceilings"], flush=True)
-    models = {"tiny": (24, 203)} if options.dry_run else {name: MODELS[name] for name in options.models}
-    vocabulary_operators(bench, models, [37] if options.dry_run else options.tokens, options.only)
-    logits_operators(bench, report["ceilings"]["gb_per_s"], options.only)
-    if options.only in "gae":
-        gae_operator(bench, report["ceilings"]["gb_per_s"])
-    report["rows"] = bench.rows
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
-        (options.out / "gpu.md").write_text(markdown(report))
+    arguments = (options.stage, options.out, device, options.seconds - (time.monotonic() - BEGIN))
+    module = importlib.import_module(f"gpu_stages.{options.stage}")
+    if options.worker is not None:
+        module.work(WarmUp(*arguments, tiny=options.tiny, worker=options.worker, workers=options.workers))
+        return
+    bench = Bench(*arguments, tiny=options.tiny)
+    if not any(row["name"] == "machine" for row in bench.rows.read()):
+        bench.row("machine", "machine", "ok", **machine(device))
+    module.run(bench)
+    if bench.late:
+        bench.row("stage", "left out", "skipped", error=f"no time for {len(bench.late)}: {'; '.join(bench.late)}"[:300])
 
 
-def triton_version() -> str:
+def machine(device) -> dict:
+    import torch
+
     try:
         import triton
     except ImportError:
-        return "not installed"
-    return triton.__version__
+        triton = None
+    found = {
+        "device": platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "triton": triton.__version__ if triton else "not installed",
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "driver": driver(),
+        }
+    return found
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(report: dict, limit: int = TABLE_CHARACTERS) -> str:
+    """The report in at most `limit` characters: the longest sections are cut from their ends, then whole ones go."""
+    sections = [heading(report), *verdict_sections(report["rows"]), *timed_sections(report["rows"])]
+    lengths = [len(section) for section in sections]
+
+    def text() -> str:
+        parts = []
+        for section, length in zip(sections, lengths, strict=False):
+            parts += section + [f"… {length - len(section)} more in rows.jsonl"] * (len(section) < length)
+        return "\n".join(parts + ["… more in rows.jsonl"] * (len(sections) < len(lengths)))
+
+    while len(text()) > limit:
+        longest = max(sections, key=lambda section: sum(map(len, section)) if len(section) > 3 else 0)
+        if len(longest) > 3:
+            longest.pop()
+        else:
+            sections.pop()
+    return text()
+
+
+def heading(report: dict) -> list[str]:
+    names = ("device", "date", "torch", "triton", "python", "cuda", "driver", "commit", "seconds")
+    stages = [row for row in report["rows"] if row["case"] == "stage"]
+    lines = [", ".join(f"{name} {report[name]}" for name in names if report.get(name))]
+    for row in stages:
+        seconds = f"{row['seconds']:.0f} s" if "seconds" in row else ""
+        lines.append(clip(f"{row['stage']:12} {row['name'] if row['name'] != row['stage'] else ''}{row['status']:8} "
+                          f"{seconds:>5} {row.get('error', '')}", 150))  # fmt: skip
+    return lines
+
+
+def verdict_sections(rows: list[dict]) -> Iterable[list[str]]:
+    """Correctness by operator and dtype, then every other row with nothing but a verdict."""
+    checked = [row for row in rows if row["stage"] == "correctness" and row["case"] not in ("stage", "machine")]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in checked:
+        groups.setdefault((row["name"].split()[0], row["case"].split(", ")[-1]), []).append(row)
+    lines = []
+    for (operator, dtype), found in groups.items():
+        bad = [row for row in found if row["status"] != "PASS"]
+        worst = max((row["worst"] for row in found if "worst" in row), default=float("nan"))
+        verdict = "FAIL" if bad else "PASS"
+        lines.append(f"{verdict} {operator:22} {dtype:9} {len(found) - len(bad)} of {len(found)}, {worst:.2f}")
+        lines += [clip(f"  {describe(row)}", 170) for row in bad]
+    if lines:
+        yield ["-- correctness against float64: cases passed, worst error as a share of what is allowed", *lines]
+    lines = []
+    order = {"FAIL": 0, "PASS": 1, "ok": 2, "error": 3, "skipped": 4}  # what may be cut off stands last
+    for row in sorted(rows, key=lambda row: order[row["status"]]):
+        told = row["stage"] == "correctness" or row["case"] in ("stage", "machine") or row.get("trial")
+        if not told and ("ms" not in row or "code" in row):
+            lines.append(clip(describe(row), 170 if "code" in row else 130))
+    if lines:
+        yield ["-- besides", *lines]
+
+
+def describe(row: dict) -> str:
+    extra = {k: row[k] for k in ("worst", "worst_of", "checks", "passed", "failed", "finished", "cases") if k in row}
+    words = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in extra.items()]
+    if "code" in row:
+        words = [f"{row['ms']:.3f} ms, the shipped one {row['floor_ms']:.3f}" if "ms" in row else "", row["code"]]
+    return f"{row['status']} {row['case']}: {row['name']}; {row.get('error') or ' '.join(words)}"
+
+
+COLUMNS = f"{'':42}{'ms':>9}{'±%':>4}{'ratio':>6}     {'TFLOP/s':>8}{'GB/s':>6}{'+MiB':>7}  launches"
+
+
+def timed_sections(rows: list[dict]) -> Iterable[list[str]]:
+    """A section for each shape: time, spread, ratio to the floor, verdict, rates, memory beyond inputs, launches.
+
+    What others are compared with, products or a copy, stands in the section's first line.
+    """
+    cases: dict[str, list[dict]] = {}
+    for row in rows:
+        if "ms" in row and not row.get("trial") and "code" not in row:
+            cases.setdefault(row["case"], []).append(row)
+    if cases:
+        yield [COLUMNS]
+    for case, found in cases.items():
+        floors = [row for row in found if row["name"].startswith(("product ", "copy "))]
+        if len(floors) == len(found):
+            floors = []
+        yield [title(case, floors), *(timed_line(row) for row in found if row not in floors)]
+
+
+def title(case: str, floors: list[dict]) -> str:
+    if not floors:
+        return f"-- {case}"
+    times = " + ".join(f"{row['ms']:.3f}" for row in floors)
+    total, flops = sum(row["ms"] for row in floors), [row["ms"] * row["tflops"] for row in floors if "tflops" in row]
+    rate = f" = {total:.3f} ms, {sum(flops) / total:.0f} TFLOP/s" if flops else f" ms, {floors[0]['gb_per_s']:.0f} GB/s"
+    return f"-- {case}; {'products' if flops else 'copy'} {times}{rate}"
+
+
+def timed_line(row: dict) -> str:
+    spread = 50 * (row["max_ms"] - row["min_ms"]) / row["ms"] if "max_ms" in row else None
+    verdict = f" {row['status']}" if "goal" in row else ""
+    cells = [
+        f"{clip(row['name'].removeprefix('peer: '), 42):42}{row['ms']:9.3f}{number(spread, '4.0f')}",
+        f"{number(row.get('ratio'), '6.2f')}{verdict:5}{number(row.get('tflops'), '8.0f')}",
+        f"{number(row.get('gb_per_s'), '6.0f')}{number(row.get('extra_mib'), '7.0f')}",
+        f"{number(row.get('launches'), '6.0f')}",
+    ]
+    return "".join(cells).rstrip()
+
+
+def number(value: float | None, form: str) -> str:
+    return " " * int(form.split(".")[0]) if value is None else format(value, form)
+
+
+def clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def verdict_of_dry_run(rows: list[dict]) -> tuple[str, bool]:
+    """'N checks, worst error X, PASS', and whether it passed."""
+    checks = sum(row.get("checks", 1) for row in rows if row["status"] in ("PASS", "FAIL"))
+    errors = [e["error"][0] for row in rows for e in row.get("errors", {}).values()]
+    differences = [row["difference"] for row in rows if "difference" in row]
+    worst = max([*errors, *differences], default=0.0)
+    bad = [
+        row
+        for row in rows
+        if row["status"] == "FAIL" or (row["status"] == "error" and not row["name"].startswith("peer: "))
+    ]
+    lines = [clip(describe(row), 300) for row in bad[:20]]
+    lines.append(f"{checks} checks, worst error {worst:.1e}, {'FAIL' if bad or not checks else 'PASS'}")
+    return "\n".join(lines), not bad and checks > 0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of the results; default: a new temporary one")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: all of them, in order")
+    parser.add_argument("--budget-s", type=float, default=420, help="seconds for everything")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, in Triton's interpreter")
+    parser.add_argument("--commit", help="what is measured, where the source tree has no git")
+    parser.add_argument("--summarize", action="store_true", help="only write OUT's summary, of a run that was killed")
+    inner = parser.add_argument_group("used by the stages' processes")
+    inner.add_argument("--stage", choices=STAGES)
+    inner.add_argument("--seconds", type=float, default=60.0)
+    inner.add_argument("--tiny", action="store_true")
+    inner.add_argument("--workers", type=int)
+    inner.add_argument("--worker", type=int)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.stages.split(",")) - set(STAGES):
+        parser.error(f"--stages: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.stage:
+        run_one_stage(options)
+        return 0
+    out = options.out or Path(tempfile.mkdtemp(prefix="fastppo-gpu-"))
+    out.mkdir(parents=True, exist_ok=True)
+    if options.summarize:
+        conclude(Rows(out / "rows.jsonl"), out, options, "")
+        return 0
+    if (out / "rows.jsonl").exists():
+        raise SystemExit(f"{out}: has the rows of another run; give another folder")
+    os.environ.update(environment() | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if options.dry_run else {}))
+    flags = ["--dry-run", "--tiny"] if options.dry_run else []
+
+    def command(stage: str, seconds: float) -> list[str]:
+        own = [sys.executable, str(BENCHMARKS / "gpu.py"), "--stage", stage, "--seconds", f"{seconds:.1f}"]
+        return [*own, "--out", str(out), *flags]
+
+    chosen = options.stages.split(",")
+    stages = {name: stage for name, stage in STAGES.items() if name in chosen}
+    runner = Runner(stages, command, out, options.budget_s)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ok = True
+    try:
+        runner.run()
+    finally:
+        runner.kill()
+        seconds = f"{time.monotonic() - runner.begin:.0f} of {runner.budget_s:.0f}"
+        ok = conclude(runner.rows, out, options, seconds)
+    return 0 if ok else 1
+
+
+def conclude(results: Rows, out: Path, options: argparse.Namespace, seconds: str) -> bool:
+    """Write the summary and print the table, from what there is; whether a dry run passed."""
+    rows = [row for row in results.read() if row["status"] != "started"]
+    about = next((row for row in rows if row["name"] == "machine"), {})
+    about = {k: v for k, v in about.items() if k not in ("stage", "case", "name", "status")}
+    date = datetime.date.today().isoformat()
+    report = {"device": "unknown device", **about, "date": date, "commit": options.commit or commit()}
+    report |= {"seconds": seconds, "rows": rows}
+    if options.dry_run:
+        text, passed = verdict_of_dry_run(rows)
+        print(text, flush=True)
+        return passed
+    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    path = out / f"gpu-{device}-{date}.json"
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    print(f"written: {path}\n\n{table(report)}", flush=True)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,17 @@
-"""Other projects' kernels for the operators of fastppo, where installed: what each computes and how to call it.
+"""Other projects' kernels for what fastppo computes: what each computes and how to call it.
 
-A peer is a function without arguments that imports what it needs and returns the call to time; whatever it raises is
-reported in its place. None of them has the whole PPO loss: the label says what it computes.
+A peer is a function of the inputs that imports what it needs and returns the call to time; whatever it raises is
+reported in its place. None of them has the whole PPO loss: the label says what it computes. Only the files with the
+kernels are imported, so that a package's wheel suffices, without the packages that the rest of it needs.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Call = Callable[[], object]
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Tensor]  # hidden [N, D], weight [V, D], targets, advantages, old [N]
+ENTROPY_COEF = 0.01
 
 
 def step(x: Inputs, loss: Callable[[], Tensor]) -> Call:
@@ -29,125 +34,140 @@ def step(x: Inputs, loss: Callable[[], Tensor]) -> Call:
     return run
 
 
-def log_probs(x: Inputs) -> dict[str, Callable[[], Call]]:
-    """Per-token log-probabilities and entropies with both gradients, or the cross-entropy where that is all."""
-    hidden, weight, targets, g = x["hidden"], x["weight"], x["targets"], x["advantages"]
+def weighted(x: Inputs, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """A scalar that gives every token's log-probability and entropy a gradient of its own."""
+    return (x["advantages"] * logprobs.float()).sum() + ENTROPY_COEF * entropy.float().sum()
 
-    def both(logprobs: Tensor, entropy: Tensor) -> Tensor:
-        return (g * logprobs.float()).sum() + 0.01 * entropy.float().sum()
 
-    def trl() -> Call:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def trl(x: Inputs) -> Call:
+    function = trl_kernels("chunked_logprob").ChunkedLogProbFunction
+    rest = (None, x["targets"], 1.0, 8192, None, 1.0, ("entropy",))
+    return step(x, lambda: weighted(x, *function.apply(x["hidden"], x["weight"], *rest)[:2]))
 
-        def loss() -> Tensor:
-            out = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8192, None, 1.0, ("entropy",))
-            return both(out[0], out[1])
 
-        return step(x, loss)
+def verl_kernel(x: Inputs) -> Call:
+    with_bare_packages("verl", "verl.utils", "verl.utils.kernel", "verl.plugin")
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    importlib.import_module("verl.utils.kernel.kernels")  # what it would import on its first call
+    return step(
+        x, lambda: weighted(x, *module.linear_cross_entropy(x["hidden"], x["weight"], x["targets"], 1.0, "none"))
+    )
 
-    def verl_kernel() -> Call:
-        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-        return step(x, lambda: both(*linear_cross_entropy(hidden, weight, targets, 1.0, "none")))
+def verl_chunks(x: Inputs) -> Call:
+    with_bare_packages("verl", "verl.utils", "verl.utils.experimental")
+    fused = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
+    return step(x, lambda: weighted(x, *fused(x["hidden"], x["weight"], x["targets"])))
 
-    def verl_chunks() -> Call:
-        fused = _module_alone("verl", "utils/experimental/torch_functional.py").FusedLinearForPPO()
-        return step(x, lambda: both(*fused(hidden, weight, targets)))
 
-    def liger_scaled() -> Call:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+def liger_scaled(x: Inputs) -> Call:
+    """On Hopper its CuTe-DSL kernels, which need the package nvidia-cutlass-dsl."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
-        def loss() -> Tensor:
-            nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
-                hidden, weight, targets, temperature=1.0, return_entropy=True
+    return _liger_scaled(x, module.LigerFusedLinearScaledCrossEntropyFunction)
+
+
+def liger_scaled_chunks(x: Inputs) -> Call:
+    """What the same function does on chips for which it has no kernels."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    class Fallback:
+        @staticmethod
+        def apply(hidden, weight, targets, *, temperature, return_entropy):
+            return module._FusedLinearPPOFallbackFunction.apply(
+                hidden, weight, targets, temperature, -100, return_entropy
             )
-            return both(-nll, entropy)
 
-        return step(x, loss)
+    return _liger_scaled(x, Fallback)
 
-    def liger_grpo() -> Call:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
-        rows = {
-            "attention_mask": torch.ones_like(targets).unsqueeze(0),
-            "advantages": g[:1],
-            "old_per_token_logps": x["old"].unsqueeze(0),
-        }
-        return step(x, lambda: loss(hidden.unsqueeze(0), weight, targets.unsqueeze(0), **rows)[0])
+def _liger_scaled(x: Inputs, function) -> Call:
+    def loss() -> Tensor:
+        nll, entropy = function.apply(x["hidden"], x["weight"], x["targets"], temperature=1.0, return_entropy=True)
+        return weighted(x, -nll, entropy)
 
-    def liger_cross_entropy() -> Call:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    return step(x, loss)
 
-        function = LigerFusedLinearCrossEntropyLoss()
-        return step(x, lambda: function(weight, hidden, targets))
 
-    def cce() -> Call:
-        from cut_cross_entropy import linear_cross_entropy
+def liger_grpo(x: Inputs) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-        implementation = "cce" if hidden.is_cuda else "torch_compile"
-        return step(x, lambda: linear_cross_entropy(hidden, weight, targets, impl=implementation))
-
-    def quack() -> Call:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        return step(x, lambda: chunked_linear_cross_entropy(hidden, weight, targets))
-
-    def pytorch() -> Call:
-        return step(x, lambda: F.linear_cross_entropy(hidden, weight, targets))
-
-    found = {
-        ("trl", "TRL chunked, log-probs and entropy"): trl,
-        ("verl", "verl kernel, log-probs and entropy"): verl_kernel,
-        ("verl", "verl chunks, log-probs and entropy"): verl_chunks,
-        ("liger_kernel", "Liger scaled, log-probs and entropy"): liger_scaled,
-        ("liger_kernel", "Liger GRPO loss, no entropy"): liger_grpo,
-        ("liger_kernel", "Liger, cross-entropy only"): liger_cross_entropy,
-        ("cut_cross_entropy", "cut-cross-entropy, cross-entropy only"): cce,
-        ("quack", "QuACK, cross-entropy only"): quack,
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+    rows = {
+        "attention_mask": torch.ones_like(x["targets"]).unsqueeze(0),
+        "advantages": x["advantages"][:1],
+        "old_per_token_logps": x["old"].unsqueeze(0),
     }
-    installed = {f"peer: {label}": make for (package, label), make in found.items() if _installed(package)}
-    if hasattr(F, "linear_cross_entropy"):
-        installed["peer: PyTorch linear_cross_entropy, cross-entropy only"] = pytorch
-    return installed
+    return step(x, lambda: loss(x["hidden"].unsqueeze(0), x["weight"], x["targets"].unsqueeze(0), **rows)[0])
 
 
-def divergence(x: Inputs) -> dict[str, Callable[[], Call]]:
-    """KL(policy ‖ reference) of two heads, with gradients."""
+def liger_cross_entropy(x: Inputs) -> Call:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    def trl() -> Call:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-        reference = (x["ref_hidden"], x["ref_weight"], None)
-        return step(
-            x, lambda: ChunkedDivergenceFunction.apply(x["hidden"], x["weight"], None, *reference, 1.0)[0].mean()
-        )
-
-    return {"peer: TRL chunked divergence": trl} if _installed("trl") else {}
+    return step(x, lambda: LigerFusedLinearCrossEntropyFunction.apply(x["hidden"], x["weight"], x["targets"])[0])
 
 
-def advantages(rewards: Tensor, values: Tensor) -> dict[str, Callable[[], Call]]:
-    """Generalized advantage estimation over [B, T]."""
+def cut_cross_entropy(x: Inputs) -> Call:
+    from cut_cross_entropy import linear_cross_entropy
 
-    def torchrl() -> Call:
-        from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
-
-        after = F.pad(values[:, 1:], (0, 1)).unsqueeze(-1)
-        done = torch.zeros_like(rewards, dtype=torch.bool).unsqueeze(-1)
-        now, reward = values.unsqueeze(-1), rewards.unsqueeze(-1)
-        return lambda: vec_generalized_advantage_estimate(0.99, 0.95, now, after, reward, done)
-
-    return {"peer: torchrl vectorized": torchrl} if _installed("torchrl") else {}
+    implementation = "cce" if x["hidden"].is_cuda else "torch_compile"
+    return step(x, lambda: linear_cross_entropy(x["hidden"], x["weight"], x["targets"], impl=implementation))
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def quack(x: Inputs) -> Call:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return step(x, lambda: chunked_linear_cross_entropy(x["hidden"], x["weight"], x["targets"]))
 
 
-def _module_alone(package: str, path: str) -> ModuleType:
-    """A module of a package whose other modules need what may not be installed (verl wants ray)."""
-    (root, *_) = importlib.util.find_spec(package).submodule_search_locations
-    spec = importlib.util.spec_from_file_location(f"peer_{Path(path).stem}", Path(root) / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def pytorch(x: Inputs) -> Call:
+    function = F.linear_cross_entropy  # an AttributeError before PyTorch 2.13
+    return step(x, lambda: function(x["hidden"], x["weight"], x["targets"]))
+
+
+# Label -> peer; the label says what it computes, each with the gradients of hidden and weight.
+LOG_PROBS: dict[str, Callable[[Inputs], Call]] = {
+    "TRL chunked, log-probs and entropy": trl,
+    "verl kernel, log-probs and entropy": verl_kernel,
+    "verl chunks, log-probs and entropy": verl_chunks,
+    "Liger scaled, log-probs and entropy": liger_scaled,
+    "Liger scaled chunks, log-probs and entropy": liger_scaled_chunks,
+    "Liger GRPO loss, no entropy": liger_grpo,
+    "Liger, cross-entropy only": liger_cross_entropy,
+    "cut-cross-entropy, cross-entropy only": cut_cross_entropy,
+    "QuACK, cross-entropy only": quack,
+    "PyTorch, cross-entropy only": pytorch,
+}
+
+
+def trl_kernels(name: str) -> ModuleType:
+    """A module of trl.kernels. Its backward takes one context manager from trl.trainer.utils, which needs `datasets`.
+
+    Where that cannot be imported, a stand-in has the context manager as it is without DeepSpeed: empty.
+    """
+    module = importlib.import_module(f"trl.kernels.{name}")
+    try:
+        importlib.import_module("trl.trainer.utils")
+    except ImportError:
+        stand_in = ModuleType("trl.trainer.utils")
+        stand_in.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()
+        sys.modules["trl.trainer.utils"] = stand_in
     return module
+
+
+def with_bare_packages(*names: str) -> None:
+    """Let modules of these packages be imported without running the packages' own `__init__.py`."""
+    for name in names:
+        if name in sys.modules:
+            continue
+        parent, _, last = name.rpartition(".")
+        if parent:
+            folder = Path(sys.modules[parent].__path__[0]) / last
+        else:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ModuleNotFoundError(f"No module named {name!r}")
+            folder = Path(spec.submodule_search_locations[0])
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package

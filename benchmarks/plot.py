@@ -1,6 +1,6 @@
 """Draws what cpu.py and gpu.py measured: each contender's time as a ratio to the floor, a panel a case.
 
-    python benchmarks/plot.py results/gpu.json                 writes results/gpu.png beside it
+    python benchmarks/plot.py results/gpu-h100-2026-01-01.json   writes the .png beside it
     python benchmarks/plot.py results/cpu.json --output cpu.svg
 
 Needs matplotlib (the extra `bench`).

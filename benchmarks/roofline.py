@@ -12,8 +12,7 @@ import argparse
 from typing import NamedTuple
 
 MODELS = {  # D, V
-    "Qwen2.5-0.5B": (896, 151_936),
-    "Gemma-2-2B": (2304, 256_000),
+    "SmolLM2-135M": (576, 49_152),
     "Qwen2.5-7B": (3584, 152_064),
     "Llama-3-8B": (4096, 128_256),
 }
@@ -33,30 +32,25 @@ class Floor(NamedTuple):
 
 
 def floors(tokens: int, dim: int, vocab: int, itemsize: int = 2) -> dict[str, Floor]:
-    """For each operator, hidden and weight of `itemsize` bytes an element.
+    """For each operator; hidden, weight, logits, rewards and values have `itemsize` bytes an element.
 
-    forward: one product. three products: the logits kept. vocabulary tiles: a fourth, the logits recomputed. whole
-    rows: three products and the exponentials of all logits written, read, overwritten and read by two products.
+    forward: one product. loss: three, the logits kept; in a small budget a fourth, the logits recomputed. Log-probs,
+    advantages and returns are float32.
     """
     product = 2.0 * tokens * dim * vocab
     operands = itemsize * dim * (tokens + vocab)
-    logits = itemsize * tokens * vocab
+    logits = float(itemsize) * tokens * vocab
     return {
         "linear_logprob, forward only": Floor(product, operands),
-        "linear_kl, forward only": Floor(2 * product, 2 * operands),
-        "linear_ppo_loss, three products": Floor(3 * product, 2 * operands),
-        "linear_ppo_loss, vocabulary tiles": Floor(4 * product, 3 * operands),
-        "linear_ppo_loss, whole rows": Floor(3 * product, 2 * operands + 5 * logits),
+        "linear_ppo_loss": Floor(3 * product, 2 * operands),
+        "linear_ppo_loss, logits recomputed": Floor(4 * product, 3 * operands),
         "linear_ppo_loss with exact KL": Floor(6 * product, 5 * operands),
+        "linear_kl, forward only": Floor(2 * product, 2 * operands),
         "linear_kl with gradients": Floor(6 * product, 5 * operands),
-        "linear_kl jsd, forward only": Floor(4 * product, 4 * operands),
         "fisher_vector_product": Floor(8 * product, 5 * operands),
-        "selective_logprob, forward": Floor(0.0, logits),
-        "selective_logprob, backward": Floor(0.0, 2 * logits),
-        "selective_logprob, backward of a divergence": Floor(0.0, 3 * logits),
-        "ppo_loss from logits": Floor(0.0, 3 * logits),
-        "gae": Floor(0.0, 16.0 * tokens),
-        "gae whitened": Floor(0.0, 24.0 * tokens),
+        "from logits, forward": Floor(0.0, logits),
+        "from logits, forward and backward": Floor(0.0, 3 * logits),
+        "gae": Floor(0.0, (2.0 * itemsize + 2 * 4) * tokens),
     }
 
 
