@@ -15,6 +15,9 @@ from typing import IO, NamedTuple
 
 import pytest
 
+# Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 THE_TEST = "test_the_kernels_agree_with_float64_in_the_interpreter"  # in test_triton_kernels.py
 
 
