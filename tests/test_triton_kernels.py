@@ -37,7 +37,7 @@ from fastppo_kernels import launch
 
 def show(arch="sm_90", dtype=torch.float32):
     with launch.recording(arch, None):
-        print(launch.precision(dtype, torch.device("meta")))
+        print(launch.precision(dtype))
 
 show()
 for name in ("high", "highest"):

@@ -70,7 +70,7 @@ def configurations(bench: Bench) -> None:
             if not rows:
                 return {"status": "error", "error": "no configuration ran"}
             ms, best = min(rows, key=lambda row: row[0])
-            kind = precision(bench.dtype, bench.device)
+            kind = precision(bench.dtype)
             code = as_code(kernel, architecture(bench.device), kind, best)
             return {"ms": ms, "floor_ms": rows[0][0], "code": code, "tried": len(rows)}
 

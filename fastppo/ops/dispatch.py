@@ -14,8 +14,7 @@ import torch
 from fastppo.ops import extension, triton_kernels
 
 # For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
-# it: its kernels are proved in Triton's interpreter and compile for real chips, but have not run on one yet. Only
-# `fastppo_kernels.scale` serves every backend: on a GPU, linear_ppo_loss's backward multiplies its gradients with it.
+# it: its kernels are proved in Triton's interpreter and compile for real chips, but have not run on one yet.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu", "chunked", "reference", "triton"),
     "linear_kl": ("cpu", "chunked", "reference", "triton"),

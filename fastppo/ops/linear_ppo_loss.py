@@ -187,16 +187,9 @@ class _LinearPPOLoss(torch.autograd.Function):
                     "more, or add what else you need to it before the one backward"
                 )
             ctx.handed_over = True
-        gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-        return (
-            *(None if g is None else _scale(g, d_loss, ctx.backend) for g in gradients),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        scaled = (_scale(gradient, d_loss, ctx.backend) if needed else None for gradient, needed in gradients)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _statistics_and_gradients(

@@ -4,8 +4,7 @@
     combine_divergence   both models' S and maximum, T, difference   [6, tiles, M]       ->  [8, N]
     combine_fisher       S, Σ E dz, the maximum, max |dz|            [4, tiles, M]       ->  [4, M]
 
-Bytes: 4 a partial result, read once, and 4 a result: 33 MB at [2, 501, 8,192]. FLOPs: a few a
-row and tile.
+Bytes: 4 a partial result, read once, and 4 a result: 33 MB at [2, 501, 8,192]. FLOPs: a few a row and tile.
 Tiling: one program for a block of rows, which walks the tiles a block of them at a time.
 """
 
@@ -28,6 +27,22 @@ def partial_tiles(partial, quantity, first, m, inside, num_rows, tiles, other: t
     t = first + tl.arange(0, BLOCK_T)
     place = (quantity * tiles + t).to(tl.int64)[:, None] * num_rows + m[None, :]
     return tl.load(partial + place, mask=(t < tiles)[:, None] & inside[None, :], other=other)
+
+
+@triton.jit
+def store_statistics(
+    target_logits, targets, rows, m, inside, out, out_stride, top, total, weighted, vocab, max_entropy
+):
+    """logprobs, entropy, shift and log Σ e of rows m, `out_stride` apart from out on; returns log Σ e."""
+    taken = tl.load(target_logits + m, mask=inside, other=0.0)
+    logprob, entropy, log_sum = logprob_and_entropy(taken, top, total, weighted, max_entropy)
+    # A target that is not in this vocabulary must not pass for a probability.
+    target = tl.load(targets + tl.load(rows + m, mask=inside, other=0), mask=inside, other=0)
+    tl.store(out, tl.where(target < vocab, logprob, float("nan")), mask=inside)
+    tl.store(out + out_stride, entropy, mask=inside)
+    tl.store(out + 2 * out_stride, top, mask=inside)
+    tl.store(out + 3 * out_stride, log_sum, mask=inside)
+    return log_sum
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"], do_not_specialize_on_alignment=["targets", "out"])
@@ -69,16 +84,10 @@ def combine_statistics_kernel(
             scale, tile_scale = exp(before), exp(by)
             weighted = (weighted + before * total) * scale + tl.sum((t + by * s) * tile_scale, 0)
             total = total * scale + tl.sum(s * tile_scale, 0)
-    index = tl.load(rows + m, mask=inside, other=0)
-    taken = tl.load(target_logits + m, mask=inside, other=0.0)
-    logp, entropy, log_sum = logprob_and_entropy(taken, top, total, weighted, max_entropy)
-    # A target that is not in this vocabulary must not pass for a probability.
-    logp = tl.where(tl.load(targets + index, mask=inside, other=0) < vocab, logp, float("nan"))
-    out += index
-    tl.store(out, logp, mask=inside)
-    tl.store(out + out_stride, entropy, mask=inside)
-    tl.store(out + 2 * out_stride, top, mask=inside)
-    tl.store(out + 3 * out_stride, log_sum, mask=inside)
+    out += tl.load(rows + m, mask=inside, other=0)
+    log_sum = store_statistics(
+        target_logits, targets, rows, m, inside, out, out_stride, top, total, weighted, vocab, max_entropy
+    )
     if far is not None:
         near = (log_sum > -farthest) & (log_sum < farthest) & (tl.abs(weighted) < 1e38)
         tl.store(far + m, tl.where(inside & (near == 0), 0, -1), mask=m < num_rows)
@@ -175,21 +184,13 @@ def combine_divergence_kernel(
         weighted = (weighted + before * total) * scale + tl.sum((t + by * s) * tile_scale, 0)
         total = total * scale + tl.sum(s * tile_scale, 0)
         ref_total = ref_total * ref_scale + tl.sum(ref_s * ref_tile_scale, 0)
-    index = tl.load(rows + m, mask=inside, other=0)
-    taken = tl.load(target_logits + m, mask=inside, other=0.0)
-    logp, entropy, log_sum = logprob_and_entropy(taken, top, total, weighted, max_entropy)
-    # A target that is not in this vocabulary must not pass for a probability.
-    logp = tl.where(tl.load(targets + index, mask=inside, other=0) < vocab, logp, float("nan"))
+    out += tl.load(rows + m, mask=inside, other=0)
+    store_statistics(target_logits, targets, rows, m, inside, out, out_stride, top, total, weighted, vocab, max_entropy)
     # One logarithm of the quotient: the difference of two would round each where they are large and alike.
     if KIND == "reverse":
         kl = difference / total + log(ref_total / total)
     else:
         kl = difference / ref_total + log(total / ref_total)
-    out += index
-    tl.store(out, logp, mask=inside)
-    tl.store(out + out_stride, entropy, mask=inside)
-    tl.store(out + 2 * out_stride, top, mask=inside)
-    tl.store(out + 3 * out_stride, log_sum, mask=inside)
     tl.store(out + 4 * out_stride, tl.where(kl < 0.0, 0.0, kl), mask=inside)
     tl.store(out + 5 * out_stride, kl, mask=inside)
     tl.store(out + 6 * out_stride, ref_top, mask=inside)

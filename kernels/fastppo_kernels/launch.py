@@ -85,7 +85,7 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
+def precision(dtype: torch.dtype) -> str:
     """half, tf32 or ieee: float32 products are exact unless PyTorch's own switch allows TensorFloat-32 for them.
 
     That switch is torch.set_float32_matmul_precision("high"), torch.backends.cuda.matmul.allow_tf32 or, from PyTorch
@@ -103,7 +103,7 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 
 def gemm_config(kernel: str, dtype: torch.dtype, device: torch.device, *, SOFTCAP: bool = False, **_transform) -> Gemm:
     """The entry of `configs.GEMM` for products of this dtype on this device."""
-    arch, kind = architecture(device), precision(dtype, device)
+    arch, kind = architecture(device), precision(dtype)
     tuned = {} if _recording is not None else tuned_for(device).get("gemm", {}).get(kernel, {})
     table = GEMM[kernel] | {(arch, of): config for of, config in tuned.items()}
     plain = table[arch, kind]
@@ -112,7 +112,7 @@ def gemm_config(kernel: str, dtype: torch.dtype, device: torch.device, *, SOFTCA
 
 def gemm_options(config: Gemm, dtype: torch.dtype, device: torch.device) -> dict:
     """The compile-time arguments that every kernel with a matrix product has."""
-    kind = precision(dtype, device)
+    kind = precision(dtype)
     return {
         "TMA": has_tma(device),
         "PRECISION": "ieee" if kind == "half" else kind,  # half-precision products are exact in float32 anyway

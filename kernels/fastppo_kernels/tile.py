@@ -1,7 +1,7 @@
 """What the vocabulary kernels share on the device: a tile of logits, the transform, the softmax merge, the tile order.
 
-Logits z stay in natural units and every sum is relative to a row constant near them, so that a common offset of all
-logits (±1e4) costs no accuracy: z − shift is formed first and only then scaled for exp2.
+Every sum is relative to a row constant near the logits z, so that a common offset of all logits (±1e4) costs hardly any
+accuracy: z − shift is formed first and only then scaled for exp2, or both in one multiply-add (`binary_exponents`).
 """
 
 import triton
