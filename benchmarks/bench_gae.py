@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastppo
-from fastppo.ops import extension
+from fastppo.engines import extension
 
 CASES = {  # [B, T], dtype, padding, share of tokens that are done
     "short": ((64, 512), torch.float32, None, 0.0),

@@ -28,7 +28,7 @@ import peers
 import torch
 
 import fastppo
-from fastppo.ops import cpu, extension
+from fastppo.engines import cpu, extension
 
 MIB = 2**20
 

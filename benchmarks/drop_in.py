@@ -204,8 +204,8 @@ def measure_step(args: argparse.Namespace) -> list[dict]:
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 
+    from fastppo.models.config import ModelConfig
     from fastppo.models.load import load_causal_lm, load_tokenizer
-    from fastppo.training.config import ModelConfig
 
     logging.set_verbosity_error()
     source = ModelConfig(name_or_path=args.model)

@@ -1,4 +1,4 @@
-// exp and tanh of vectors: within 2 ulp on every float, denormals and infinities included (tests/test_cpu.py walks all of
+// exp and tanh of vectors: within 2 ulp on every float, denormals and infinities included (tests/engines/test_cpu.py walks all of
 // them). Coefficients: a minimax fit (exp, on |r| ≤ ½ ln 2) and Cephes' single-precision series (tanh; S. L. Moshier,
 // netlib.org/cephes).
 #pragma once

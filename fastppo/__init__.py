@@ -6,8 +6,9 @@ The operators here need only torch. `fastppo.training` is the trainer behind the
 import importlib
 from typing import Any
 
-from fastppo.ops.budget import scratch_budget
-from fastppo.ops.dispatch import FastPPOWarning
+from fastppo.engines.budget import scratch_budget
+from fastppo.engines.dispatch import FastPPOWarning
+from fastppo.ops import reference
 from fastppo.ops.fisher_vector_product import fisher_vector_product
 from fastppo.ops.gae import GAEOutput, gae
 from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
@@ -39,6 +40,7 @@ __all__ = [
     "linear_ppo_loss",
     "patch_model",
     "ppo_loss",
+    "reference",
     "scratch_budget",
     "selective_logprob",
     "unpatch_model",

@@ -83,11 +83,11 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
     """A command with what may go wrong for a person turned into one line each."""
     # It warns on import of 4-bit kernels that it could not load; nothing here multiplies in 4 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from fastppo.algorithms.learner import NonFiniteError
     from fastppo.models import ModelError
     from fastppo.training.checkpoint import CheckpointError
     from fastppo.training.config import ConfigError, load_config
     from fastppo.training.data import DataError
-    from fastppo.training.learner import NonFiniteError
     from fastppo.training.rewards import RewardError
 
     try:

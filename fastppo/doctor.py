@@ -10,8 +10,8 @@ import platform
 import torch
 
 import fastppo
-from fastppo.ops import cpu
-from fastppo.ops.dispatch import BACKENDS, NAMES, select, unusable
+from fastppo.engines import cpu
+from fastppo.engines.dispatch import BACKENDS, NAMES, select, unusable
 
 # Package, and what is lost without it.
 _PACKAGES = (

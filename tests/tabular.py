@@ -17,8 +17,8 @@ from torch import Tensor
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.algorithm import Algorithm
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.learner import Learner
 from fastppo.training.config import Config, build_config
-from fastppo.training.learner import Learner
 
 
 class Head(NamedTuple):
@@ -128,7 +128,7 @@ class Tree:
 
 
 class TabularModels:
-    """Policy, critic and reference over a Tree, with what a Learner asks of `fastppo.training.actor_critic`.
+    """Policy, critic and reference over a Tree, with what a Learner asks of `fastppo.models.policy_models`.
 
     Args:
         tree: the MDP.

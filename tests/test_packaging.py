@@ -78,7 +78,7 @@ import sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, fastppo
-    from fastppo.ops import extension
+    from fastppo.engines import extension
     r = torch.ones(2, 3)
     results = [fastppo.gae(r, r, gamma=1.0, lam=0.5).returns for _ in range(3)]
 assert extension.load() is None and "not built" in extension.why_missing()
@@ -98,7 +98,7 @@ def test_kernels_package_stands_alone(pure_tree):
 
 def test_a_broken_extension_is_reported_not_raised(pure_tree):
     (pure_tree / f"fastppo/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
-    code = "from fastppo.ops import extension; print(extension.load(), extension.why_missing())"
+    code = "from fastppo.engines import extension; print(extension.load(), extension.why_missing())"
     said = python(code, pure_tree, cwd=pure_tree)
     assert said.startswith("None fastppo._C does not load: ")
     assert len(said.splitlines()) == 1

@@ -2,8 +2,8 @@
 
 from fastppo.algorithms.actor_critic import ActorCritic
 from fastppo.algorithms.algorithm import Algorithm
-from fastppo.algorithms.conservative import ConservativePolicyIteration
-from fastppo.algorithms.natural_gradient import NaturalPolicyGradient
+from fastppo.algorithms.cpi import ConservativePolicyIteration
+from fastppo.algorithms.npg import NaturalPolicyGradient
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.reinforce import Reinforce
 from fastppo.algorithms.trpo import TRPO

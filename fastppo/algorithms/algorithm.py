@@ -65,7 +65,7 @@ class Policy(Protocol):
 
 
 class Learner(Protocol):
-    """What an algorithm may do with the models; `fastppo.training.learner.Learner` is one."""
+    """What an algorithm may do with the models; `fastppo.algorithms.learner.Learner` is one."""
 
     policy: Policy
 

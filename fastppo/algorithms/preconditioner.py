@@ -15,7 +15,7 @@ import torch
 
 from fastppo.algorithms.algorithm import Policy
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.vectors import Vector, zero_sums
+from fastppo.algorithms.second_order.vectors import Vector, zero_sums
 from fastppo.ops.linear_logprob import linear_logprob
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastppo.algorithms.line_search import Trial, backtrack
-from fastppo.algorithms.natural_gradient import NaturalPolicyGradient, NaturalStep
+from fastppo.algorithms.npg import NaturalPolicyGradient, NaturalStep
+from fastppo.algorithms.second_order.line_search import Trial, backtrack
 
 
 class TRPO(NaturalPolicyGradient):

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastppo.engines.transform import check_transform
 from fastppo.integrations.versions import require
 from fastppo.models.head import backbone_and_head
 from fastppo.ops.linear_logprob import linear_logprob
-from fastppo.ops.transform import check_transform
 
 SUPPORTED = ">=4.57,<6"
 IGNORED = -100  # transformers' own

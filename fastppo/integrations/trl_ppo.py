@@ -39,17 +39,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from fastppo import reference as formulas
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
 from fastppo.integrations.trl_ppo_config import PPOConfig, a_rollout_a_step, algorithm_options
 from fastppo.models import LMHead, backbone_and_head, check_head, context_length, disable_dropout, token_hidden
 from fastppo.models.load import enable_gradient_checkpointing
+from fastppo.ops import reference as formulas
 from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.rollout.prompt import Prompt
+from fastppo.rollout.sample import Rollout, sample
 from fastppo.training import config as options
-from fastppo.training.data import Prompt
 from fastppo.training.rng import rng_state, set_rng_state
-from fastppo.training.rollout import Rollout, sample
 
 VALUE_FOLDER = "value_model"
 _STAGING = ".saving"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastppo.engines import cpu, extension
 from fastppo.models import layers
-from fastppo.ops import cpu, extension
 
 # What attention and the gated MLP of most architectures call, in this order, on one tensor.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

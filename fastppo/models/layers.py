@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import cpu, extension
+from fastppo.engines import cpu, extension
 
 _FEWEST = 64  # rows, and features on either side: the products' blocks; below, PyTorch's own are no slower
 

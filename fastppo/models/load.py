@@ -22,7 +22,7 @@ from fastppo.models.head import check_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fastppo.training.config import LoraConfig, ModelConfig
+    from fastppo.models.config import LoraConfig, ModelConfig
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

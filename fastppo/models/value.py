@@ -23,7 +23,7 @@ from fastppo.models.load import (
 )
 
 if TYPE_CHECKING:
-    from fastppo.training.config import ModelConfig
+    from fastppo.models.config import ModelConfig
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -123,7 +123,7 @@ class ValueModel(nn.Module):
         """
         from transformers import AutoModel
 
-        from fastppo.training.config import ModelConfig
+        from fastppo.models.config import ModelConfig
 
         config = config or ModelConfig()
         if not Path(folder, "config.json").exists():

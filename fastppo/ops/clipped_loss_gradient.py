@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, log_probability_ratio
+from fastppo.ops.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, log_probability_ratio
 
 
 class RowGradients(NamedTuple):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo import reference
-from fastppo.ops import chunked_fisher, triton_fisher
+from fastppo.engines import chunked_fisher, triton_fisher
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_per_token, check_shape
 from fastppo.ops.head import open_head, open_options, whole
 from fastppo.ops.outputs import FisherOutput

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import reference
-from fastppo.ops import extension, triton_kernels
+from fastppo.engines import extension, triton_kernels
+from fastppo.engines.dispatch import select
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_shape, check_tensor, looks_at_values
-from fastppo.ops.dispatch import select
 
 
 class GAEOutput(NamedTuple):
@@ -57,7 +57,7 @@ def gae(
         cu_seqlens: [S + 1] int32 or int64: sequence s is the tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1.
         whiten: also give the advantages mean 0 and variance 1 over all real tokens, as `fastppo.whiten` does, with the
             mean and variance gathered while they are computed where the backend can. The returns stay as they are.
-        backend: `triton`, `cpu` or `reference`; see `fastppo.ops.dispatch`.
+        backend: `triton`, `cpu` or `reference`; see `fastppo.engines.dispatch`.
 
     Raises:
         TypeError: an argument that is no tensor, or has another dtype than it should.

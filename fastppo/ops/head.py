@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops import chunked, cpu, triton_engine
-from fastppo.ops.budget import scratch_bytes
+from fastppo.engines import chunked, cpu
+from fastppo.engines import triton as triton_engine
+from fastppo.engines.budget import scratch_bytes
+from fastppo.engines.dispatch import select
+from fastppo.engines.transform import LogitTransform, check_transform
 from fastppo.ops.checks import check_head, check_targets, looks_at_values
-from fastppo.ops.dispatch import select
-from fastppo.ops.transform import LogitTransform, check_transform
 from fastppo.ops.vocabulary_parallel import Slices, VocabularyParallel, local_slice
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Options(NamedTuple):
 
     @property
     def engine(self) -> ModuleType | VocabularyParallel:
-        """Whose `statistics` and `vjp` do the work; the contract is that of `fastppo.ops.chunked`."""
+        """Whose `statistics` and `vjp` do the work; the contract is that of `fastppo.engines.chunked`."""
         engine = ENGINES[self.backend]
         return engine if self.slices is None else VocabularyParallel(engine, self.slices)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo import reference
+from fastppo.ops import reference
 from fastppo.ops.checks import check_mask
 from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices
 from fastppo.ops.linear_logprob import backward_rows

@@ -5,7 +5,7 @@
     pass 2   tiles recomputed        ->  ∂z in place  ->  ∂weight tile, ∂hidden                          6NDV
 
 An engine may take whole rows instead, all three steps for a chunk of them, and compute the logits once, 6NDV in all:
-see `fastppo.ops.triton_engine.loss_with_gradients`.
+see `fastppo.engines.triton.loss_with_gradients`.
 
 Rows whose scalars are all zero (clipped tokens with no entropy or KL term, zero advantages) are left out of pass 2.
 Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradient itself is the only [V, D] tensor.
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo import reference
-from fastppo.ops import triton_kernels
-from fastppo.ops.budget import scratch_bytes
+from fastppo.engines import triton_kernels
+from fastppo.engines.budget import scratch_bytes
+from fastppo.ops import reference
 from fastppo.ops.checks import looks_at_values
 from fastppo.ops.head import (
     IGNORED,

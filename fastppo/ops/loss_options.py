@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.ops import reference
 from fastppo.ops.checks import check_mask, check_per_token
 from fastppo.ops.clipped_loss_gradient import RowGradients, clipped_loss_gradient
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.engines.transform import check_transform
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_shape, check_tensor
 from fastppo.ops.head import IGNORED
 from fastppo.ops.loss_options import LossOptions, Rollout
 from fastppo.ops.outputs import PPOLossOutput
 from fastppo.ops.selective_logprob import selective
-from fastppo.ops.transform import check_transform
 
 
 def ppo_loss(

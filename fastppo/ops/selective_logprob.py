@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo import reference
-from fastppo.ops import cpu, extension, triton_kernels
-from fastppo.ops.budget import scratch_bytes
+from fastppo.engines import cpu, extension, triton_kernels
+from fastppo.engines.budget import scratch_bytes
+from fastppo.engines.chunked import VERY_NEGATIVE
+from fastppo.engines.dispatch import select
+from fastppo.engines.transform import LogitTransform, check_transform
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_shape, check_targets
-from fastppo.ops.chunked import VERY_NEGATIVE
-from fastppo.ops.dispatch import select
 from fastppo.ops.head import IGNORED
 from fastppo.ops.outputs import LogprobOutput
-from fastppo.ops.transform import LogitTransform, check_transform
 
 
 def selective_logprob(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_per_token
 from fastppo.ops.loss_options import LOSS_AGGS
 

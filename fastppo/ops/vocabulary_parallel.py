@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastppo.engines.chunked import VERY_NEGATIVE
 from fastppo.ops.checks import looks_at_values
-from fastppo.ops.chunked import VERY_NEGATIVE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ class Slices(NamedTuple):
 
 
 class VocabularyParallel(NamedTuple):
-    """An engine (see `fastppo.ops.chunked`) for the whole vocabulary, made of one that has this rank's slice."""
+    """An engine (see `fastppo.engines.chunked`) for the whole vocabulary, made of one that has this rank's slice."""
 
     engine: ModuleType
     slices: Slices

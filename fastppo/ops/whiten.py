@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_per_token
 
 

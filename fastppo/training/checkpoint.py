@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastppo.ops.dispatch import FastPPOWarning
+from fastppo.engines.dispatch import FastPPOWarning
 
 FORMAT = "fastppo-checkpoint"
 VERSION = 1

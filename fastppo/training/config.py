@@ -14,63 +14,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-# The strings below the fields are their help texts: `fastppo keys` prints them.
-_STRICT = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+from fastppo.config_fields import (
+    STRICT,
+    ConfigError,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitFloat,
+)
+from fastppo.models.config import LoraConfig, ModelConfig
+from fastppo.rollout.config import RolloutConfig
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-UnitFloat = Annotated[float, Field(ge=0, le=1)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 ]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for the person who wrote it."""
-
-
-@dataclass(config=_STRICT)
-class LoraConfig:
-    """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
-
-    r: PositiveInt = 16
-    lora_alpha: PositiveInt = 32
-    target_modules: str | list[str] = "all-linear"
-
-
-@dataclass(config=_STRICT)
-class ModelConfig:
-    """The policy, and the value and reference models that go with it."""
-
-    name_or_path: str = ""
-    """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the parameters. In bfloat16 small updates are lost to rounding."""
-    autocast: Literal["bfloat16"] | None = None
-    """Precision of matrix products while parameters stay in `dtype`."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for a model whose code you have read."""
-    allow_download: bool = False
-    """Let the Hugging Face Hub be asked for what is not on this machine."""
-    lora: LoraConfig | None = None
-    value_model: Literal["shared", "separate"] = "shared"
-    """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
-    value_name_or_path: str | None = None
-    """What a separate value model starts from; the policy's weights if not given."""
-    reference: Literal["frozen", "none"] = "frozen"
-    """What the KL penalty compares with: the policy as it was at the start, or nothing."""
-
-
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class DataConfig:
     """Where prompts come from."""
 
@@ -91,7 +56,7 @@ class DataConfig:
     """What happens to a longer prompt. `truncate` keeps its end."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class RewardConfig:
     """One named, weighted reward: a Python function or a sequence-classification model."""
 
@@ -114,22 +79,7 @@ class RewardConfig:
     """Of a reward model; functions get all completions of a step at once."""
 
 
-@dataclass(config=_STRICT)
-class RolloutConfig:
-    """How completions are sampled."""
-
-    num_prompts: PositiveInt = 8
-    """Prompts in a step."""
-    num_generations: PositiveInt = 4
-    """Completions of each prompt."""
-    max_new_tokens: PositiveInt = 32
-    temperature: PositiveFloat = 1.0
-    """Also divides the logits that log-probabilities, entropy and KL are computed from."""
-    generation_batch_size: PositiveInt = 64
-    """Most sequences decoded at a time."""
-
-
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class AlgorithmConfig:
     """What every algorithm has: shaping of rewards, control of the KL to the reference, and how terms are averaged."""
 
@@ -169,7 +119,7 @@ class AlgorithmConfig:
     """Clip the total score to [-reward_clip, reward_clip]."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class CriticConfig(AlgorithmConfig):
     """What algorithms that may learn a value function add."""
 
@@ -179,7 +129,7 @@ class CriticConfig(AlgorithmConfig):
     """Clip range around the value predicted at rollout time."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class ReinforceConfig(CriticConfig):
     """REINFORCE (Williams, 1992) with a baseline."""
 
@@ -191,7 +141,7 @@ class ReinforceConfig(CriticConfig):
     whiten_advantages: bool = False
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class ActorCriticConfig(CriticConfig):
     """Advantage actor-critic (Mnih et al., 2016); `optim.value_learning_rate` is the critic's rate."""
 
@@ -202,7 +152,7 @@ class ActorCriticConfig(CriticConfig):
     vf_coef: NonNegativeFloat = 0.5
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class PPOConfig(CriticConfig):
     """Proximal policy optimization (Schulman et al., 2017)."""
 
@@ -227,7 +177,7 @@ class PPOConfig(CriticConfig):
     """Stop a step's epochs once approx_kl to the rollout policy (nats a token) passes this."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class NPGConfig(AlgorithmConfig):
     """Natural policy gradient (Kakade, 2001), with a step of a given KL."""
 
@@ -260,7 +210,7 @@ class NPGConfig(AlgorithmConfig):
     """Clip range around the value predicted at rollout time."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class TRPOConfig(NPGConfig):
     """Trust region policy optimization (Schulman et al., 2015). No step's mean KL is above max_kl."""
 
@@ -272,7 +222,7 @@ class TRPOConfig(NPGConfig):
     """The share of the improvement to be expected that a step must really bring."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class CPIConfig(AlgorithmConfig):
     """Conservative policy iteration (Kakade & Langford, 2002)."""
 
@@ -292,7 +242,7 @@ class CPIConfig(AlgorithmConfig):
     """Clip range around the value predicted at rollout time."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
@@ -311,7 +261,7 @@ class OptimConfig:
     """Training steps over which the rate rises to `learning_rate`."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class EvalConfig:
     """Held-out prompts, sampled with a generator of their own so that evaluation never changes a run."""
 
@@ -326,7 +276,7 @@ class EvalConfig:
     """A .txt file of ordinary text, one text a line. The policy's perplexity on it shows what it forgets."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class WatchRule:
     """One metric, what is wrong with it, and what is then done."""
 
@@ -346,7 +296,7 @@ class WatchRule:
     learning rate. `stop` writes a checkpoint and ends the run."""
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class WatchConfig:
     """Rules over the metrics of a run, and what is done when one is broken."""
 
@@ -362,7 +312,7 @@ class WatchConfig:
     rules: list[WatchRule] = field(default_factory=list)
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class CheckpointConfig:
     """Atomic, checksummed checkpoints (safetensors and JSON; no pickle)."""
 
@@ -371,7 +321,7 @@ class CheckpointConfig:
     keep_last: PositiveInt = 2
 
 
-@dataclass(config=_STRICT)
+@dataclass(config=STRICT)
 class Config:
     """A whole run."""
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastppo.rollout.prompt import Prompt
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,17 +30,6 @@ _RESERVED = ("prompts", "completions")
 
 class DataError(ValueError):
     """Prompts that cannot be used; the message is one line that says where and why."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt."""
-
-    text: str
-    """What the model reads, the chat template applied."""
-    input_ids: list[int]
-    columns: dict[str, Any]
-    """The row's other columns, for reward functions."""
 
 
 @dataclass

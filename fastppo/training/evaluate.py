@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from fastppo.models import ModelError, backbone_and_head, load_causal_lm, load_tokenizer
-from fastppo.training.actor_critic import ActorCritic, choose_device
+from fastppo.models.policy_models import PolicyModels, choose_device
 from fastppo.training.config import Config
 from fastppo.training.data import DataError, load_prompts
 from fastppo.training.rewards import build_rewards
@@ -29,7 +29,7 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
     rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
-    models = ActorCritic(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
+    models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
     if model is not None:
         policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
         sizes = [backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy)]

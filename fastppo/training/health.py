@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.experience import Experience
-from fastppo.training.rollout import Rollout
+from fastppo.rollout.sample import Rollout
 
 _REPEATED = 4  # tokens: long enough that ordinary text rarely repeats them within a completion
 

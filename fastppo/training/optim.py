@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastppo.training.config import ConfigError, OptimConfig
+from fastppo.config_fields import ConfigError
+from fastppo.training.config import OptimConfig
 
 
 def build_optimizer(

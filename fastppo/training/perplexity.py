@@ -49,7 +49,7 @@ def perplexity(
     """exp(−mean log-probability of a token), over every token but each text's first, at temperature 1.
 
     Args:
-        hidden: `ActorCritic.hidden` of the policy, or `reference_hidden`.
+        hidden: `PolicyModels.hidden` of the policy, or `reference_hidden`.
         texts: token ids, at least two each.
         pad: a token id to fill up with; never read.
         batch_size: texts in a forward pass.

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
+from fastppo.models.config import ModelConfig
 from fastppo.models.load import ModelError, context_length, load_pretrained, resolve
-from fastppo.training.config import ModelConfig
 
 if TYPE_CHECKING:
     from fastppo.training.config import RewardConfig

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastppo.ops.dispatch import FastPPOWarning
+from fastppo.engines.dispatch import FastPPOWarning
 from fastppo.training.checkpoint import CheckpointError
 
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import reference as formulas
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.learner import micro_batch_size
 from fastppo.models import LMHead
+from fastppo.models.policy_models import PolicyModels
+from fastppo.ops import reference as formulas
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
-from fastppo.training.actor_critic import ActorCritic
+from fastppo.rollout.prompt import Prompt
+from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
-from fastppo.training.data import Prompt
-from fastppo.training.learner import micro_batch_size
 from fastppo.training.perplexity import Hidden, load_texts, perplexity
 from fastppo.training.rewards import RewardFunctions, RewardOutput, build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
-from fastppo.training.rollout import Rollout, sample
 
 
 class Scorer:
@@ -38,7 +38,7 @@ class Scorer:
     """Rewards of evaluations alone."""
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, models: ActorCritic, rewards: RewardFunctions
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, models: PolicyModels, rewards: RewardFunctions
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
         self.held_out = self._texts = None

@@ -26,9 +26,10 @@ import yaml
 from torch import Tensor
 
 from fastppo.algorithms import ALGORITHMS
+from fastppo.algorithms.learner import Learner, NonFiniteError
+from fastppo.engines.dispatch import select
 from fastppo.models import ValueHead, load_tokenizer
-from fastppo.ops.dispatch import select
-from fastppo.training.actor_critic import ActorCritic, choose_device
+from fastppo.models.policy_models import PolicyModels, choose_device
 from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -42,7 +43,6 @@ from fastppo.training.checkpoint import (
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.data import PromptSampler, load_prompts
 from fastppo.training.health import advantage_health, length_health, text_health
-from fastppo.training.learner import Learner, NonFiniteError
 from fastppo.training.metrics import (
     ALARMS_FILE,
     METRICS_FILE,
@@ -123,7 +123,7 @@ class Trainer:
         )
         by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
         num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
-        self.models = ActorCritic(config.model, device=self.device, num_values=num_values)
+        self.models = PolicyModels(config.model, device=self.device, num_values=num_values)
         self.data = load_prompts(
             config.data,
             self.tokenizer,

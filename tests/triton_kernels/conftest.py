@@ -1,8 +1,8 @@
 """The Triton kernels run here in Triton's interpreter, on the CPU, or on a GPU where there is one.
 
 Whether kernels are interpreted is decided when triton is first imported, for the whole process. So these tests run by
-`TRITON_INTERPRET=1 pytest tests/triton_kernels`, which is what tests/test_triton_kernels.py does; in a process without
-the variable (and without a GPU) they are not collected.
+`TRITON_INTERPRET=1 pytest tests/triton_kernels`, which is what tests/conftest.py does; in a process without the
+variable (and without a GPU) they are not collected.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_the_scale_of_float16_is_a_power_of_two(device):
 
 
 def test_opcheck(device):
-    from fastppo.ops import triton_fisher
+    from fastppo.engines import triton_fisher
 
     problem = random_problem(9, 8, 50, device, bias=True)
     tail = (torch.rand(9, device=device), 1.0, 1.0, 2.0, torch.float32, ONE_TILE)

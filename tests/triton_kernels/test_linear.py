@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.ops import triton_engine
+from fastppo.engines import triton as triton_engine
 
 TRANSFORMS = [
     {},
@@ -246,7 +246,7 @@ def test_float64_is_refused_by_name_and_served_by_another_backend(device):
     targets = torch.zeros(4, dtype=torch.long, device=device)
     with pytest.raises(ValueError, match="float64"):
         fastppo.linear_logprob(hidden, weight, targets, backend="triton")
-    assert fastppo.ops.dispatch.select("linear_logprob", torch.device("cpu"), torch.float64) != "triton"
+    assert fastppo.engines.dispatch.select("linear_logprob", torch.device("cpu"), torch.float64) != "triton"
 
 
 def check_kl(device, kind, n, d, ref_d, v, transform, masked, tolerance=5e-5):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.ops import triton_engine
+from fastppo.engines import triton as triton_engine
 
 
 def inputs(b, t, d, v, device, *, dtype=torch.float32, masked=0.3):

@@ -1,0 +1,1 @@
+"""The backends behind the operators, and the choice among them."""

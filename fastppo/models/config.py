@@ -1,0 +1,44 @@
+"""The `model` section of the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from fastppo.config_fields import STRICT, PositiveInt
+
+
+@dataclass(config=STRICT)
+class LoraConfig:
+    """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
+
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(config=STRICT)
+class ModelConfig:
+    """The policy, and the value and reference models that go with it."""
+
+    name_or_path: str = ""
+    """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the parameters. In bfloat16 small updates are lost to rounding."""
+    autocast: Literal["bfloat16"] | None = None
+    """Precision of matrix products while parameters stay in `dtype`."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+    allow_download: bool = False
+    """Let the Hugging Face Hub be asked for what is not on this machine."""
+    lora: LoraConfig | None = None
+    value_model: Literal["shared", "separate"] = "shared"
+    """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
+    value_name_or_path: str | None = None
+    """What a separate value model starts from; the policy's weights if not given."""
+    reference: Literal["frozen", "none"] = "frozen"
+    """What the KL penalty compares with: the policy as it was at the start, or nothing."""

@@ -1,0 +1,193 @@
+"""The configuration: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastppo.training.config import ConfigError, build_config, documented_keys, load_config, to_dict
+
+BASE = {
+    "model": {"name_or_path": "m"},
+    "data": {"train": "d"},
+    "rewards": [{"name": "a", "function": "f"}],
+}
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_round_trip(tmp_path):
+    config = load_config(write(tmp_path, BASE), ["--ppo.kl_coef", "1e-3", "--model.lora.r", "4"])
+    assert config.ppo.kl_coef == 1e-3
+    assert config.model.lora.r == 4
+    assert build_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--ppo.kl_coeff", "1"], "ppo.kl_coeff: unknown key; did you mean 'ppo.kl_coef'?"),
+        (["--modle.dtype", "float32"], "modle: unknown key; did you mean 'model'?"),
+        (["--rewards.0.wieght", "2"], "rewards.0.wieght: unknown key; did you mean 'rewards.0.weight'?"),
+        (["--model.lora.rank", "2"], "model.lora.rank: unknown key"),
+        (["--ppo.kl_coef", "much"], "ppo.kl_coef: input should be a valid number"),
+        (["--ppo.lam", "1.5"], "ppo.lam: input should be less than or equal to 1, got 1.5"),
+        (
+            ["--ppo.ratio_level", "sequnce"],
+            "ppo.ratio_level: 'sequnce' is not one of its values; did you mean 'sequence'?",
+        ),
+        (["--ppo.kl_coef"], "--ppo.kl_coef: needs a value"),
+        (["ppo.kl_coef", "1"], "expected --section.key value"),
+        (["--rewards.3.weight", "2"], "is not an index of a list of 1"),
+        (["--seed.x", "2"], "seed: input should be a valid integer"),
+        (["--model.reference", "none"], "ppo.kl_coef: must be 0 when model.reference is none"),
+        (["--ppo.num_mini_batches", "64"], "ppo.num_mini_batches: 64 parts"),
+        (["--rewards.0.model", "x"], "rewards.0: give exactly one of"),
+        (["--total_steps", "0"], "total_steps"),
+        (["--optim.lr_scheduler_type", "cosin"], "did you mean 'cosine'?"),
+        (["--optim.warmup_steps", "3"], "take constant_with_warmup"),
+        (["--ppo.entropy_coef", ".nan"], "ppo.entropy_coef"),
+        (["--optim.adam_beta1", "1.0"], "optim.adam_beta1"),
+        (["--rewards.0.weight", ".inf"], "rewards.0.weight"),
+        (["--rewards.0.name", "mean"], "is the name of a metric already"),
+        (["--algorithm", "pppo"], "algorithm: 'pppo' is not one of its values; did you mean 'ppo'?"),
+        (["--algorithm", "reinforce", "--ppo.lam", "1"], "ppo.lam: has no effect, since algorithm is 'reinforce'"),
+        (["--reinforce.baseline", "none"], "reinforce.baseline: has no effect, since algorithm is 'ppo'"),
+        (["--ppo.adv_estimator", "grpo", "--ppo.vf_coef", "1"], "ppo.vf_coef: has no effect without a value function"),
+        (["--ppo.adv_estimator", "rloo", "--ppo.lam", "1"], "ppo.lam: has no effect without GAE"),
+        (["--ppo.scale_rewards", "none"], "ppo.scale_rewards: has no effect without grpo"),
+        (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
+        (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
+        (
+            ["--ppo.kl_controller", "adaptive", "--ppo.kl_coef", "0"],
+            "ppo.kl_coef: must be above 0 for the adaptive controller",
+        ),
+        (
+            ["--ppo.adv_estimator", "grpo", "--rollout.num_generations", "1"],
+            "rollout.num_generations: grpo compares the completions of a prompt, of which it needs at least 2",
+        ),
+        (
+            ["--ppo.reference_refresh_steps", "2", "--model.lora.r", "4"],
+            "ppo.reference_refresh_steps: not possible with model.lora",
+        ),
+        (
+            ["--ppo.reference_refresh_steps", "2", "--model.reference", "none", "--ppo.kl_coef", "0"],
+            "ppo.reference_refresh_steps: there is no reference",
+        ),
+        (
+            ["--ppo.kl_controller", "linear", "--model.reference", "none", "--ppo.kl_coef", "0"],
+            "ppo.kl_controller: there is no KL to weigh",
+        ),
+        (
+            ["--ppo.multi_objective_aggregation", "normalize_then_sum"],
+            "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
+        ),
+        (
+            ["--ppo.multi_objective_aggregation", "normalize_then_sum", "--ppo.kl_coef", "0", "--ppo.reward_clip", "1"],
+            "leaves no place for ppo.reward_clip",
+        ),
+        (["--rewards.0.threshold", "1"], "rewards: at least one must be an objective, without a threshold"),
+        (["--rewards.0.threshold", "1", "--rewards.0.weight", "-1"], "rewards.0.weight: where a multiplier starts"),
+        (["--rewards.0.multiplier_learning_rate", "1"], "rewards.0.multiplier_learning_rate: only a constraint"),
+    ],
+)
+def test_one_clear_line(tmp_path, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, BASE), overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_what_every_run_needs(section):
+    tree = copy.deepcopy(BASE)
+    del tree[section]
+    with pytest.raises(ConfigError, match=section):
+        build_config(tree)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="expected `key: value` lines"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_a_section_that_was_set_can_be_dropped(tmp_path):
+    """A file for one algorithm serves another."""
+    path = write(tmp_path, BASE | {"ppo": {"lam": 0.5}})
+    config = load_config(path, ["--algorithm", "reinforce", "--ppo", "{}", "--reinforce.baseline", "batch-mean"])
+    assert config.algorithm_config is config.reinforce
+    assert config.reinforce.baseline == "batch-mean"
+
+
+def test_every_key_is_explained_where_it_was_inherited():
+    help_of = {key.name: key.help for key in documented_keys()}
+    for section in ("ppo", "reinforce", "actor_critic"):
+        assert "KL penalty shapes" in help_of[f"{section}.kl_in"]
+    assert "as in their papers" in help_of["ppo.whiten_advantages"]
+
+
+def test_every_key_is_listed_once():
+    names = [key.name for key in documented_keys()]
+    assert len(names) == len(set(names))
+    assert {"ppo.kl_coef", "rewards.N.function", "model.lora.r", "total_steps"} <= set(names)
+
+
+def test_text_from_the_command_line_stays_as_it_is(tmp_path):
+    words = ["--output_dir", "runs/a #1", "--data.system_prompt", "You are: kind # always", "--data.eval", "null"]
+    config = load_config(write(tmp_path, BASE), [*words, "--rewards.0.name", "007", "--model.lora", "{r: 3}"])
+    assert config.output_dir == "runs/a #1"
+    assert config.data.system_prompt == "You are: kind # always"
+    assert config.data.eval is None
+    assert config.rewards[0].name == "007"
+    assert config.model.lora.r == 3
+
+
+HELD_OUT = {"name": "b", "function": "f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval": {"rewards": [HELD_OUT | {"name": "a"}]}}, "rewards.0.name: 'a' is used twice"),
+        ({"eval": {"rewards": [HELD_OUT | {"weight": 2.0}]}}, "eval.rewards.0: a reward that is not trained on"),
+        ({"eval": {"rewards": [HELD_OUT | {"name": "perplexity"}]}}, "eval.rewards.0.name: 'perplexity' is the name"),
+        ({"eval": {"rewards": [{"name": "b"}]}}, "eval.rewards.0: give exactly one of"),
+        ({"watch": {"rules": [{"metric": "x"}]}}, "watch.rules.0: give `above`, `below` or both"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1, "below": 2}]}}, "watch.rules.0: every value is"),
+        ({"watch": {"rules": [{"metric": "x", "abov": 1}]}}, "watch.rules.0.abov: unknown key; did you mean"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1, "action": "stopp"}]}}, "did you mean 'stop'?"),
+        ({"watch": {"rules": [{"metric": "x", "above": 1}] * 2}}, "watch.rules.1: the same rule"),
+        (
+            {"watch": {"rules": [{"metric": "x", "above": 1, "action": "rollback"}]}, "checkpoint": {"every": 0}},
+            "watch.rules.0.action: rollback needs checkpoints",
+        ),
+        (
+            {"watch": {"rules": [{"metric": "eval/reward", "below": 1, "action": "stop"}]}},
+            "watch.rules.0: eval/reward is known only after the last step; set eval.every",
+        ),
+    ],
+)
+def test_what_is_watched_and_held_out_is_checked(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        build_config(copy.deepcopy(BASE) | changes)
+    assert message in str(caught.value)
+
+
+def test_the_examples_are_valid():
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    assert len(examples) >= 3
+    for path in examples:
+        load_config(path)

@@ -1,0 +1,307 @@
+"""What a person sees of a run: on a terminal, in a pipe, and when either goes away."""
+
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import unicodedata
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from fastppo.training import progress
+from fastppo.training.progress import ProgressDisplay, printable
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+METRICS = {
+    "reward/mean": 0.412,
+    "kl/reference": 0.00021,
+    "policy/entropy": 2.5,
+    "policy/clip_fraction": 0.081,
+    "tokens_per_second": 1412.7,
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test moves."""
+
+    class Clock:
+        now = 1000.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def plain(**kwargs) -> tuple[ProgressDisplay, io.StringIO]:
+    file = io.StringIO()
+    return ProgressDisplay(console=Console(file=file), **kwargs), file
+
+
+def on_terminal(width: int, **kwargs) -> tuple[ProgressDisplay, io.StringIO]:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system="truecolor", legacy_windows=False)
+    return ProgressDisplay(console=console, enabled=True, **kwargs), file
+
+
+def fields(line: str) -> dict[str, str]:
+    return dict(field.split("=") for field in line.split(" "))
+
+
+def without_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_plain_is_one_parseable_line_a_step(clock):
+    display, file = plain(total_steps=3)
+    with display:
+        for step in (1, 2, 3):
+            for phase in ("rollout", "reward", "update 1/2"):
+                display.phase(phase)
+            clock.now += 2.5
+            display.update(step, METRICS)
+    lines = [fields(line) for line in file.getvalue().splitlines()]
+    assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert [line["left"] for line in lines] == ["5s", "2s", "0s"]
+    assert {line["step_time"] for line in lines} == {"2.50s"}
+    assert lines[0]["reward"] == "0.412"
+    assert float(lines[0]["kl"]) == 0.00021
+    assert lines[0]["tokens_per_second"] == "1413"
+
+
+def test_plain_has_no_control_characters_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    display, file = plain(total_steps=5)
+    with display:
+        display.print("evaluation: [bold]reward[/bold] \x1b[2J\x1b]0;title\x07 " + "long " * 60 + "\x9b31m end")
+        display.phase("rollout \x1b[31m")
+        display.update(1, METRICS)
+    text = file.getvalue()
+    assert len(text.splitlines()) == 2
+    assert [char for char in text if unicodedata.category(char) == "Cc" and char != "\n"] == []
+    assert text.startswith(r"evaluation: [bold]reward[/bold] \x1b[2J\x1b]0;title\x07 long")
+
+
+def test_unknown_values_are_a_dash_and_nan_is_shown():
+    display, file = plain(total_steps=9)
+    with display:
+        display.update(1, {"kl/reference": float("nan")})
+    line = fields(file.getvalue().strip())
+    assert line["reward"] == line["entropy"] == line["clip"] == line["tokens_per_second"] == "-"
+    assert line["kl"] == "nan"
+
+
+def test_time_left_follows_the_recent_median(clock):
+    """Neither a slow first step nor an evaluation counts, and after a change of pace the old steps are forgotten."""
+    display, file = plain(total_steps=1000)
+    with display:
+        for step in range(1, 101):
+            clock.now += 120.0 if step == 1 or step % 10 == 0 else 4.0
+            display.update(step, {})
+        assert fields(file.getvalue().splitlines()[-1])["left"] == "1h00m"  # 900 steps of 4 s
+        for step in range(101, 131):
+            clock.now += 1.0
+            display.update(step, {})
+    assert fields(file.getvalue().splitlines()[-1])["left"] == "14m30s"  # 870 steps of 1 s
+
+
+def test_a_resumed_run_counts_from_its_step(clock):
+    display, file = plain(total_steps=100, start_step=90)
+    with display:
+        clock.now += 3.0
+        display.update(91, METRICS)
+    line = fields(file.getvalue().strip())
+    assert (line["step"], line["step_time"], line["left"]) == ("91/100", "3.00s", "27s")
+
+
+@pytest.mark.parametrize("width", [20, 39, 50, 79, 80, 100, 200])
+def test_the_live_display_fits_the_terminal(width):
+    display, file = on_terminal(width, total_steps=100_000)
+    with display:
+        display.phase("a phase with a rather long name, longer than the terminal may be wide")
+        for step in range(99_000, 99_050):
+            display.update(step, METRICS)
+    frames = without_escapes(file.getvalue()).replace("\r", "\n").split("\n")
+    assert max(cell_len(line) for line in frames) <= width
+    assert any("99049" in line for line in frames)
+    assert any(line.startswith("reward 0.412") for line in frames)
+
+
+def test_the_live_display_shows_everything_where_there_is_room(clock):
+    display, file = on_terminal(110, total_steps=40)
+    with display:
+        for step in range(1, 33):
+            clock.now += 2.0
+            display.update(step, METRICS | {"reward/mean": step / 32})
+        display.phase("update 1/2")
+    last = without_escapes(file.getvalue()).rstrip().replace("\r", "\n").split("\n")[-2:]
+    assert re.match(r"step 32/40  ━+╸?╺?━+ +2.00s/step  16s left  stopped", last[0])
+    assert re.search(r"KL 2.1e-04   entropy 2.500   clip 0.081   tokens/s 1413$", last[1].rstrip())
+    sparkline = re.search(r"reward 1.000 (\S+) ", last[1])[1]
+    assert len(sparkline) >= 16
+    assert list(sparkline) == sorted(sparkline)  # a rising reward; the bars' code points rise with their height
+    assert (sparkline[0], sparkline[-1]) == ("▁", "█")
+
+
+def test_messages_go_above_the_bar_as_plain_text():
+    display, file = on_terminal(80, total_steps=4)
+    with display:
+        display.print("evaluation [red]0.5[/red] \x1b[2J")
+        print("a stray print")
+    text = file.getvalue()
+    assert "evaluation [red]0.5[/red] \\x1b[2J" in without_escapes(text)
+    assert "a stray print" in text
+    assert "\x1b[2J" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "word"), [(KeyboardInterrupt, "interrupted"), (RuntimeError, "failed"), (None, "stopped")]
+)
+def test_leaving_shows_the_cursor_and_gives_stdout_back(error, word):
+    stdout, stderr = sys.stdout, sys.stderr
+    display, file = on_terminal(80, total_steps=4)
+    try:
+        with display:
+            assert "\x1b[?25l" in file.getvalue()
+            if error:
+                raise error
+    except (KeyboardInterrupt, RuntimeError):
+        pass
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
+    assert word in file.getvalue()
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+
+
+def test_ctrl_c_on_a_real_terminal():
+    program = textwrap.dedent(
+        """
+        import signal, time
+        from fastppo.training.progress import ProgressDisplay
+        # A shell that runs the tests in the background has SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with ProgressDisplay(10) as display:
+            display.phase("rollout")
+            display.update(1, {"reward/mean": 0.5})
+            display.print("ready")
+            time.sleep(60)
+        """
+    )
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TERM": "xterm-256color"}, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    output = b""
+    try:
+        while b"ready" not in output:
+            output += os.read(controller, 65536)
+        process.send_signal(signal.SIGINT)
+        while True:
+            output += os.read(controller, 65536)
+    except OSError:  # the terminal's other end is closed: the process has ended
+        pass
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+    assert b"interrupted" in output
+    assert output.count(b"\x1b[?25l") == output.count(b"\x1b[?25h") == 1
+    assert output.index(b"\x1b[?25h") < output.index(b"KeyboardInterrupt")  # the traceback is on a sane terminal
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader has left, or a terminal that was hung up."""
+
+    broken: OSError | None = None
+
+    def write(self, text):
+        if self.broken:
+            raise self.broken
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "error"), [(False, BrokenPipeError(32, "Broken pipe")), (True, OSError(5, "Input/output error"))]
+)
+def test_a_run_outlives_whoever_was_watching(enabled, error):
+    stdout = sys.stdout
+    file = Gone()
+    display = ProgressDisplay(3, console=Console(file=file, force_terminal=enabled), enabled=enabled)
+    with display:
+        display.update(1, METRICS)
+        file.broken = error
+        display.update(2, METRICS)
+        display.print("nobody sees this")
+        display.update(3, METRICS)
+        display.print("nor this")
+    assert "step" in file.getvalue()
+    assert "nobody" not in file.getvalue()
+    assert sys.stdout is stdout
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_signal_handler_may_print_amid_a_write(enabled):
+    class Interrupted(io.StringIO):
+        """A file that a signal hits while it writes; a second write into it then fails as that of a real file does."""
+
+        writing = False
+
+        def write(self, text):
+            if self.writing:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+            self.writing = True
+            if "first" in text:
+                display.print("from the handler")
+            super().write(text)
+            self.writing = False
+
+    file = Interrupted()
+    display = ProgressDisplay(3, console=Console(file=file, force_terminal=enabled), enabled=enabled)
+    with display:
+        display.print("first")
+        display.print("second")
+    lines = without_escapes(file.getvalue()).replace("\r", "\n").split("\n")
+    assert [line for line in lines if line in ("first", "from the handler", "second")] == [
+        "first",
+        "from the handler",
+        "second",
+    ]
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_terminal_that_knows_only_ascii(enabled):
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), force_terminal=enabled, width=100)
+    with ProgressDisplay(3, console=console, enabled=enabled) as display:
+        display.print("reward 0.1 → 0.2")
+        display.phase("évaluation")
+        display.update(1, METRICS)
+        display.update(2, METRICS)
+    console.file.flush()
+    assert rb"reward 0.1 \u2192 0.2" in raw.getvalue()
+    assert b"2/3" in raw.getvalue()
+
+
+def test_bad_steps_are_refused():
+    with pytest.raises(ValueError, match="total_steps: expected at least 1, got 0"):
+        ProgressDisplay(0)
+    with pytest.raises(ValueError, match=r"start_step: expected 0 to total_steps \(5\), got 6"):
+        ProgressDisplay(5, start_step=6)
+
+
+def test_printable_leaves_text_alone():
+    text = "naïve — 東京 😀\n\tשלום"
+    assert printable(text) == text
+    assert printable("a\r\nb\rc\x7f\x85") == "a\nb\\x0dc\\x7f\\x85"

@@ -1,0 +1,600 @@
+"""Whole runs on a tiny model: what they leave behind, how they end, and that a resumed one gives the same bits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
+
+from fastppo.algorithms.learner import NonFiniteError
+from fastppo.training.checkpoint import CheckpointError, find_checkpoint
+from fastppo.training.config import ConfigError
+from fastppo.training.data import DataError
+from fastppo.training.progress import ProgressDisplay
+from fastppo.training.rewards import RewardError, RewardOutput
+from fastppo.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing plots is most of a tiny run's time; the test that looks at them undoes this."""
+    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+
+
+def vowels(prompts, completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, prompts and a reward file, shared by the runs."""
+    folder = tmp_path_factory.mktemp("world")
+    make_tiny_model(folder / "model")
+    rows = [json.dumps({"prompt": f"The number {i} is {'very ' * (i % 3)}"}) for i in range(40)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    (folder / "reward.py").write_text(
+        "import os, time\n\n\n"
+        "def vowels(prompts, completions, **_):\n"
+        "    time.sleep(float(os.environ.get('SLOW', '0')))\n"
+        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n\n\n"
+        "def early(completion_ids):\n"
+        "    return [[1.0 / (1 + i + t % 7) for i, t in enumerate(ids)] for ids in completion_ids]\n"
+    )
+    return folder
+
+
+def config(world, out, **changes):
+    tree = {
+        "output_dir": str(out),
+        "total_steps": 4,
+        "tensorboard": False,
+        "model": {"name_or_path": str(world / "model")},
+        "data": {"train": str(world / "prompts.jsonl"), "eval_size": 8},
+        "rewards": [{"name": "vowels", "function": f"{world / 'reward.py'}:vowels"}],
+        "rollout": {"num_prompts": 4, "num_generations": 2, "max_new_tokens": 8},
+        changes.get("algorithm", "ppo"): {"num_mini_batches": 2},
+        "optim": {"learning_rate": 1e-3},
+        "checkpoint": {"every": 2},
+    }
+    if "rewards" in changes:
+        path = str(world / "reward.py")
+        changes["rewards"] = [r | {"function": r["function"].replace("WORLD", path)} for r in changes["rewards"]]
+    return build_changed_config(tree, changes)
+
+
+def fixed_rewards(count):
+    values = torch.linspace(-1, 1, count)
+    return RewardOutput(values, values[:, None], {"vowels": 1.0}, {"vowels": values})
+
+
+def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
+    out = tmp_path / "run"
+    assert result.step == 4
+    assert result.interrupted_by is None
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*")}
+    assert {"config.yaml", "metrics.jsonl", "report.html", "samples/before.jsonl", "samples/after.jsonl"} <= names
+    assert {"checkpoints/step-000002/manifest.json", "checkpoints/step-000004/manifest.json"} <= names
+    assert any(n.startswith("tensorboard/events") for n in names)
+    assert any(n.startswith("plots/") for n in names)
+    assert not [n for n in names if n.rsplit("/")[-1].startswith(".")]
+    rows = metrics_of(out)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4]
+    assert rows[1]["kl/reference"] == 0.0  # the policy still is the reference
+    assert rows[1]["policy/ratio_mean"] == pytest.approx(1.0, abs=0.1)
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # still tied
+    assert AutoTokenizer.from_pretrained(out / "final").eos_token == "<|im_end|>"
+    assert torch.equal(model.get_input_embeddings().weight, weights_of(out)["model.embed_tokens.weight"])
+
+
+def test_the_reward_rises(world, tmp_path):
+    Trainer(
+        config(
+            world,
+            tmp_path / "run",
+            total_steps=30,
+            ppo__kl_coef=0.0,
+            optim__learning_rate=3e-3,
+            rollout__num_prompts=16,
+        )
+    ).train()
+    rows = metrics_of(tmp_path / "run")
+    assert rows[-1]["eval/reward"] > rows[0]["eval/reward"] + 0.1
+    assert rows[-1]["eval/kl"] > 0.1
+
+
+TWO_REWARDS = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "weight": 0.5},  # by token
+]
+CONSTRAINED = [
+    {"name": "vowels", "function": "WORLD:vowels"},
+    {"name": "early", "function": "WORLD:early", "threshold": 0.9, "multiplier_learning_rate": 0.5},
+]
+VARIANTS = {
+    "plain": {},
+    "adaptive": {"ppo__kl_controller": "adaptive", "ppo__kl_target": 0.01, "ppo__kl_horizon": 16},
+    "kl k3 in the loss": {"ppo__kl_in": "loss", "ppo__kl_estimator": "k3", "ppo__kl_coef": 0.1},
+    "exact kl in the loss": {"ppo__kl_in": "loss", "ppo__kl_estimator": "exact", "ppo__kl_coef": 0.1},
+    "exact kl in the reward": {"ppo__kl_estimator": "exact"},
+    "no reference": {"model__reference": "none", "ppo__kl_coef": 0.0},
+    "separate value model": {"model__value_model": "separate"},
+    "lora": {"model__lora": {"r": 4}},
+    "lora with exact kl": {"model__lora": {"r": 4}, "ppo__kl_in": "loss", "ppo__kl_estimator": "exact"},
+    "8-bit optimizer": {"optim__name": "adamw_8bit"},
+    "autocast": {"model__autocast": "bfloat16"},
+    "bfloat16": {"model__dtype": "bfloat16"},
+    "gradient checkpointing": {"model__gradient_checkpointing": True},
+    "sequence ratio": {"ppo__ratio_level": "sequence-geometric", "ppo__loss_agg": "seq-mean-token-mean"},
+    "dr. grpo norm": {"ppo__loss_agg": "seq-mean-token-sum-norm", "ppo__gradient_accumulation_steps": 2},
+    "everything else": {
+        "ppo__entropy_coef": 0.01, "ppo__dual_clip": 3.0, "ppo__whiten_rewards": True, "ppo__reward_clip": 1.0,
+        "ppo__missing_eos_penalty": 0.5, "ppo__cliprange_value": None, "ppo__target_kl": 0.5, "optim__warmup_steps": 1,
+        "optim__lr_scheduler_type": "cosine", "optim__value_learning_rate": 1e-2, "optim__weight_decay": 0.1,
+    },
+    "reference backend": {"backend": "reference"},
+    "reinforce": {"algorithm": "reinforce"},
+    "reinforce with a critic": {"algorithm": "reinforce", "reinforce__baseline": "learned"},
+    "trpo": {"algorithm": "trpo", "trpo__cg_iterations": 3, "trpo__fisher_fraction": 0.5},
+    "trpo by differences": {"algorithm": "trpo", "trpo__fisher_method": "finite_difference", "model__lora": {"r": 4}},
+    "npg": {"algorithm": "npg", "npg__preconditioner": "diagonal", "model__gradient_checkpointing": True},
+    "cpi": {"algorithm": "cpi", "cpi__step_size": "bound"},
+    "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2, "optim__value_learning_rate": 1e-2},
+    "grpo": {"ppo__adv_estimator": "grpo", "ppo__kl_in": "loss", "ppo__kl_estimator": "k3"},
+    "linear kl, refreshed reference": {
+        "ppo__kl_controller": "linear", "ppo__kl_horizon": 24, "ppo__reference_refresh_steps": 3,
+    },
+    "importance sampling": {
+        "ppo__importance_sampling_cap": 1.5, "model__autocast": "bfloat16", "rollout__temperature": 0.8,
+    },
+    "objectives with values of their own": {
+        "rewards": TWO_REWARDS, "ppo__kl_in": "loss", "ppo__multi_objective_aggregation": "normalize_then_sum",
+    },
+    "constraint": {"rewards": CONSTRAINED, "ppo__length_penalty": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_runs_give_the_same_bits(world, tmp_path, name):
+    """Stopped after half the steps and resumed, against never stopped; for every kind of run."""
+    Trainer(config(world, tmp_path / "a", **VARIANTS[name])).train()
+    half = Trainer(config(world, tmp_path / "b", **VARIANTS[name]))
+    step = half.train_step
+
+    def stop_after_two():
+        half._signal = signal.SIGTERM if half.step == 1 else None
+        return step()
+
+    half.train_step = stop_after_two
+    assert half.train().interrupted_by == signal.SIGTERM
+    resumed = Trainer(config(world, tmp_path / "b", **VARIANTS[name]), resume=True)
+    assert resumed.step == 2
+    resumed.train()
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    start = load_file(world / "model" / "model.safetensors")
+    assert not same(start, weights_of(tmp_path / "a"))  # it did train
+    assert all(torch.isfinite(w).all() for w in weights_of(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("changes", [{"algorithm": "reinforce"}, {"ppo__adv_estimator": "rloo"}])
+def test_without_a_critic_there_is_no_value_anywhere(world, tmp_path, changes):
+    trainer = Trainer(config(world, tmp_path / "run", model__value_model="separate", **changes))
+    assert trainer.models.value is None
+    trainer.train()
+    assert not [row for row in metrics_of(tmp_path / "run") if any("value" in name for name in row)]
+    assert not [path for path in (tmp_path / "run").rglob("*value*") if "plots" not in path.parts]
+    assert set(find_checkpoint(tmp_path / "run" / "checkpoints").groups) == {"policy", "optimizer", "rng"}
+
+
+def test_sampling_keeps_its_own_logprobs(world, tmp_path):
+    """In float32 they are those of the scoring; so the importance weights are 1."""
+    out = tmp_path / "run"
+    changes = {"ppo__importance_sampling_cap": 2.0, "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
+    trainer = Trainer(config(world, out, **changes))
+    rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+    experience = trainer.scorer.score(rollout, fixed_rewards(8))
+    torch.testing.assert_close(experience.rollout_logprobs, experience.old_logprobs, atol=2e-4, rtol=1e-4)
+    assert experience.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    trainer.train()
+    assert metrics_of(out)[1]["policy/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_reference_is_refreshed(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", ppo__reference_refresh_steps=2, total_steps=5))
+    trainer.train()
+    kl = {row["step"]: row["kl/reference"] for row in metrics_of(tmp_path / "run") if "lr" in row}
+    assert [kl[step] == 0.0 for step in (1, 2, 3, 4, 5)] == [True, False, True, False, True]
+    assert not same(trainer.models.reference_parameters(), trainer.models.policy_parameters())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_policy_with_other_parameters(world, tmp_path, lora):
+    """`Learner.policy.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
+    # SDPA's kernel on a CPU has no forward-mode derivative.
+    trainer = Trainer(config(world, tmp_path / "run", model__lora=lora, model__attn_implementation="eager"))
+    rollout = trainer.scorer.sample(trainer.data.train[:4])
+    batch = trainer.scorer.score(rollout, fixed_rewards(4))
+    policy = trainer.learner.policy
+    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    other = {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
+
+    tangent = {name: value - start[name] for name, value in other.items()}
+    with torch.no_grad():
+        _, forward = torch.func.jvp(lambda p: policy.hidden(batch, p)[0], (other,), (tangent,))
+    _, pull = torch.func.vjp(lambda p: policy.hidden(batch, p)[0], other)
+    cotangent = torch.randn_like(forward)
+    backward = sum((pull(cotangent)[0][name] * value).sum() for name, value in tangent.items())
+    torch.testing.assert_close((forward * cotangent).sum(), backward, atol=1e-3, rtol=1e-3)
+
+    with torch.no_grad():
+        hidden, head = policy.hidden(batch, other)
+        before = policy.hidden(batch)
+        policy.load(other)
+        loaded = policy.hidden(batch)
+    assert trainer.learner.changed
+    assert not torch.allclose(hidden, before[0])
+    torch.testing.assert_close(hidden, loaded[0])
+    torch.testing.assert_close(head.weight, loaded[1].weight)  # a tied head follows its embedding
+
+
+def test_backends_agree(world, tmp_path):
+    for backend in ("reference", "chunked"):
+        Trainer(config(world, tmp_path / backend, backend=backend, optim__learning_rate=1e-4)).train()
+    a, b = weights_of(tmp_path / "reference"), weights_of(tmp_path / "chunked")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path):
+    for agg in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        gradients = []
+        for parts in (1, 4):
+            trainer = Trainer(
+                config(
+                    world, tmp_path / f"{agg}{parts}", ppo__num_mini_batches=1, ppo__loss_agg=agg,
+                    ppo__gradient_accumulation_steps=parts, ppo__entropy_coef=0.01,
+                )
+            )  # fmt: skip
+            prompts = [p for p in trainer.data.train[:4] for _ in range(2)]
+            rollout = trainer.scorer.sample(prompts)
+            experience = trainer.scorer.score(rollout, fixed_rewards(8))
+            experience.mask[0, 3:] = False  # ragged
+            trainer.algorithm.estimate_advantages(experience)
+            backward = functools.partial(trainer.learner.backward, trainer.algorithm.loss)
+            trainer.learner.accumulate_gradients(experience, backward)
+            gradients.append({n: p.grad for n, p in trainer.policy_parameters.items()})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=f"{agg} {name}")
+
+
+def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch):
+    """With one part a step its forward is kept: a pass less, and the gradient of a pass anew."""
+    passes, gradients = {}, {}
+    for name in ("kept", "anew"):
+        settings = config(world, tmp_path / name, ppo__num_ppo_epochs=2, ppo__num_mini_batches=1)
+        trainer = Trainer(settings, progress=ProgressDisplay(4))
+        trainer.models.value.weight.data.fill_(0.1)  # so that it has a say in the backbone's gradient
+        if name == "anew":
+            monkeypatch.setattr(trainer.models, "hidden_before_update", trainer.models.hidden)
+        counted, steps = [], []
+        trainer.models.policy.model.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        step = trainer.optimizer.step
+        parameters = trainer.learner.parameters()
+
+        def keep_gradients(steps=steps, parameters=parameters, step=step):
+            steps.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+            step()
+
+        trainer.optimizer.step = keep_gradients
+        prompts = [trainer.data.train[i] for i in (0, 1, 2, 0) for _ in range(2)]
+        rollout = trainer.scorer.sample(prompts)
+        counted.clear()
+        experience = trainer.scorer.score(rollout, trainer.scorer.reward(prompts, rollout))
+        trainer.algorithm.estimate_advantages(experience)
+        trainer.algorithm.update(trainer.learner, experience)
+        passes[name], gradients[name] = len(counted), steps
+    assert passes == {"kept": 2, "anew": 3}
+    kept, anew = (steps[0] for steps in gradients.values())
+    for name, gradient in kept.items():
+        scale = anew[name].abs().max().item()
+        torch.testing.assert_close(gradient, anew[name], rtol=0, atol=1e-3 * scale + 1e-7)
+
+
+def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
+    for agg in ("seq-mean-token-sum-norm", "seq-mean-token-mean"):
+        seen = []
+        for parts in (1, 4):
+            trainer = Trainer(
+                config(
+                    world, tmp_path / f"{agg}{parts}", ppo__num_mini_batches=1, ppo__loss_agg=agg,
+                    ppo__gradient_accumulation_steps=parts, rollout__max_new_tokens=40,
+                )
+            )  # fmt: skip
+            rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+            experience = trainer.scorer.score(rollout, fixed_rewards(8))
+            for name in ("mask", "old_logprobs", "old_values", "kl", "ref_logprobs"):
+                setattr(experience, name, getattr(experience, name)[:, :11])  # shorter than what is allowed
+            experience.sequences = experience.sequences[:, : experience.sequences.shape[1] - 29]
+            experience.attention_mask = experience.attention_mask[:, : experience.sequences.shape[1]]
+            experience.mask[0, 3:] = False
+            trainer.algorithm.estimate_advantages(experience)
+            backward = functools.partial(trainer.learner.backward, trainer.algorithm.loss)
+            seen.append(trainer.learner.accumulate_gradients(experience, backward))
+        for name in ("policy/entropy", "policy/ratio_mean", "policy/approx_kl", "loss/policy", "loss/value"):
+            assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-4, abs=1e-6), (agg, name)
+        assert seen[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_models_own_sampling_defaults_change_nothing(world, tmp_path):
+    """Chat models ship with top-p, penalties and the like; the policy is sampled as it is scored."""
+    trainer = Trainer(config(world, tmp_path / "run"))
+    prompts = trainer.data.train[:6]
+    torch.manual_seed(0)
+    expected = trainer.scorer.sample(prompts).sequences
+    hostile = trainer.models.policy.generation_config
+    hostile.update(top_p=0.1, top_k=1, repetition_penalty=3.0, min_p=0.9, no_repeat_ngram_size=1, num_beams=3)
+    hostile.update(suppress_tokens=[1, 2, 3], temperature=0.01, typical_p=0.1, min_length=100)
+    torch.manual_seed(0)
+    assert torch.equal(trainer.scorer.sample(prompts).sequences, expected)
+    assert trainer.models.policy.generation_config is hostile  # and it is saved with the model as it came
+
+
+def test_evaluation_never_changes_a_run(world, tmp_path):
+    Trainer(config(world, tmp_path / "a")).train()
+    Trainer(config(world, tmp_path / "b", eval__every=1)).train()
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert sum("eval/reward" in row for row in metrics_of(tmp_path / "b")) == 5
+
+
+def test_epochs_stop_early_on_kl(world, tmp_path):
+    Trainer(config(world, tmp_path / "run", ppo__target_kl=1e-9, ppo__num_ppo_epochs=3)).train()
+    assert all(row["policy/stopped_early"] == 1.0 for row in metrics_of(tmp_path / "run") if "lr" in row)
+
+
+def test_a_failing_reward_loses_nothing(world, tmp_path):
+    calls = []
+
+    def fails_at_fourth(prompts, completions, **_):
+        calls.append(1)
+        if len(calls) == 4:  # evaluation, then steps 1, 2, 3
+            raise RuntimeError("the judge is out")
+        return vowels(prompts, completions)
+
+    trainer = Trainer(config(world, tmp_path / "b", checkpoint__every=10), rewards=[fails_at_fourth])
+    with pytest.raises(RewardError, match="the judge is out"):
+        trainer.train()
+    Trainer(config(world, tmp_path / "a"), rewards=[vowels]).train()
+    resumed = Trainer(config(world, tmp_path / "b", checkpoint__every=10), rewards=[vowels], resume=True)
+    assert resumed.step == 2
+    resumed.train()
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("returns", [[0.0], ["x"] * 8, [float("nan")] * 8, None])
+def test_a_wrong_reward_is_named(world, tmp_path, returns):
+    with pytest.raises(RewardError, match="broken"):
+        Trainer(config(world, tmp_path / "run"), rewards=[_named("broken", returns)]).train()
+
+
+def _named(name, returns):
+    def function(prompts, completions, **_):
+        return returns
+
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy):
+    trainer = Trainer(
+        config(world, tmp_path / "run", on_nonfinite=policy, ppo__num_mini_batches=1, ppo__num_ppo_epochs=1)
+    )
+    before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
+    loss = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"step 1.*gradient"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert metrics_of(tmp_path / "run")[1]["policy/skipped_steps"] == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["trpo", "npg"])
+def test_a_natural_gradient_that_is_not_finite_is_not_followed(world, tmp_path, policy, name):
+    trainer = Trainer(config(world, tmp_path / "run", algorithm=name, ppo={}, on_nonfinite=policy, total_steps=1))
+    before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
+    loss = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"step 1.*not finite"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert metrics_of(tmp_path / "run")[1]["policy/skipped_steps"] == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
+
+
+def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run"))
+    name = next(n for n in trainer.policy_parameters if "layers.1.mlp.down_proj" in n)
+    trainer.policy_parameters[name].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"first non-finite gradient in .*layers\.1\.mlp\.down_proj"):
+        trainer.train()
+
+
+def test_nonfinite_probabilities_are_named(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", eval__every=0, data__eval_size=0))
+    with torch.no_grad():
+        next(iter(trainer.policy_parameters.values())).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="step 1: the policy's probabilities are not finite"):
+        trainer.train()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_nothing(world, tmp_path):
+    class Judge:
+        __name__ = "vowels"
+        calls = 0
+
+        def __call__(self, prompts, completions, **_):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise RuntimeError("out")
+            return vowels(prompts, completions)
+
+    Trainer(config(world, tmp_path / "whole", eval__every=2), rewards=[vowels]).train()
+    for fails_at, step, every in ((4, 2, 10), (7, 4, 0)):  # the evaluation of step 2, the last one
+        out, judge = tmp_path / f"run{fails_at}", Judge()
+        judge.fails_at = fails_at
+        with pytest.raises(RewardError):
+            Trainer(config(world, out, eval__every=2, checkpoint__every=every), rewards=[judge]).train()
+        if every:
+            resumed = Trainer(config(world, out, eval__every=2, checkpoint__every=every), rewards=[vowels], resume=True)
+            assert resumed.step == step
+            resumed.train()
+            assert metrics_of(out) == metrics_of(tmp_path / "whole")
+        assert same(weights_of(out), weights_of(tmp_path / "whole"))
+
+
+def test_resuming_a_finished_run_adds_nothing(world, tmp_path):
+    Trainer(config(world, tmp_path / "run")).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    Trainer(config(world, tmp_path / "run"), resume=True).train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_signal_saves_also_without_periodic_checkpoints(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", checkpoint__every=0))
+    step = trainer.train_step
+    trainer.train_step = lambda: (setattr(trainer, "_signal", signal.SIGINT), step())[1]
+    assert trainer.train().interrupted_by == signal.SIGINT
+    assert Trainer(config(world, tmp_path / "run", checkpoint__every=0), resume=True).step == 1
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_used(world, tmp_path):
+    changes = {"optim__lr_scheduler_type": "linear", "optim__warmup_steps": 1, "optim__learning_rate": 1e-3}
+    Trainer(config(world, tmp_path / "run", **changes)).train()
+    rates = [row["lr"] for row in metrics_of(tmp_path / "run") if "lr" in row]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])  # no step at a rate of 0
+
+
+def test_a_full_disk_keeps_the_older_checkpoints(world, tmp_path, monkeypatch):
+    from fastppo.training import trainer as module
+
+    trainer = Trainer(config(world, tmp_path / "run", checkpoint__every=1))
+    save, count = module.save_checkpoint, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) == 3:
+            raise CheckpointError("no space left")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        trainer.train()
+    monkeypatch.undo()
+    assert Trainer(config(world, tmp_path / "run", checkpoint__every=1), resume=True).step == 2
+
+
+def test_two_runs_are_never_mixed(world, tmp_path):
+    Trainer(config(world, tmp_path / "run")).train()
+    with pytest.raises(CheckpointError, match="--resume"):
+        Trainer(config(world, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"ppo\.clip_low was 0\.2, is now 0\.1"):
+        Trainer(config(world, tmp_path / "run", ppo__clip_low=0.1), resume=True)
+    longer = Trainer(config(world, tmp_path / "run", total_steps=5), resume=True)
+    assert longer.step == 4
+    assert longer.train().step == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data__train": "/nothing.jsonl"}, DataError, "nothing.jsonl"),
+        ({"data__max_prompt_length": 2}, DataError, "2"),
+        ({"rollout__max_new_tokens": 127}, DataError, "longer|context"),
+        ({"device": "cuda:7"}, ConfigError, "device"),
+        ({"rewards": []}, ConfigError, "rewards: at least one"),
+        ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir"),
+        ({"backend": "triton"}, ConfigError, "backend"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(world, tmp_path, changes, error, message):
+    changes = {"output_dir": str(tmp_path / "run")} | changes
+    with pytest.raises(error, match=message):
+        Trainer(config(world, changes.pop("output_dir"), **changes))
+
+
+def spawn(world, out, *extra, slow="0"):
+    """`fastppo train` as a process of its own."""
+    import yaml
+
+    from fastppo.training.config import to_dict
+
+    path = world / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config(world, out, total_steps=12, checkpoint__every=1))))
+    environment = os.environ | {"SLOW": slow, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastppo", "train", str(path), *extra],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=world,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(process, out, step):
+    deadline = time.time() + 300
+    while not (out / "checkpoints" / f"step-{step:06d}").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_give_the_bits_of_a_run_that_was_never_killed(world, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first = spawn(world, whole)
+    assert first.wait() == 0, first.communicate()[0]
+    process = spawn(world, killed)
+    for step in (3, 7):
+        wait_for_checkpoint(process, killed, step)
+        process.kill()
+        process.wait()
+        process = spawn(world, killed, "--resume")
+    assert process.wait() == 0, process.communicate()[0]
+    assert same(weights_of(whole), weights_of(killed))
+    assert metrics_of(whole) == metrics_of(killed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_finishes_the_step_and_saves_it(world, tmp_path):
+    out = tmp_path / "run"
+    process = spawn(world, out, slow="0.3")
+    wait_for_checkpoint(process, out, 1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    step = metrics_of(out)[-1]["step"]
+    assert 1 <= step < 12
+    assert Trainer(config(world, out, total_steps=12, checkpoint__every=1), resume=True).step == step
+    assert (out / "report.html").exists()
