@@ -10,7 +10,7 @@ import platform
 import torch
 
 import fastppo
-from fastppo.engines import cpu
+from fastppo.engines.cpu.products import why_slow
 from fastppo.engines.dispatch import BACKENDS, NAMES, select, unusable
 
 # Package, and what is lost without it.
@@ -56,7 +56,7 @@ def report() -> str:
                 continue
             reason = unusable(name, device)
             state = f"unusable on {device}: {reason}" if reason else f"usable on {device}"
-            if name == "cpu" and not reason and (slow := cpu.why_slow()):
+            if name == "cpu" and not reason and (slow := why_slow()):
                 state += f", but at the speed of chunked: {slow}"
             lines.append(f"  {name:16} {state}")
         lines += [f"    {op:18} -> {select(op, device, torch.float32)}" for op in BACKENDS]

@@ -74,7 +74,7 @@ def test_missing_config(capsys):
 
 
 def test_doctor_says_when_the_cpu_backend_is_slow(capsys, monkeypatch):
-    monkeypatch.setattr("fastppo.engines.cpu.PRODUCTS", ())
+    monkeypatch.setattr("fastppo.engines.cpu.products.PRODUCTS", ())
     monkeypatch.setattr("fastppo.doctor.unusable", lambda name, device: None)
     assert main(["doctor"]) == 0
     assert "at the speed of chunked: this PyTorch does not export" in capsys.readouterr().out

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import ModuleType
 
 import torch
 
-from fastppo.engines import extension, triton_kernels
+from fastppo.engines import chunked, cpu, extension, triton, triton_kernels
 
 # For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
 # it: its kernels are proved in Triton's interpreter and compile for real chips, but have not run on one yet.
@@ -24,7 +25,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "ppo_loss": ("cpu", "chunked", "reference", "triton"),
     "gae": ("cpu", "reference", "triton"),
 }
-NAMES = ("reference", "chunked", "cpu", "triton")
+# Who computes what; `reference` is the formulas of `fastppo.ops.reference`, which the operators call themselves.
+ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton}
+NAMES = ("reference", *ENGINES)
 
 _warned: set[str] = set()
 

@@ -6,20 +6,11 @@ into ∂loss/∂z: a few scalars a row stand for the whole loss there.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from fastppo.engines.engine import Upstream
 from fastppo.ops.reference import MAX_LOG_RATIO, aggregation_weights, clipped_surrogate, log_probability_ratio
-
-
-class RowGradients(NamedTuple):
-    """∂loss/∂(row statistic), each float32 of the shape of `targets`, or None where the loss has no such term."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
 
 
 def clipped_loss_gradient(
@@ -37,7 +28,7 @@ def clipped_loss_gradient(
     kl_estimator: str,
     entropy_coef: float,
     loss_agg: str,
-) -> RowGradients:
+) -> Upstream:
     """All per-token tensors [..., T]; see `reference.clipped_loss` for the loss this differentiates."""
     weights = aggregation_weights(mask, loss_agg, logprobs.dtype)
     log_ratio = log_probability_ratio(logprobs, old_logprobs, mask, ratio_level)
@@ -58,7 +49,7 @@ def clipped_loss_gradient(
         else:
             d_logprobs = d_logprobs + kl_coef * weights * _sampled_kl_derivative(logprobs - ref_logprobs, kl_estimator)
     d_entropy = -entropy_coef * weights if entropy_coef != 0.0 else None
-    return RowGradients(d_logprobs.masked_fill(~mask, 0.0), d_entropy, d_kl)
+    return Upstream(d_logprobs.masked_fill(~mask, 0.0), d_entropy, None, d_kl)
 
 
 def _sampled_kl_derivative(log_ratio: Tensor, estimator: str) -> Tensor:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.engines import chunked_fisher, triton_fisher
+from fastppo.engines.dispatch import ENGINES
+from fastppo.engines.engine import Gradients, Head, Needs, Options, empty_gradients
 from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_per_token, check_shape
 from fastppo.ops.head import open_head, open_options, whole
 from fastppo.ops.outputs import FisherOutput
-
-ENGINES = {"chunked": chunked_fisher.fisher_vector_product, "triton": triton_fisher.fisher_vector_product}
 
 
 @torch.no_grad()
@@ -80,12 +79,30 @@ def fisher_vector_product(
     if options.backend == "reference":
         out = reference.fisher_vector_product(*head, *directions, weights, options.transform)
     else:
-        out = FisherOutput(*ENGINES[options.backend](*head, *directions, weights, *options.flat()))
+        out = FisherOutput(*_product(*head, *directions, weights, *options.flat()))
     return FisherOutput(
         out.hidden.view(hidden.shape),
         None if d_weight is None else out.weight,
         None if d_bias is None else out.bias,
     )
+
+
+@torch.library.custom_op(
+    "fastppo::fisher_vector_product",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor d_hidden, Tensor? d_weight, Tensor? d_bias, "
+    f"Tensor row_weights, {Options.SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def _product(*arguments) -> Gradients:
+    """The products for hidden, weight and bias, in their dtypes; the last two empty where no direction was given."""
+    options = Options.of(*arguments[7:])
+    product = ENGINES[options.backend].fisher_vector_product
+    return tuple(product(Head(*arguments[:3]), Head(*arguments[3:6]), arguments[6], options))
+
+
+@_product.register_fake
+def _(*arguments):
+    return empty_gradients(Head(*arguments[:3]), Needs(*(direction is not None for direction in arguments[3:6])))
 
 
 def _check_direction(name: str, direction: Tensor, like: str, tensor: Tensor) -> None:

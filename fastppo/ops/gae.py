@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.engines import extension, triton_kernels
-from fastppo.engines.dispatch import select
+from fastppo.engines.dispatch import ENGINES, select
 from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_mask, check_shape, check_tensor, looks_at_values
 
@@ -123,24 +122,15 @@ def _gae(
     chosen = select("gae", rewards.device, dtype, backend)
     if cu_seqlens is not None and looks_at_values(cu_seqlens):
         _check_cu_seqlens(cu_seqlens, rewards.numel())
-    advantages, returns = (torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2))
     if rewards.numel() == 0:
-        return advantages, returns
-    if chosen != "triton":  # the kernels read every dtype as it is
-        rewards, values, bootstrap = (None if x is None else x.to(dtype) for x in (rewards, values, bootstrap))
-    arguments = (rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam)
-    if chosen == "cpu":
-        finite = _cpu(*arguments, advantages, returns)
-    else:
-        if chosen == "triton":
-            advantages, returns = triton_kernels.gae.gae(*arguments, whiten=whiten)
-        else:
-            advantages, returns = _reference(*arguments)
+        return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+    arguments = (rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, whiten)
+    engine = _reference if chosen == "reference" else ENGINES[chosen].gae
+    advantages, returns, finite = engine(*arguments)
+    if finite is None:
         finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
     if not finite:
         raise ValueError(_what_is_not_finite(rewards, values, mask, bootstrap))
-    if whiten and chosen != "triton":
-        _whiten_(advantages, mask)
     return advantages, returns
 
 
@@ -154,52 +144,26 @@ def _output_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
 
 
-def _cpu(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, advantages, returns) -> bool:
-    """Fills advantages and returns; False if one at a real token is not finite."""
-    if cu_seqlens is None:
-        batch, time = rewards.shape
-        offsets = torch.arange(batch + 1) * time
-    else:
-        offsets = cu_seqlens.long()
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(-1).contiguous()
-
-    return extension.load().gae(
-        *map(flat, (rewards, values, advantages, returns, offsets)),
-        gamma,
-        lam,
-        *map(flat, (mask, dones, bootstrap)),
-        torch.get_num_threads(),
-    )
-
-
-def _whiten_(advantages: Tensor, mask: Tensor | None) -> None:
-    """In place, 0 on padding; the formula of `reference.whiten`."""
-    real = advantages if mask is None else advantages[mask]
-    if real.numel() == 0:
-        return
-    variance, mean = torch.var_mean(real, correction=0)
-    variance = variance * (real.numel() / max(real.numel() - 1, 1))
-    advantages.sub_(mean).mul_(torch.rsqrt(variance + 1e-8))
-    if mask is not None:
-        advantages.masked_fill_(~mask, 0.0)
-
-
-def _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam) -> tuple[Tensor, Tensor]:
+def _reference(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, whiten) -> tuple[Tensor, Tensor, None]:
     """The loop over time; packed sequences are padded on the right for it, and packed again."""
+    dtype = _output_dtype(rewards, values)
+    rewards, values, bootstrap = (None if x is None else x.to(dtype) for x in (rewards, values, bootstrap))
     if cu_seqlens is None:
-        return reference.gae(rewards, values, gamma, lam, mask, dones, bootstrap)
-    lengths = cu_seqlens.diff()
-    inside = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # [S, T]
+        advantages, returns = reference.gae(rewards, values, gamma, lam, mask, dones, bootstrap)
+    else:
+        lengths = cu_seqlens.diff()
+        inside = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # [S, T]
 
-    def pad(packed: Tensor) -> Tensor:
-        return packed.new_zeros(inside.shape).masked_scatter(inside, packed)
+        def pad(packed: Tensor | None) -> Tensor | None:
+            return None if packed is None else packed.new_zeros(inside.shape).masked_scatter(inside, packed)
 
-    real = inside if mask is None else pad(mask)
-    dones = None if dones is None else pad(dones)
-    advantages, returns = reference.gae(pad(rewards), pad(values), gamma, lam, real, dones, bootstrap)
-    return advantages[inside], returns[inside]
+        real = inside if mask is None else pad(mask)
+        out = reference.gae(pad(rewards), pad(values), gamma, lam, real, pad(dones), bootstrap)
+        advantages, returns = (x[inside] for x in out)
+    if whiten:
+        mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+        advantages = reference.whiten(advantages, mask)
+    return advantages, returns, None
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:

@@ -1,56 +1,23 @@
-"""The door shared by the operators that start from hidden states and an lm_head weight."""
+"""Input checks of the operators that start from hidden states and an lm_head weight."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastppo.engines import chunked, cpu
-from fastppo.engines import triton as triton_engine
 from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import select
-from fastppo.engines.transform import LogitTransform, check_transform
+from fastppo.engines.engine import Head, Needs, Options
+from fastppo.engines.transform import check_transform
 from fastppo.ops.checks import check_head, check_targets, looks_at_values
-from fastppo.ops.vocabulary_parallel import Slices, VocabularyParallel, local_slice
+from fastppo.ops.vocabulary_parallel import Slices, local_slice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IGNORED = -100  # what a row that is left out carries as its target inside the library
-
-
-class Head(NamedTuple):
-    """A model's last hidden states as rows and its lm_head, checked."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-
-
-class Options(NamedTuple):
-    """Who computes the passes over the vocabulary, and how."""
-
-    backend: str
-    transform: LogitTransform
-    compute_dtype: torch.dtype
-    budget: int
-    slices: Slices | None = None  # where the vocabulary is spread over ranks
-
-    def flat(self) -> tuple:
-        """The trailing arguments of an engine's operators."""
-        return (*self.transform, self.compute_dtype, self.budget)
-
-    @property
-    def engine(self) -> ModuleType | VocabularyParallel:
-        """Whose `statistics` and `vjp` do the work; the contract is that of `fastppo.engines.chunked`."""
-        engine = ENGINES[self.backend]
-        return engine if self.slices is None else VocabularyParallel(engine, self.slices)
-
-
-ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton_engine}
 
 
 def open_head(
@@ -74,15 +41,38 @@ def open_head(
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
-def needed_gradients(head: Head) -> tuple[bool, bool, bool]:
-    """Whether autograd records ∂hidden, ∂weight, ∂bias of an operator called here and now.
+def open_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    group: ProcessGroup | None = None,
+) -> Head:
+    """Check the reference model's head against the policy's."""
+    ref = open_head(
+        ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device, group=group
+    )
+    ref = ref._replace(bias=None if ref.bias is None else ref.bias.detach())
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: expected {tuple(hidden.shape[:-1])} tokens like hidden, got {tuple(ref_hidden.shape[:-1])}"
+        )
+    if ref.weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: expected the same vocabulary as weight ({weight.shape[0]}), got {ref.weight.shape[0]}"
+        )
+    return ref
+
+
+def needed_gradients(head: Head) -> Needs:
+    """Which gradients autograd records of an operator called here and now.
 
     To be called outside of an autograd.Function: inside its forward grad mode is off, and `ctx.needs_input_grad` only
     says which inputs require gradients, also under torch.no_grad().
     """
     recording = torch.is_grad_enabled()
-    hidden, weight, bias = (recording and x is not None and x.requires_grad for x in head)
-    return hidden, weight, bias
+    return Needs(*(recording and x is not None and x.requires_grad for x in head))
 
 
 def open_slices(head: Head, group: ProcessGroup | None) -> Slices | None:
@@ -118,7 +108,7 @@ def open_options(
             raise ValueError("backend: 'reference' has no form for a vocabulary spread over ranks; use 'chunked'")
         name = "chunked"
     transform = check_transform(temperature, logit_scale, softcap)
-    return Options(name, transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), slices)
+    return Options(transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), name)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:

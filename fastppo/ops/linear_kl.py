@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.ops import reference
 from fastppo.ops.checks import check_mask
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices
-from fastppo.ops.linear_logprob import backward_rows
+from fastppo.ops.head import IGNORED, open_head, open_options, open_reference, open_slices
+from fastppo.ops.linear_statistics import LinearStatistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,46 +64,4 @@ def linear_kl(
         divergence = reference.exact_kl(z, ref_z, kind)
         return divergence.masked_fill(~mask, 0.0).view(shape)
     targets = torch.where(mask, 0, IGNORED)
-    return _LinearKL.apply(*head, targets, *ref, kind, options).view(shape)
-
-
-def open_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    group: ProcessGroup | None = None,
-) -> Head:
-    """Check the reference model's head against the policy's."""
-    ref = open_head(
-        ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device, group=group
-    )
-    ref = ref._replace(bias=None if ref.bias is None else ref.bias.detach())
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden: expected {tuple(hidden.shape[:-1])} tokens like hidden, got {tuple(ref_hidden.shape[:-1])}"
-        )
-    if ref.weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"ref_weight: expected the same vocabulary as weight ({weight.shape[0]}), got {ref.weight.shape[0]}"
-        )
-    return ref
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, kind: str, options: Options):
-        head, ref = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
-        saved = options.engine.statistics(*head, targets, *ref, kind, *options.flat())
-        ctx.save_for_backward(*head, targets, *ref, *saved)
-        ctx.kind, ctx.options = kind, options
-        return saved[4].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_kl):
-        head, (targets, *rest) = Head(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
-        ref, saved = Head(*rest[:3]), list(rest[3:])
-        gradients = backward_rows(ctx, head, targets, ref, ctx.kind, saved, (None, None, None, d_kl))
-        return (*gradients, None, None, None, None, None, None)
+    return LinearStatistics.apply(*head, targets, ref, kind, options, slices)[3].view(shape)

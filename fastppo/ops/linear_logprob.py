@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.ops import reference
-from fastppo.ops.head import IGNORED, Head, Options, open_head, open_options, open_slices, open_targets
+from fastppo.ops.head import IGNORED, open_head, open_options, open_slices, open_targets
+from fastppo.ops.linear_statistics import LinearStatistics
 from fastppo.ops.outputs import LogprobOutput
 
 if TYPE_CHECKING:
@@ -64,39 +63,6 @@ def linear_logprob(
         out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=return_entropy)
         logprobs, entropy, logsumexp = out
     else:
-        logprobs, entropy, logsumexp = _LinearLogprob.apply(*head, rows, options)
+        logprobs, entropy, logsumexp, _ = LinearStatistics.apply(*head, rows, None, "", options, slices)
     shape = targets.shape
     return LogprobOutput(logprobs.view(shape), entropy.view(shape) if return_entropy else None, logsumexp.view(shape))
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
-        head = Head(hidden, weight, bias)
-        saved = options.engine.statistics(*head, targets, None, None, None, "", *options.flat())
-        ctx.save_for_backward(*head, targets, *saved)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        logprobs, entropy, row_max, log_sum = saved[:4]
-        return logprobs.clone(), entropy.clone(), row_max + log_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_logprobs, d_entropy, d_logsumexp):
-        hidden, weight, bias, targets, *saved = ctx.saved_tensors
-        gradients = backward_rows(
-            ctx, Head(hidden, weight, bias), targets, None, "", saved, (d_logprobs, d_entropy, d_logsumexp, None)
-        )
-        return (*gradients, None, None)
-
-
-def backward_rows(
-    ctx, head: Head, targets: Tensor, ref: Head | None, kl_kind: str, saved: list[Tensor], upstream
-) -> tuple:
-    """(∂hidden, ∂weight, ∂bias) from upstream = (d_logprobs, d_entropy, d_logsumexp, d_kl); None where not needed."""
-    needs = [*ctx.needs_input_grad[:3]]
-    needs[2] = needs[2] and head.bias is not None
-    gradients = ctx.options.engine.vjp(
-        *head, targets, *(ref or (None, None, None)), kl_kind, saved, *upstream, *ctx.options.flat(), *needs
-    )
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))

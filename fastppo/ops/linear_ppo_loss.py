@@ -5,7 +5,7 @@
     pass 2   tiles recomputed        ->  ∂z in place  ->  ∂weight tile, ∂hidden                          6NDV
 
 An engine may take whole rows instead, all three steps for a chunk of them, and compute the logits once, 6NDV in all:
-see `fastppo.engines.triton.loss_with_gradients`.
+see `fastppo.engines.triton`.
 
 Rows whose scalars are all zero (clipped tokens with no entropy or KL term, zero advantages) are left out of pass 2.
 Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradient itself is the only [V, D] tensor.
@@ -21,24 +21,36 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.engines import triton_kernels
 from fastppo.engines.budget import scratch_bytes
+from fastppo.engines.dispatch import ENGINES
+from fastppo.engines.engine import (
+    Head,
+    Needs,
+    Options,
+    Problem,
+    TerminalLoss,
+    empty_gradients,
+    empty_statistics,
+    regroup,
+)
 from fastppo.ops import reference
 from fastppo.ops.checks import looks_at_values
 from fastppo.ops.head import (
     IGNORED,
-    Head,
-    Options,
     needed_gradients,
     open_head,
     open_options,
+    open_reference,
     open_slices,
     open_targets,
 )
-from fastppo.ops.linear_kl import open_reference
-from fastppo.ops.loss_options import LossOptions, Rollout
+from fastppo.ops.linear_statistics import linear_gradients, linear_statistics
+from fastppo.ops.loss_options import LossOptions, SampledTokens
 from fastppo.ops.outputs import PPOLossOutput
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from fastppo.ops.vocabulary_parallel import Slices
 
 
 def linear_ppo_loss(
@@ -116,26 +128,26 @@ def linear_ppo_loss(
     targets_rows = open_targets(targets, hidden, head, IGNORED, slices)
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
-    rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
-    rows = targets_rows.masked_fill(~rollout.mask.reshape(-1), IGNORED)
+    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
+    tokens = tokens._replace(mask=tokens.mask & (targets != IGNORED))
+    rows = targets_rows.masked_fill(~tokens.mask.reshape(-1), IGNORED)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
     options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 
     if options.backend == "reference":
-        return _reference_loss(head, rows, ref, rollout, options, loss_options)
+        return _reference_loss(head, rows, ref, tokens, options, loss_options)
     names = reference.metric_names(has_kl=ref is not None or ref_logprobs is not None)
     loss, logprobs, entropy, metric_values = _LinearPPOLoss.apply(
-        *head, rows, ref, rollout, options, loss_options, needed_gradients(head)
+        *head, rows, ref, tokens, options, loss_options, needed_gradients(head), slices
     )
     return PPOLossOutput(loss, logprobs, entropy, dict(zip(names, metric_values, strict=True)))
 
 
 def _reference_loss(
-    head: Head, rows: Tensor, ref: Head | None, rollout: Rollout, options: Options, loss_options: LossOptions
+    head: Head, rows: Tensor, ref: Head | None, tokens: SampledTokens, options: Options, loss_options: LossOptions
 ) -> PPOLossOutput:
     """The naive path: full logits, ordinary autograd."""
-    shape, valid = rollout.mask.shape, rows != IGNORED
+    shape, valid = tokens.mask.shape, rows != IGNORED
     z = reference.logits(*head, options.transform, valid)
     out = reference.logprob(z, rows, ignore_index=IGNORED, return_entropy=True)
     logprobs, entropy = out.logprobs.view(shape), out.entropy.view(shape)
@@ -143,37 +155,32 @@ def _reference_loss(
     if ref is not None:
         ref_z = reference.logits(*ref, options.transform, valid)
         kl = reference.exact_kl(z, ref_z).view(shape)
-    loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
+    loss, metrics = tokens.loss(logprobs, entropy, kl, loss_options)
     return PPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
 
 
 class _LinearPPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        ref: Head | None,
-        rollout: Rollout,
-        options: Options,
-        loss_options: LossOptions,
-        needs: tuple[bool, bool, bool],
-    ):
-        head = Head(hidden, weight, bias)
-        logprobs, entropy, kl, gradients = _statistics_and_gradients(
-            head, targets, ref, rollout, options, loss_options, needs
-        )
-        loss, metrics = rollout.loss(logprobs, entropy, kl, loss_options)
-        if gradients is not None:
-            ctx.save_for_backward(*gradients)
+        ctx, hidden, weight, bias, targets: Tensor, ref: Head | None, tokens: SampledTokens, options: Options,
+        loss_options: LossOptions, needs: Needs, slices: Slices | None,
+    ):  # fmt: skip
+        kl_kind, shape = "" if ref is None else "reverse", tokens.mask.shape
+        problem = Problem(Head(hidden, weight, bias), targets, ref, kl_kind, options)
+        gradients = ()
+        if any(needs) and slices is None:
+            *saved, d_hidden, d_weight, d_bias = _terminal_loss(*problem.flat(), *tokens, *loss_options, *needs)
+            gradients = (d_hidden, d_weight, d_bias)
+        else:
+            saved = linear_statistics(problem, slices)
+            if any(needs):
+                upstream = tokens.row_gradients(saved[0], loss_options)
+                gradients = linear_gradients(problem, saved, upstream, needs, slices)
+        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
+        loss, metrics = tokens.loss(logprobs, entropy, saved[4].view(shape) if kl_kind else None, loss_options)
+        ctx.save_for_backward(*gradients)
         ctx.needs, ctx.handed_over, ctx.backend = needs, False, options.backend
-        outputs = (
-            logprobs.clone(),
-            entropy.clone(),
-            torch.stack(list(metrics.values())),
-        )
+        outputs = (logprobs.clone(), entropy.clone(), torch.stack(list(metrics.values())))
         ctx.mark_non_differentiable(*outputs)
         return (loss, *outputs)
 
@@ -183,52 +190,36 @@ class _LinearPPOLoss(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             if ctx.handed_over:
                 raise RuntimeError(
-                    "linear_ppo_loss: its gradients were handed over by the first backward; compute the loss once "
-                    "more, or add what else you need to it before the one backward"
+                    "linear_ppo_loss: the first backward took its gradients; compute the loss once more, or add what "
+                    "else you need to it before the one backward"
                 )
             ctx.handed_over = True
         gradients = zip(ctx.saved_tensors, ctx.needs, strict=True)
         scaled = (_scale(gradient, d_loss, ctx.backend) if needed else None for gradient, needed in gradients)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, *[None] * 7)
 
 
-def _statistics_and_gradients(
-    head: Head,
-    targets: Tensor,
-    ref: Head | None,
-    rollout: Rollout,
-    options: Options,
-    loss_options: LossOptions,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-    """(logprobs, entropy, exact KL if `ref`), of the mask's shape, and (∂hidden, ∂weight, ∂bias) if any is needed."""
-    engine, shape = options.engine, rollout.mask.shape
-    hidden, weight = head.hidden, head.weight
-    kl_kind, ref_head = ("reverse", ref) if ref is not None else ("", (None, None, None))
+@torch.library.custom_op(
+    "fastppo::linear_ppo_loss",
+    mutates_args=(),
+    schema=f"({Problem.SCHEMA}, {SampledTokens.SCHEMA}, {LossOptions.SCHEMA}, {Needs.SCHEMA}) -> Tensor[]",
+)
+def _terminal_loss(*arguments) -> list[Tensor]:
+    """The statistics of the loss's rows, then ∂hidden, ∂weight, ∂bias, empty where not needed."""
+    problem, tokens, loss_options, needs = regroup(arguments, Problem, SampledTokens, LossOptions, Needs)
+    loss = TerminalLoss(
+        row_gradients=lambda logprobs: tokens.row_gradients(logprobs, loss_options),
+        rows_together=1 if loss_options.ratio_level == "token" else tokens.mask.shape[-1],
+        has_entropy=loss_options.entropy_coef != 0.0,
+    )
+    saved, gradients = ENGINES[problem.options.backend].linear_loss(problem, loss, needs)
+    return [*(x.clone() for x in saved), *gradients]  # a custom operator's outputs may not share memory
 
-    if any(needs) and hasattr(engine, "loss_with_gradients"):
-        *saved, d_hidden, d_weight, d_bias = engine.loss_with_gradients(
-            *head, targets, *ref_head, kl_kind, *rollout, *loss_options, *options.flat(), *needs
-        )
-        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
-        return logprobs, entropy, saved[4].view(shape) if ref is not None else None, (d_hidden, d_weight, d_bias)
 
-    # The gradient is certain to be asked for: an engine may keep logits for it where ∂weight will be.
-    keep = needs[1] and hasattr(engine, "keeps") and engine.keeps(hidden, weight, ref_head[1])
-    pass_1 = engine.keeping_statistics if keep else engine.statistics
-    outputs = pass_1(*head, targets, *ref_head, kl_kind, *options.flat())
-    saved, store = (outputs[:-4], outputs[-4:]) if keep else (outputs, None)
-    logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
-    kl = saved[4].view(shape) if ref is not None else None
-    if not any(needs):
-        return logprobs, entropy, kl, None
-    upstream = rollout.loss_gradient(logprobs, loss_options)
-    d_logprobs, d_entropy, d_kl = (None if g is None else g.reshape(-1) for g in upstream)
-    arguments = (*head, targets, *ref_head, kl_kind, saved, d_logprobs, d_entropy, None, d_kl, *options.flat())
-    if not keep:
-        return logprobs, entropy, kl, engine.vjp(*arguments, *needs)
-    d_hidden, d_bias = engine.keeping_vjp(*arguments, needs[0], needs[2], *store)
-    return logprobs, entropy, kl, (d_hidden, store[0], d_bias)
+@_terminal_loss.register_fake
+def _(*arguments):
+    problem, _, _, needs = regroup(arguments, Problem, SampledTokens, LossOptions, Needs)
+    return [*empty_statistics(problem), *empty_gradients(problem.policy, needs)]
 
 
 def _scale(gradient: Tensor, d_loss: Tensor, backend: str) -> Tensor:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.engines.engine import Upstream
 from fastppo.ops import reference
 from fastppo.ops.checks import check_mask, check_per_token
-from fastppo.ops.clipped_loss_gradient import RowGradients, clipped_loss_gradient
+from fastppo.ops.clipped_loss_gradient import clipped_loss_gradient
 
 RATIO_LEVELS = ("token", "sequence", "sequence-geometric")
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -26,6 +27,11 @@ class LossOptions(NamedTuple):
     kl_estimator: str
     entropy_coef: float
     loss_agg: str
+
+    SCHEMA = (
+        "float clip_low, float clip_high, float? dual_clip, str ratio_level, float kl_coef, str kl_estimator, "
+        "float entropy_coef, str loss_agg"
+    )
 
     def check(self, *, has_ref_logprobs: bool, has_ref_model: bool, dims: int) -> None:
         """ValueError naming the option that is out of range or does not go with what else was given."""
@@ -61,13 +67,15 @@ class LossOptions(NamedTuple):
             )
 
 
-class Rollout(NamedTuple):
+class SampledTokens(NamedTuple):
     """What the loss knows of the sampled tokens, [..., T]: checked, detached, 0 on padding."""
 
     mask: Tensor
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None
+
+    SCHEMA = "Tensor mask, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs"
 
     @classmethod
     def open(
@@ -79,7 +87,7 @@ class Rollout(NamedTuple):
         *,
         like: Tensor,
         dtype: torch.dtype,
-    ) -> Rollout:
+    ) -> SampledTokens:
         """Check everything against `like` [..., T]; `dtype` is that of the model's statistics."""
         mask = check_mask(mask, like)
         return cls(
@@ -107,7 +115,14 @@ class Rollout(NamedTuple):
             logprobs, self.old_logprobs, self.advantages, self.mask, entropy=entropy, kl=kl, **rest
         )
 
-    def loss_gradient(self, logprobs: Tensor, options: LossOptions) -> RowGradients:
-        return clipped_loss_gradient(
-            logprobs, self.old_logprobs, self.advantages, self.mask, ref_logprobs=self.ref_logprobs, **options._asdict()
+    def row_gradients(self, logprobs: Tensor, options: LossOptions) -> Upstream:
+        """The loss's gradient with respect to each statistic of each token as a row [N]; logprobs [N]."""
+        gradients = clipped_loss_gradient(
+            logprobs.view(self.mask.shape),
+            self.old_logprobs,
+            self.advantages,
+            self.mask,
+            ref_logprobs=self.ref_logprobs,
+            **options._asdict(),
         )
+        return Upstream(*(None if g is None else g.reshape(-1) for g in gradients))

@@ -13,7 +13,7 @@ from fastppo.engines.transform import check_transform
 from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_shape, check_tensor
 from fastppo.ops.head import IGNORED
-from fastppo.ops.loss_options import LossOptions, Rollout
+from fastppo.ops.loss_options import LossOptions, SampledTokens
 from fastppo.ops.outputs import PPOLossOutput
 from fastppo.ops.selective_logprob import selective
 
@@ -76,13 +76,13 @@ def ppo_loss(
             has_ref_logprobs=ref_logprobs is not None, has_ref_model=ref_logits is not None, dims=targets.dim()
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
-        rollout = rollout._replace(mask=rollout.mask & (targets != IGNORED))
+        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
+        tokens = tokens._replace(mask=tokens.mask & (targets != IGNORED))
         logprobs, entropy, _, exact_kl = selective(
             "ppo_loss",
             logits,
             ref_logits,
-            targets.masked_fill(~rollout.mask, IGNORED),
+            targets.masked_fill(~tokens.mask, IGNORED),
             transform=check_transform(temperature, logit_scale, softcap),
             ignore_index=IGNORED,
             inplace_backward=inplace_backward,
@@ -94,11 +94,11 @@ def ppo_loss(
         if entropy_coef != 0.0 and entropy is None:
             raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        rollout = Rollout.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
-        logprobs = reference.upcast(logprobs).masked_fill(~rollout.mask, 0.0)
+        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
+        logprobs = reference.upcast(logprobs).masked_fill(~tokens.mask, 0.0)
         if entropy is not None:
             check_floating("entropy", entropy, logprobs.device)
             check_shape("entropy", entropy, tuple(logprobs.shape), "like logprobs")
-            entropy = reference.upcast(entropy).masked_fill(~rollout.mask, 0.0)
-    loss, metrics = rollout.loss(logprobs, entropy, exact_kl, options)
+            entropy = reference.upcast(entropy).masked_fill(~tokens.mask, 0.0)
+    loss, metrics = tokens.loss(logprobs, entropy, exact_kl, options)
     return PPOLossOutput(loss, logprobs.detach(), None if entropy is None else entropy.detach(), metrics)

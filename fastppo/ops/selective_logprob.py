@@ -7,16 +7,13 @@ backward  one read, one write of ∂logits [N, V] in the logits' own dtype: in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.engines import cpu, extension, triton_kernels
 from fastppo.engines.budget import scratch_bytes
-from fastppo.engines.chunked import VERY_NEGATIVE
-from fastppo.engines.dispatch import select
+from fastppo.engines.dispatch import ENGINES, select
+from fastppo.engines.engine import Options, Upstream, regroup
 from fastppo.engines.transform import LogitTransform, check_transform
 from fastppo.ops import reference
 from fastppo.ops.checks import check_floating, check_shape, check_targets
@@ -104,7 +101,8 @@ def selective(
             ref_z = transform.apply(reference.upcast(ref_logits).masked_fill(padding, 0.0))
             kl = reference.exact_kl(z, ref_z).masked_fill(padding.squeeze(1), 0.0)
     else:
-        *out, kl = _SelectiveLogprob.apply(flat, ref_logits, rows, transform, inplace_backward, backend)
+        options = Options(transform, torch.float32, scratch_bytes(logits.device), backend)
+        *out, kl = _SelectiveLogprob.apply(flat, ref_logits, rows, options, inplace_backward)
     logprobs, entropy, logsumexp = (x.view(targets.shape) for x in out)
     return logprobs, entropy, logsumexp, None if kl is None else kl.view(targets.shape)
 
@@ -112,17 +110,11 @@ def selective(
 class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        logits: Tensor,
-        ref_logits: Tensor | None,
-        targets: Tensor,
-        transform: LogitTransform,
-        inplace_backward: bool,
-        backend: str,
+        ctx, logits: Tensor, ref_logits: Tensor | None, targets: Tensor, options: Options, inplace_backward: bool
     ):
-        saved = _statistics(logits, ref_logits, targets, *transform, scratch_bytes(logits.device), backend)
+        saved = _statistics(logits, ref_logits, targets, *options.flat())
         ctx.save_for_backward(logits, ref_logits, targets, *saved)
-        ctx.transform, ctx.inplace_backward, ctx.backend = transform, inplace_backward, backend
+        ctx.options, ctx.inplace_backward = options, inplace_backward
         ctx.set_materialize_grads(False)
         logprobs, entropy, row_max, log_sum, *divergence = saved
         kl = divergence[0].clone() if divergence else None
@@ -131,52 +123,24 @@ class _SelectiveLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        logits, *rest = ctx.saved_tensors
-        ref_logits, targets, *saved = rest
-        options = (*ctx.transform, scratch_bytes(logits.device), ctx.backend)
+        logits, ref_logits, targets, *saved = ctx.saved_tensors
+        arguments = (ref_logits, targets, *upstream, *ctx.options.flat(), saved)
         if ctx.inplace_backward:
             logits = logits.detach()
-            _vjp_(logits, ref_logits, targets, saved, *upstream, *options)
-            return logits, None, None, None, None, None
-        return _vjp(logits, ref_logits, targets, saved, *upstream, *options), None, None, None, None, None
+            _vjp_(logits, *arguments)
+            return logits, None, None, None, None
+        return _vjp(logits, *arguments), None, None, None, None
 
 
-@torch.library.custom_op("fastppo::selective_statistics", mutates_args=())
-def _statistics(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-) -> list[Tensor]:
-    """logits [N, V], targets [N] -> logprobs, entropy, row_max, log_sum [N]; zeros where the target is negative.
-
-    With ref_logits [N, V] also kl, kl_center, ref_row_max, ref_log_sum.
-    """
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    if backend == "triton":
-        return triton_kernels.selective.statistics(logits, ref_logits, targets, *transform)
-    out = reference.upcast(logits.new_zeros(0)).new_zeros(4 if ref_logits is None else 8, targets.numel())
-    if ref_logits is None and _in_cpp(logits, backend):
-        rows = (targets >= 0).nonzero().squeeze(-1)
-        numbers = cpu.transform_numbers(transform)
-        extension.load().selective_statistics(
-            logits.detach(), numbers, rows, targets, out, torch.get_num_threads(), cpu.isa
-        )
-        return [x.clone() for x in out]
-    for rows, z, ref_z in _blocks(logits, ref_logits, targets, transform, budget):
-        out[2, rows], out[3, rows] = _log_softmax_(z)
-        log_p, p = z, z.exp()
-        out[0, rows] = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1).clamp(max=0.0)
-        out[1, rows] = -reference.expectation(p, log_p)
-        if ref_z is not None:
-            out[6, rows], out[7, rows] = _log_softmax_(ref_z)
-            kl = reference.expectation(p, log_p - ref_z)
-            out[4, rows], out[5, rows] = kl.clamp(min=0.0), kl
-    return [x.clone() for x in out]
+@torch.library.custom_op(
+    "fastppo::selective_statistics",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor? ref_logits, Tensor targets, {Options.SCHEMA}) -> Tensor[]",
+)
+def _statistics(logits: Tensor, ref_logits: Tensor | None, targets: Tensor, *options) -> list[Tensor]:
+    options = Options.of(*options)
+    out = ENGINES[options.backend].selective_statistics(logits, ref_logits, targets, options)
+    return [x.clone() for x in out]  # a custom operator's outputs may not share memory
 
 
 @_statistics.register_fake
@@ -185,130 +149,28 @@ def _(logits, ref_logits, targets, *_options):
     return [logits.new_empty(targets.shape, dtype=dtype) for _ in range(4 if ref_logits is None else 8)]
 
 
-def _write_gradient(
-    out: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    saved: list[Tensor],
-    upstream: list[Tensor | None],
-    transform: LogitTransform,
-    budget: int,
-    backend: str,
-) -> None:
-    """∂logits into `out`, which may be the logits themselves."""
-    if backend == "triton":
-        triton_kernels.selective.vjp_into(out, logits, ref_logits, targets, saved, *upstream, *transform)
-        return
-    d_kl = upstream[3]
-    if d_kl is None and _in_cpp(logits, backend):
-        rows = (targets >= 0).nonzero().squeeze(-1)
-        scalars = cpu.row_scalars(rows, saved[:4], upstream)
-        numbers = cpu.transform_numbers(transform)
-        extension.load().selective_gradients(
-            logits.detach(), numbers, rows, targets, scalars, out, torch.get_num_threads(), cpu.isa
-        )
-        out[targets < 0] = 0.0
-        return
-    zero = torch.zeros_like(saved[0])
-    d_logprobs, d_entropy, d_logsumexp = (zero if g is None else g for g in upstream[:3])
-    entropy, row_max, log_sum = saved[1:4]
-    a = d_logsumexp - d_logprobs - d_entropy * entropy
-    for rows, z, ref_z in _blocks(logits, None if d_kl is None else ref_logits, targets, transform, budget):
-        capped = z.clone() if transform.softcap is not None else z
-        log_p = z.sub_(row_max[rows].unsqueeze(1)).sub_(log_sum[rows].unsqueeze(1))
-        p = log_p.exp()
-        dz = a[rows].unsqueeze(1) * p
-        if upstream[1] is not None:
-            dz -= d_entropy[rows].unsqueeze(1) * (p * log_p.masked_fill(p == 0, 0.0))
-        if ref_z is not None:
-            _log_softmax_(ref_z)
-            difference = (log_p - ref_z).sub_(saved[5][rows].unsqueeze(1))
-            dz += d_kl[rows].unsqueeze(1) * (p * difference.masked_fill_(p == 0, 0.0))
-        dz.scatter_add_(1, targets[rows].unsqueeze(1), d_logprobs[rows].unsqueeze(1))
-        out[rows] = transform.backward_(dz, capped).to(out.dtype)
-    out[targets < 0] = 0.0
+_GRADIENT = f"Tensor? ref_logits, Tensor targets, {Upstream.SCHEMA}, {Options.SCHEMA}, Tensor[] saved"
 
 
-@torch.library.custom_op("fastppo::selective_vjp", mutates_args=())
-def _vjp(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    saved: list[Tensor],
-    d_logprobs: Tensor | None,
-    d_entropy: Tensor | None,
-    d_logsumexp: Tensor | None,
-    d_kl: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op("fastppo::selective_vjp", mutates_args=(), schema=f"(Tensor logits, {_GRADIENT}) -> Tensor")
+def _vjp(logits: Tensor, *arguments) -> Tensor:
     out = torch.empty_like(logits)
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    upstream = [d_logprobs, d_entropy, d_logsumexp, d_kl]
-    _write_gradient(out, logits, ref_logits, targets, saved, upstream, transform, budget, backend)
+    _write_gradient(out, logits, *arguments)
     return out
 
 
-@_vjp.register_fake
-def _(logits, *_args):
-    return torch.empty_like(logits)
+@torch.library.custom_op(
+    "fastppo::selective_vjp_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {_GRADIENT}) -> ()"
+)
+def _vjp_(logits: Tensor, *arguments) -> None:
+    _write_gradient(logits, logits, *arguments)
 
 
-@torch.library.custom_op("fastppo::selective_vjp_", mutates_args=("logits",))
-def _vjp_(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    saved: list[Tensor],
-    d_logprobs: Tensor | None,
-    d_entropy: Tensor | None,
-    d_logsumexp: Tensor | None,
-    d_kl: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-) -> None:
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    upstream = [d_logprobs, d_entropy, d_logsumexp, d_kl]
-    _write_gradient(logits, logits, ref_logits, targets, saved, upstream, transform, budget, backend)
+_vjp.register_fake(lambda logits, *_arguments: torch.empty_like(logits))
+_vjp_.register_fake(lambda *_arguments: None)
 
 
-@_vjp_.register_fake
-def _(logits, *_args):
-    return None
-
-
-def _in_cpp(logits: Tensor, backend: str) -> bool:
-    """The extension reads whole rows, and no float64."""
-    return backend == "cpu" and logits.dtype != torch.float64 and (logits.shape[1] == 1 or logits.stride(1) == 1)
-
-
-def _blocks(
-    logits: Tensor, ref_logits: Tensor | None, targets: Tensor, transform: LogitTransform, budget: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(row indices, transformed logits [R, V] in float32, the reference's) for the rows with a target, R at a time."""
-    rows = (targets >= 0).nonzero().squeeze(-1)
-    # Four float32 buffers [R, V] are alive at the widest point of the backward, six with a reference.
-    block = max(1, budget // ((16 if ref_logits is None else 24) * logits.shape[1]))
-    for start in range(0, rows.numel(), block):
-        index = rows[start : start + block]
-        z, ref_z = (None if x is None else transform.apply_(reference.upcast(x[index])) for x in (logits, ref_logits))
-        yield index, z, ref_z
-
-
-def _log_softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z [R, V] becomes log p, in place; returns row_max and log_sum [R].
-
-    A logit far below its row's maximum counts as VERY_NEGATIVE below, so that no −inf meets another.
-    """
-    row_max = z.amax(1)
-    z.sub_(row_max.unsqueeze(1)).clamp_(min=VERY_NEGATIVE)
-    log_sum = z.exp().sum(1).log()
-    z.sub_(log_sum.unsqueeze(1))
-    return row_max, log_sum
+def _write_gradient(out: Tensor, logits: Tensor, ref_logits: Tensor | None, targets: Tensor, *rest) -> None:
+    """∂logits into `out`, which may be the logits themselves."""
+    upstream, options = regroup(rest, Upstream, Options)
+    ENGINES[options.backend].selective_vjp(out, logits, ref_logits, targets, rest[-1], upstream, options)

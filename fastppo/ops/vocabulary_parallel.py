@@ -12,14 +12,13 @@ al., 2019, arXiv:1909.08053).
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastppo.engines.chunked import VERY_NEGATIVE
+from fastppo.engines.engine import VERY_NEGATIVE
 from fastppo.ops.checks import looks_at_values
 
 if TYPE_CHECKING:
@@ -57,34 +56,24 @@ class Slices(NamedTuple):
         return torch.where(rows == ignored, rows, local)
 
 
-class VocabularyParallel(NamedTuple):
-    """An engine (see `fastppo.engines.chunked`) for the whole vocabulary, made of one that has this rank's slice."""
+def all_statistics(local: list[Tensor], targets: Tensor, kl_kind: str, slices: Slices) -> list[Tensor]:
+    """The statistics of the whole vocabulary, the same on every rank, from those of each rank's slice."""
+    owned = (targets != ELSEWHERE).to(local[0].dtype)
+    gathered = gather(torch.stack([*local, owned]), slices.group)  # [ranks, 5 or 9, N]
+    return combine(gathered[:, :-1].unbind(1), gathered[:, -1], kl_kind, slices.vocab, targets < 0)
 
-    engine: ModuleType
-    slices: Slices
 
-    def statistics(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments) -> list:
-        """What the engine's `statistics` would return had it the whole weight, the same on every rank."""
-        local = torch.stack(self.engine.statistics(hidden, weight, bias, targets, *arguments))
-        owned = (targets != ELSEWHERE).to(local.dtype)
-        gathered = gather(torch.cat([local, owned.unsqueeze(0)]), self.slices.group)  # [ranks, 5 or 9, N]
-        kl_kind = arguments[3]
-        return combine(gathered[:, :-1].unbind(1), gathered[:, -1], kl_kind, self.slices.vocab, targets < 0)
-
-    def vjp(self, hidden: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        """∂hidden of the whole vocabulary, ∂weight and ∂bias of the slice."""
-        # The shares of ∂hidden are added up in float32: rounding each of them first would bias training.
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        d_hidden, d_weight, d_bias = self.engine.vjp(wide, *arguments)
-        if d_hidden.numel():
-            dist.all_reduce(d_hidden, group=self.slices.group)
-        return d_hidden.to(hidden.dtype), d_weight, d_bias
+def summed_over_ranks(share: Tensor, slices: Slices) -> Tensor:
+    """The sum of every rank's share, in the share's own memory."""
+    if share.numel():
+        dist.all_reduce(share, group=slices.group)
+    return share
 
 
 def combine(
     statistics: tuple[Tensor, ...], owned: Tensor, kl_kind: str, vocab: Tensor, ignored: Tensor
 ) -> list[Tensor]:
-    """Statistics of the slices, each [ranks, N], to those of the whole, each [N]; see `chunked.statistics`.
+    """Statistics of the slices, each [ranks, N], to those of the whole, each [N]; see `fastppo.engines.engine`.
 
     Args:
         owned: [ranks, N], 1 where a rank has the target; a target that none has gives NaN.

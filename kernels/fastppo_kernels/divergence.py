@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fastppo_kernels.launch import gemm_config, gemm_options, launch, operand, programs
-from fastppo_kernels.operands import Head
+from fastppo_kernels.operands import Projection
 from fastppo_kernels.tile import LOWEST, below, described, exp, finish_logits, grouped_order, logits_tile
 
 
@@ -93,7 +93,7 @@ def divergence_kernel(
 
 
 def launch_divergence(
-    policy: Head, reference: Head, count: torch.Tensor, *, kind: str, transform: dict
+    policy: Projection, reference: Projection, count: torch.Tensor, *, kind: str, transform: dict
 ) -> torch.Tensor:
     """S, T and maximum of the policy, S and maximum of the reference, difference, by tile: [6, tiles, M] float32.
 

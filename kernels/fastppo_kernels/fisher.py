@@ -20,7 +20,7 @@ from fastppo_kernels.fisher_gradient import fisher_gradient
 from fastppo_kernels.fisher_statistics import fisher_statistics
 from fastppo_kernels.fisher_tile import Tangent
 from fastppo_kernels.launch import interpreted_dtype
-from fastppo_kernels.operands import Head, needs_copy
+from fastppo_kernels.operands import Projection, needs_copy
 from fastppo_kernels.products import hidden_product, power_of_two_scale, weight_product
 from fastppo_kernels.rows import compact_rows, gather_rows, scatter_rows
 from fastppo_kernels.tile import steepest, transform_factors
@@ -67,7 +67,7 @@ def fisher_vector_product(
     column = h.shape[1] * (need_weight + -(-copies * compute_dtype.itemsize // 4))
     block, width = tile_of_columns(num_rows, vocab, column, compute_dtype.itemsize, budget)
     d_bias = None if d_bias is None else d_bias.contiguous()
-    tangent = Tangent(Head.make(h, weight, bias, budget, width), dh, d_weight, d_bias)
+    tangent = Tangent(Projection.make(h, weight, bias, budget, width), dh, d_weight, d_bias)
     transform = transform_factors(temperature, logit_scale, softcap)
     statistics = fisher_statistics(tangent, count, transform)
     weights = row_weights[rows.long()]  # behind the count: the first row's, which no kernel looks at

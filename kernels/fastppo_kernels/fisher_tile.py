@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastppo_kernels.configs import Gemm
 from fastppo_kernels.launch import operand
-from fastppo_kernels.operands import Head
+from fastppo_kernels.operands import Projection
 from fastppo_kernels.tile import finish_logits, load_bias, transform_gradient
 
 
@@ -76,7 +76,7 @@ class Tangent(NamedTuple):
     d_weight and d_bias are None for what is constant.
     """
 
-    head: Head
+    head: Projection
     d_hidden: torch.Tensor
     d_weight: torch.Tensor | None
     d_bias: torch.Tensor | None

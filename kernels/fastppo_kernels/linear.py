@@ -20,7 +20,7 @@ from fastppo_kernels.combine import combine_divergence
 from fastppo_kernels.divergence import launch_divergence
 from fastppo_kernels.launch import interpreted_dtype
 from fastppo_kernels.logit_gradient import RowScalars, logit_gradient
-from fastppo_kernels.operands import Head, needs_copy
+from fastppo_kernels.operands import Projection, needs_copy
 from fastppo_kernels.products import hidden_product, power_of_two_scale, weight_product
 from fastppo_kernels.rows import compact_rows, gather_rows, padded_dim, scatter_rows, target_logits
 from fastppo_kernels.statistics import row_statistics
@@ -65,12 +65,12 @@ def statistics(
         return out
     transform = transform_factors(temperature, logit_scale, softcap)
     rows, count = compact_rows(targets)
-    policy = Head.make(gather_rows(hidden, rows, count, compute_dtype, zeros_behind=False), weight, bias, budget)
+    policy = Projection.make(gather_rows(hidden, rows, count, compute_dtype, zeros_behind=False), weight, bias, budget)
     if not kl_kind:
         row_statistics(policy, targets, rows, count, out, transform)
         return out
     gathered = gather_rows(ref_hidden, rows, count, compute_dtype, zeros_behind=False)
-    reference = Head.make(gathered, ref_weight, ref_bias, budget)
+    reference = Projection.make(gathered, ref_weight, ref_bias, budget)
     width = min(hi - lo for lo, hi in (policy.spans[0], reference.spans[0]))
     policy, reference = policy.cut(width), reference.cut(width)
     anchors = target_logits(policy.hidden, policy.weight, policy.bias, targets, rows, count, **transform)
@@ -135,9 +135,9 @@ def vjp(
     direct = block >= num_rows and scale is None and padded == dim and weight.dtype in (compute_dtype, torch.float32)
     if need_weight and not direct:
         block, width = tile_of_columns(num_rows, vocab, padded + copied, compute_dtype.itemsize, budget)
-    policy, reference = Head.make(gathered, weight, bias, 0, width), None
+    policy, reference = Projection.make(gathered, weight, bias, 0, width), None
     if kind:
-        reference = Head.make(gather_rows(ref_hidden, rows, count, compute_dtype), ref_weight, ref_bias, 0, width)
+        reference = Projection.make(gather_rows(ref_hidden, rows, count, compute_dtype), ref_weight, ref_bias, 0, width)
     d_rows = torch.empty(num_rows if need_hidden else 0, padded, dtype=torch.float32, device=device)
     scratch = torch.empty(block, row_stride(width), dtype=compute_dtype, device=device)
     sums = torch.empty(width if need_weight and not direct else 0, padded, dtype=torch.float32, device=device)

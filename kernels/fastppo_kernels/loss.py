@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels.launch import ceilings, interpreted_dtype
-from fastppo_kernels.operands import Head, needs_copy
+from fastppo_kernels.operands import Projection, needs_copy
 from fastppo_kernels.products import hidden_product, weight_product
 from fastppo_kernels.rows import compact_rows, gather_rows, scatter_rows
 from fastppo_kernels.statistics import row_statistics
@@ -106,7 +106,7 @@ def loss_by_rows(
         span = slice(first, min(first + chunk, num_rows))
         here, part = targets[span], out[:, span]
         rows, count = compact_rows(here)
-        head = Head.make(gather_rows(hidden[span], rows, count, compute_dtype), weight, bias, budget)
+        head = Projection.make(gather_rows(hidden[span], rows, count, compute_dtype), weight, bias, budget)
         weight, bias = head.weight, head.bias  # a copy that was needed serves all chunks
         stored = memory[: here.numel(), :vocab]
         row_statistics(head, here, rows, count, part, transform, stored)

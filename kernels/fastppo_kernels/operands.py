@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None
 
 
-class Head(NamedTuple):
+class Projection(NamedTuple):
     """Hidden states [M, D'] of `gather_rows`, and the weight [V, D] and bias [V] or None they go with.
 
     spans: the slices of the vocabulary, (first, last) each, in which the weight is read.
@@ -45,7 +45,7 @@ class Head(NamedTuple):
         bias: torch.Tensor | None,
         budget: int,
         width: int | None = None,
-    ) -> Head:
+    ) -> Projection:
         """Cut into slices of `width` columns, or without one into one slice; fewer where copies need the budget."""
         vocab = weight.shape[0]
         if needs_copy(weight, hidden.dtype):
@@ -56,7 +56,7 @@ class Head(NamedTuple):
                 width = width or max(SLICE_MULTIPLE, budget // row_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE)
         return cls(hidden, weight, None if bias is None else bias.contiguous(), []).cut(width or vocab)
 
-    def cut(self, width: int) -> Head:
+    def cut(self, width: int) -> Projection:
         """The same in slices of `width` columns."""
         vocab = self.weight.shape[0]
         return self._replace(spans=[(lo, min(lo + width, vocab)) for lo in range(0, vocab, width)])

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from fastppo_kernels.combine import combine_statistics
 from fastppo_kernels.launch import gemm_config, gemm_options, launch, operand, programs
-from fastppo_kernels.operands import Head
+from fastppo_kernels.operands import Projection
 from fastppo_kernels.rows import compact_rows, gather_rows, target_logits
 from fastppo_kernels.tile import (
     LN2,
@@ -134,7 +134,7 @@ def statistics_kernel(
 
 
 def launch_statistics(
-    head: Head,
+    head: Projection,
     count: torch.Tensor,
     *,
     shift: torch.Tensor | None,
@@ -146,7 +146,7 @@ def launch_statistics(
     """S, T and without a shift the maximum, for each tile of columns: [2 or 3, tiles, M] float32.
 
     Args:
-        head: hidden gathered; see `operands.Head`.
+        head: hidden gathered; see `operands.Projection`.
         count: [1] int32, how many of its rows are real.
         shift: [M] float32 for anchored rows, else None.
         transform: of `tile.transform_factors`.
@@ -199,7 +199,7 @@ def launch_statistics(
 
 
 def row_statistics(
-    head: Head,
+    head: Projection,
     targets: torch.Tensor,
     rows: torch.Tensor,
     count: torch.Tensor,

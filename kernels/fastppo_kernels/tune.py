@@ -34,7 +34,7 @@ from fastppo_kernels.fisher_statistics import fisher_statistics
 from fastppo_kernels.fisher_tile import Tangent
 from fastppo_kernels.launch import INTERPRETED, architecture, device_name, unusable
 from fastppo_kernels.logit_gradient import RowScalars, logit_gradient
-from fastppo_kernels.operands import Head, Operands
+from fastppo_kernels.operands import Operands, Projection
 from fastppo_kernels.products import hidden_product, weight_product
 from fastppo_kernels.statistics import launch_statistics
 from fastppo_kernels.tile import transform_factors
@@ -154,8 +154,8 @@ class Inputs:
     def per_row(self, value: float) -> Tensor:  # [N]
         return torch.full((self.sizes.tokens,), value, device=self.device)
 
-    def head(self) -> Head:
-        return Head(self.hidden, self.weight, None, []).cut(self.sizes.vocab)
+    def head(self) -> Projection:
+        return Projection(self.hidden, self.weight, None, []).cut(self.sizes.vocab)
 
 
 def runs(x: Inputs) -> dict[str, Callable[[], list[Tensor]]]:

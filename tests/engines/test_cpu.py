@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.engines import cpu, extension
+from fastppo.engines import extension
+from fastppo.engines.cpu import products
 
-pytestmark = pytest.mark.skipif(not cpu.PRODUCTS, reason=extension.why_missing() or cpu.why_slow() or "")
+pytestmark = pytest.mark.skipif(not products.PRODUCTS, reason=extension.why_missing() or products.why_slow() or "")
 
 ISAS = extension.load().instruction_sets() if extension.load() else []
 
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(cpu, "isa", request.param)
+    monkeypatch.setattr(products, "isa", request.param)
     return request.param
 
 
@@ -91,11 +92,11 @@ def test_any_shape_is_as_good_as_the_naive_path(n, d, v, dtype, softcap, with_bi
     bias = torch.randn(v, generator=generator).to(dtype) if with_bias else None
     upstream = torch.randn(3, n, generator=generator)
     arguments = {"upstream": upstream, "softcap": softcap, "temperature": 0.8}
-    before, cpu.isa = cpu.isa, level
+    before, products.isa = products.isa, level
     try:
         got = outputs_and_gradients(hidden, weight, targets, bias=bias, budget=budget, **arguments)
     finally:
-        cpu.isa = before
+        products.isa = before
     naive = outputs_and_gradients(hidden, weight, targets, bias=bias, backend="reference", **arguments)
     exact = outputs_and_gradients(
         hidden.double(), weight.double(), targets, bias=None if bias is None else bias.double(), backend="reference",
@@ -161,18 +162,14 @@ def test_kept_logits_give_the_gradients_of_recomputed_ones(dtype, n, d, budget, 
         assert (fused.double() - truth).abs().max() <= 1.5 * (plain.double() - truth).abs().max() + slack * scale
 
 
-def test_spare_memory_that_another_loss_has_taken_is_not_read():
+def test_losses_that_take_turns_do_not_read_each_others_kept_logits():
     hidden, weight, targets = case(40, 16, 500, torch.bfloat16)
-    arguments = (hidden, weight, None, targets, None, None, None, "")
-    options = (1.0, 1.0, None, torch.bfloat16, 2**25)
-    upstream = (torch.randn(40), torch.randn(40), None, None)
-    *saved, d_weight, ticket, anchors, whole = cpu.keeping_statistics(*arguments, *options)
-    cpu.keeping_statistics(hidden * 3, *arguments[1:], *options)
-    d_hidden, _ = cpu.keeping_vjp(*arguments, saved, *upstream, *options, True, False, d_weight, ticket, anchors, whole)
-    want = cpu.vjp(*arguments, saved, *upstream, *options, True, True, False)
-    scale = want[0].float().abs().max()
-    torch.testing.assert_close(d_hidden.float(), want[0].float(), atol=0.01 * scale.item(), rtol=0.0)
-    torch.testing.assert_close(d_weight.float(), want[1].float(), atol=0.01 * scale.item(), rtol=0.0)
+    old, advantages = torch.full((40,), -8.0), torch.ones(40)
+    want = ppo(hidden, weight, targets, old, advantages, budget=2**25)
+    for other in (hidden * 3, hidden[:7] * 3):
+        ppo(other, weight, targets[: len(other)], old[: len(other)], advantages[: len(other)], budget=2**25)
+        got = ppo(hidden, weight, targets, old, advantages, budget=2**25)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_logits_too_far_apart_for_16_bits_are_recomputed(isa):
@@ -273,7 +270,7 @@ def test_selective_logprob(dtype, v, inplace, isa):
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "isa", "avx10")
+    monkeypatch.setattr(products, "isa", "avx10")
     hidden, weight, targets = case(3, 4, 5)
     with pytest.raises(ValueError, match="instruction_sets"):
         fastppo.linear_logprob(hidden, weight, targets, backend="cpu")

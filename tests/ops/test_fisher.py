@@ -231,8 +231,8 @@ def test_it_compiles_whole_and_passes_opcheck():
     for a, b in zip(compiled(hidden, d_hidden, d_weight), middle(hidden, d_hidden, d_weight), strict=True):
         torch.testing.assert_close(a, b)
         assert not a.requires_grad
-    operator = torch.ops.fastppo.chunked_fisher_vector_product
-    tail = (torch.rand(9), 1.0, 1.0, 2.0, torch.float32, TINY_BUDGET)
+    operator = torch.ops.fastppo.fisher_vector_product
+    tail = (torch.rand(9), 1.0, 1.0, 2.0, torch.float32, TINY_BUDGET, "chunked")
     torch.library.opcheck(operator, (hidden, weight.detach(), bias, d_hidden, d_weight, d_bias, *tail))
     torch.library.opcheck(operator, (hidden, weight.detach(), None, d_hidden, None, None, *tail))
 

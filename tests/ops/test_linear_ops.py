@@ -460,11 +460,11 @@ def test_clipped_rows_are_left_out_of_the_second_pass(monkeypatch):
     old[:30] -= 1.0  # ratio e: clipped wherever the advantage is positive
     h, w = leaves(hidden, weight)
     seen = []
-    from fastppo.engines import chunked
+    from fastppo.engines.chunked.linear import _LogitGradient
 
-    original = chunked._logit_gradient
+    original = _LogitGradient.tile
     monkeypatch.setattr(
-        chunked, "_logit_gradient", lambda policy, *a: seen.append(len(policy.hidden)) or original(policy, *a)
+        _LogitGradient, "tile", lambda self, *a: seen.append(len(self.policy.hidden)) or original(self, *a)
     )
     fastppo.linear_ppo_loss(h, w, targets, old, torch.ones(40), backend="chunked").loss.backward()
     assert seen == [10]
@@ -799,5 +799,5 @@ def test_the_gradients_are_handed_over_once():
     h, w = leaves(x["hidden"], x["weight"])
     loss = fastppo.linear_ppo_loss(h, w, x["targets"], x["old"], x["advantages"]).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed over by the first backward"):
+    with pytest.raises(RuntimeError, match="first backward took its gradients"):
         loss.backward()

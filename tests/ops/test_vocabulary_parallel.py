@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import fastppo
-from fastppo.engines import chunked, extension
+from fastppo.engines import extension
 from fastppo.ops import vocabulary_parallel
 
 RANKS = 2
@@ -343,8 +343,8 @@ def test_a_slice_of_excluded_tokens_gives_no_nan(kl_kind, own, other):
     def statistics(columns: slice, targets: torch.Tensor) -> torch.Tensor:
         head = (weight[columns], bias[columns])
         ref = (ref_hidden, weight[columns], ref_bias[columns]) if kl_kind else (None, None, None)
-        options = (1.0, 1.0, None, torch.float32, 2**20)
-        return torch.stack(chunked.statistics(hidden, *head, targets, *ref, kl_kind, *options))
+        options = (1.0, 1.0, None, torch.float32, 2**20, "chunked")
+        return torch.stack(torch.ops.fastppo.linear_statistics(hidden, *head, targets, *ref, kl_kind, *options))
 
     elsewhere = torch.full_like(targets, vocabulary_parallel.ELSEWHERE)
     slices = torch.stack([statistics(slice(0, cut), targets), statistics(slice(cut, vocab), elsewhere)], 1)

@@ -11,7 +11,7 @@ from compilations import compilations
 from fastppo_kernels.combine import combine_divergence
 from fastppo_kernels.divergence import launch_divergence
 from fastppo_kernels.launch import interpreted_dtype
-from fastppo_kernels.operands import Head
+from fastppo_kernels.operands import Projection
 from fastppo_kernels.rows import compact_rows, gather_rows, target_logits
 from fastppo_kernels.tile import transform_factors
 from hypothesis import given, settings
@@ -43,7 +43,9 @@ def divergence(policy, reference, targets, kind, width=None, **transform):
     factors = transform_factors(**{"temperature": 1.0, "logit_scale": 1.0, "softcap": None, **transform})
     rows, count = compact_rows(targets)
     dtype = interpreted_dtype(policy[0].dtype)
-    models = [Head.make(gather_rows(h, rows, count, dtype), w, b, 2**25, width) for h, w, b in (policy, reference)]
+    models = [
+        Projection.make(gather_rows(h, rows, count, dtype), w, b, 2**25, width) for h, w, b in (policy, reference)
+    ]
     partial = launch_divergence(*models, count, kind=kind, transform=factors)
     taken = target_logits(*models[0][:3], targets, rows, count, **factors)
     vocab = policy[1].shape[0]
@@ -116,7 +118,7 @@ def test_unequal_slices_are_refused(device):
     model, targets = random_model(3, 8, 90, device), random_targets(3, 90, device, 0)
     rows, count = compact_rows(targets)
     hidden = gather_rows(model[0], rows, count, torch.float32)
-    heads = [Head.make(hidden, *model[1:], 2**25, width) for width in (64, 60)]
+    heads = [Projection.make(hidden, *model[1:], 2**25, width) for width in (64, 60)]
     with pytest.raises(ValueError, match="span 0:64"):
         launch_divergence(*heads, count, kind="reverse", transform=transform_factors(1.0, 1.0, None))
 
@@ -187,7 +189,7 @@ def test_one_compilation_serves_any_number_of_rows():
 
         rows, count = compact_rows(meta(n, dtype=torch.int64))
         heads = [
-            Head.make(gather_rows(meta(n, d), rows, count, torch.bfloat16), meta(5057, d), meta(5057), 2**22)
+            Projection.make(gather_rows(meta(n, d), rows, count, torch.bfloat16), meta(5057, d), meta(5057), 2**22)
             for d in (896, 576)
         ]
         partial = launch_divergence(*heads, count, kind="reverse", transform=transform_factors(1.0, 1.0, None))

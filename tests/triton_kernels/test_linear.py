@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.engines import triton as triton_engine
 
 TRANSFORMS = [
     {},
@@ -128,9 +127,9 @@ def test_products_in_float16_keep_small_gradients(device, size):
     targets = torch.randint(0, 97, (33,), device=device)
     upstream = size * torch.randn(3, 33, device=device)
     arguments = (hidden, weight, None, targets, None, None, None, "")
-    options = (1.0, 1.0, None, torch.float16, ONE_TILE)
-    saved = triton_engine.statistics(*arguments, *options)
-    gradients = triton_engine.vjp(*arguments, saved, *upstream, None, *options, True, True, False)
+    options = (1.0, 1.0, None, torch.float16, ONE_TILE, "triton")
+    saved = torch.ops.fastppo.linear_statistics(*arguments, *options)
+    gradients = torch.ops.fastppo.linear_vjp(*arguments, *options, *upstream, None, True, True, False, saved)
     values, want = exact_logprob(hidden, weight, None, targets, upstream)
     check(saved[0], values[0], 1e-5)
     for got, exact in zip(gradients[:2], want, strict=False):
@@ -231,14 +230,15 @@ def test_the_operators_keep_their_contract(device):
     hidden, weight, b = random_head(9, 6, 40, device, bias=True)
     targets = torch.randint(0, 40, (9,), device=device)
     arguments = (hidden, weight, b, targets, None, None, None, "")
-    options = (1.0, 1.0, None, torch.float32, ONE_TILE)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton_engine.statistics, (*arguments, *options), test_utils=checks)
-    saved = triton_engine.statistics(*arguments, *options)
-    upstream = [torch.randn(9, device=device) for _ in range(3)]
-    torch.library.opcheck(
-        triton_engine.vjp, (*arguments, saved, *upstream, None, *options, True, True, True), test_utils=checks
+    problem, checks = (
+        (*arguments, 1.0, 1.0, None, torch.float32, ONE_TILE, "triton"),
+        ("test_schema", "test_faketensor"),
     )
+    operators = torch.ops.fastppo
+    torch.library.opcheck(operators.linear_statistics, problem, test_utils=checks)
+    saved = operators.linear_statistics(*problem)
+    upstream = [torch.randn(9, device=device) for _ in range(3)]
+    torch.library.opcheck(operators.linear_vjp, (*problem, *upstream, None, True, True, True, saved), test_utils=checks)
 
 
 def test_float64_is_refused_by_name_and_served_by_another_backend(device):

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastppo
-from fastppo.engines import triton as triton_engine
 
 
 def inputs(b, t, d, v, device, *, dtype=torch.float32, masked=0.3):
@@ -304,10 +303,10 @@ def test_the_operator_keeps_its_contract(device):
     ppo = (0.2, 0.2, None, "token", 0.0, "k1", 0.01, "token-mean")
     for budget in (1, 2**25):
         torch.library.opcheck(
-            triton_engine.loss_with_gradients,
+            torch.ops.fastppo.linear_ppo_loss,
             (
-                hidden.flatten(0, 1), weight, bias, rows, None, None, None, "", mask, old, advantages, None, *ppo,
-                1.0, 1.0, None, torch.float32, budget, True, True, True,
+                hidden.flatten(0, 1), weight, bias, rows, None, None, None, "", 1.0, 1.0, None, torch.float32, budget,
+                "triton", mask, old, advantages, None, *ppo, True, True, True,
             ),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Fisher-vector product in PyTorch, in tiles of the vocabulary, on any device.
+"""The Fisher-vector product in PyTorch, tile by tile, on any device.
 
     pass 1  for a block of rows [R, D] and each vocabulary tile [v, D]:
                 z, ∂z [R, v]  ->  running max m, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ ∂z              so that s = Σ_v p ∂z is known
@@ -6,7 +6,7 @@
                 z, ∂z again  ->  g = w · t′ · p (∂z − s)  ->  weight product [tile] += gᵀ h  and  hidden product += g W
 
 z and the part of ∂z that comes from d_hidden are one product, of both stacked [2R, D], which reads the weight once.
-Memory: tiles that fit `budget` bytes; beyond them the rows that count and their product in float32, [N, D] each.
+Memory: tiles that fit the budget; beyond them the rows that count and their product in float32, [N, D] each.
 """
 
 from __future__ import annotations
@@ -14,40 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.engines.chunked import VERY_NEGATIVE, add_product, tiling, upcast_product
-from fastppo.engines.transform import LogitTransform
+from fastppo.engines.chunked.linear import add_product, tiling, upcast_product
+from fastppo.engines.engine import VERY_NEGATIVE, Head, Options
 
 
-@torch.library.custom_op("fastppo::chunked_fisher_vector_product", mutates_args=())
-def fisher_vector_product(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    d_hidden: Tensor,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    row_weights: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The products for hidden, weight and bias, in their dtypes; the last two empty where no direction was given.
-
-    Args:
-        hidden, d_hidden: [N, D]; weight, d_weight: [V, D]; bias, d_bias: [V].
-        row_weights: [N] float32 (float64 for float64); rows of weight 0 are left out.
-        compute_dtype: precision of the matrix products.
-        budget: bytes of scratch.
-    """
+def fisher_vector_product(policy: Head, direction: Head, row_weights: Tensor, options: Options) -> Head:
+    hidden, weight, bias = policy
+    d_weight, d_bias = direction[1:]
     (vocab, dim), dtype = weight.shape, torch.promote_types(hidden.dtype, torch.float32)
     rows = row_weights.nonzero().squeeze(-1)
     directions = 1 if d_weight is None else 2
-    block, width = tiling(rows.numel(), vocab, directions * dim, budget)
+    block, width = tiling(rows.numel(), vocab, directions * dim, options.budget)
     # g is as small as w p, of which float16 has nothing left.
-    product_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
-    transform = LogitTransform(temperature, logit_scale, softcap)
+    product_dtype = torch.float32 if options.compute_dtype == torch.float16 else options.compute_dtype
 
     out_hidden_rows = hidden.new_zeros(rows.numel(), dim, dtype=dtype)
     out_weight = weight.new_empty(weight.shape if d_weight is not None else (0,))
@@ -56,7 +35,7 @@ def fisher_vector_product(
     blocks = []
     for start in range(0, rows.numel(), block):
         index = rows[start : start + block]
-        tangent = _Tangent(hidden[index], d_hidden[index], weight, bias, d_weight, d_bias, transform, compute_dtype)
+        tangent = _Tangent(policy, direction, index, options)
         blocks.append((slice(start, start + block), tangent, row_weights[index], _mean_tangent(tangent, width)))
 
     for lo in range(0, vocab, width):
@@ -67,7 +46,7 @@ def fisher_vector_product(
             z, dz = tangent.tile(lo, hi)
             p = (z - row_max.unsqueeze(1)).exp_()
             g = dz.sub_(mean.unsqueeze(1)).mul_(p).mul_((scale / total).unsqueeze(1))
-            g = transform.backward_(g, z)
+            g = options.transform.backward_(g, z)
             add_product(out_hidden_rows[span], g, weight[lo:hi], product_dtype, last_sum=hi - lo == vocab)
             if d_weight is not None:
                 add_product(weight_tile, g.t(), tangent.hidden, product_dtype, last_sum=len(blocks) == 1)
@@ -80,27 +59,19 @@ def fisher_vector_product(
 
     out_hidden = hidden.new_zeros(hidden.shape)
     out_hidden[rows] = out_hidden_rows.to(hidden.dtype)
-    return out_hidden, out_weight, out_bias
-
-
-@fisher_vector_product.register_fake
-def _(hidden, weight, bias, d_hidden, d_weight, d_bias, *_options):
-    return (
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape if d_weight is not None else (0,)),
-        bias.new_empty(bias.shape) if d_bias is not None else weight.new_empty(0),
-    )
+    return Head(out_hidden, out_weight, out_bias)
 
 
 class _Tangent:
     """The logits of a block of rows and their derivative along a direction, a vocabulary tile at a time."""
 
-    def __init__(self, hidden, d_hidden, weight, bias, d_weight, d_bias, transform, compute_dtype) -> None:
-        self.accumulation_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.stacked = torch.cat([hidden.to(compute_dtype), d_hidden.to(compute_dtype)])  # [2R, D]
-        self.hidden = self.stacked[: hidden.shape[0]]
-        self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
-        self.transform: LogitTransform = transform
+    def __init__(self, policy: Head, direction: Head, index: Tensor, options: Options) -> None:
+        self.accumulation_dtype = torch.promote_types(policy.hidden.dtype, torch.float32)
+        # [2R, D]
+        self.stacked = torch.cat([x[index].to(options.compute_dtype) for x in (policy.hidden, direction.hidden)])
+        self.hidden = self.stacked[: index.numel()]
+        self.weight, self.bias, self.d_weight, self.d_bias = *policy[1:], *direction[1:]
+        self.transform = options.transform
 
     def tile(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """z, ∂z [R, hi − lo] in float32 (float64 for float64), buffers of the caller's own."""

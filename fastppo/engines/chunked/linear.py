@@ -1,0 +1,286 @@
+"""Everything about softmax(h Wᵀ) that a loss needs, in PyTorch, tile by tile, without ever holding [N, V].
+
+    pass 1  for a block of rows [R, D] and each vocabulary tile [v, D]:
+                z [R, v] = transform(h Wᵀ + b)  ->  running max m, Σ eᶻ⁻ᵐ, Σ eᶻ⁻ᵐ (z − m), z[target]   (online softmax)
+            and the same of a reference model next to it where a divergence is asked for
+    pass 2  for each vocabulary tile, for each block of rows that still has a gradient:
+                z recomputed, turned into ∂z in place, then ∂W[tile] += ∂zᵀ h  and  ∂h += ∂z W[tile]
+
+Cost: 2NDV FLOPs for pass 1 and 6NDV for pass 2. Memory: tiles that fit the budget; beyond them a copy of the rows that
+contribute and ∂h in float32, [N, D] each. Rows that cannot contribute are left out of both passes: ignored targets of
+the first, rows with zero upstream of the second. On an accelerator the host waits for that, once a pass and a tile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastppo.engines.engine import (
+    VERY_NEGATIVE,
+    Gradients,
+    Head,
+    Needs,
+    Options,
+    Problem,
+    RowCoefficients,
+    TerminalLoss,
+    Upstream,
+    contributing,
+)
+
+# Rows in a block: enough for a matrix product to run at full speed, few enough for wide vocabulary tiles.
+ROWS = 1024
+
+
+def linear_statistics(problem: Problem) -> list[Tensor]:
+    policy, targets, reference, kl_kind, options = problem
+    rows = (targets >= 0).nonzero().squeeze(-1)
+    dtype = _accumulation_dtype(policy.hidden.dtype)
+    out = torch.zeros(4 if reference is None else 8, targets.numel(), dtype=dtype, device=targets.device)
+    block, width = tiling(rows.numel(), *policy.weight.shape, options.budget)
+    for index in rows.split(block):
+        p, q = _Logits.of(policy, index, options), _Logits.of(reference, index, options)
+        out[:, index] = _block_statistics(p, q, targets[index], kl_kind, width)
+    return list(out)
+
+
+def linear_vjp(problem: Problem, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
+    hidden, weight, bias = problem.policy
+    (vocab, dim), compute_dtype = weight.shape, problem.options.compute_dtype
+    dtype = _accumulation_dtype(hidden.dtype)
+    rows = contributing(problem.targets, upstream).nonzero().squeeze(-1)
+    block, width = tiling(rows.numel(), vocab, dim, problem.options.budget)
+
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else weight.new_empty(0)
+    d_bias = torch.empty_like(bias) if needs.bias else weight.new_empty(0)
+    d_hidden_rows = hidden.new_zeros(rows.numel() if needs.hidden else 0, dim, dtype=dtype)
+    blocks = [_LogitGradient(problem, saved, upstream, index) for index in rows.split(block)]
+    spans = [slice(start, start + block) for start in range(0, max(rows.numel(), 1), block)]
+
+    for lo in range(0, vocab, width):
+        hi = min(lo + width, vocab)
+        d_weight_tile = hidden.new_zeros(hi - lo, dim, dtype=dtype) if needs.weight else None
+        d_bias_tile = hidden.new_zeros(hi - lo, dtype=dtype) if needs.bias else None
+        for span, block_of_rows in zip(spans, blocks, strict=True):
+            dz = block_of_rows.tile(lo, hi)
+            if needs.weight:
+                rows_hidden = block_of_rows.policy.hidden
+                add_product(d_weight_tile, dz.t(), rows_hidden, compute_dtype, last_sum=len(blocks) == 1)
+            if needs.bias:
+                d_bias_tile += dz.sum(0)
+            if needs.hidden:
+                add_product(d_hidden_rows[span], dz, weight[lo:hi], compute_dtype, last_sum=hi - lo == vocab)
+        if needs.weight:
+            d_weight[lo:hi] = d_weight_tile
+        if needs.bias:
+            d_bias[lo:hi] = d_bias_tile
+
+    d_hidden = hidden.new_zeros(hidden.shape if needs.hidden else (0,))
+    if needs.hidden:
+        d_hidden[rows] = d_hidden_rows.to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[list[Tensor], Gradients]:
+    saved = linear_statistics(problem)
+    return saved, linear_vjp(problem, saved, loss.row_gradients(saved[0]), needs)
+
+
+class _Logits:
+    """The logits of a block of rows, a vocabulary tile at a time."""
+
+    def __init__(self, head: Head, index: Tensor, options: Options) -> None:
+        self.hidden = head.hidden[index].to(options.compute_dtype)  # [R, D]
+        self.weight, self.bias = head.weight, head.bias  # [V, D], [V]
+        self.transform = options.transform
+        self.accumulation_dtype = _accumulation_dtype(head.hidden.dtype)
+
+    @classmethod
+    def of(cls, head: Head | None, index: Tensor, options: Options) -> _Logits | None:
+        return None if head is None else cls(head, index, options)
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """z [R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
+        x = upcast_product(self.hidden, self.weight[lo:hi]).to(self.accumulation_dtype)
+        if self.bias is not None:
+            x += self.bias[lo:hi]
+        return self.transform.apply_(x)
+
+
+def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tensor, kl_kind: str, width: int) -> Tensor:
+    """[4 or 8, R]: the statistics of one block of rows."""
+    vocab = policy.weight.shape[0]
+    p = _Online(policy.hidden.shape[0], policy.accumulation_dtype, policy.hidden.device)
+    q = None if reference is None else _Online(policy.hidden.shape[0], policy.accumulation_dtype, policy.hidden.device)
+    for lo in range(0, vocab, width):
+        hi = min(lo + width, vocab)
+        z = policy.tile(lo, hi)
+        p.see_target(z, targets, lo, hi)
+        if q is None:
+            p.fold(z)
+        elif kl_kind == "forward":
+            q.fold_beside(p, reference.tile(lo, hi), z)
+        else:
+            p.fold_beside(q, z, reference.tile(lo, hi))
+    statistics = [p.logprobs(), p.entropy(vocab), p.row_max, p.log_sum()]
+    if q is not None:
+        if kl_kind == "forward":
+            divergence = q.divergence_from(p)
+            center = torch.zeros_like(divergence)
+        else:
+            divergence = p.divergence_from(q)
+            center = divergence
+        statistics += [divergence.clamp(min=0.0), center, q.row_max, q.log_sum()]
+    return torch.stack(statistics)
+
+
+class _Online:
+    """Online softmax statistics of a block of rows; every sum is kept relative to the running row maximum."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.row_max = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
+        self.sum = self.row_max.new_zeros(rows)  # Σ eᶻ⁻ᵐ
+        self.weighted = self.sum.clone()  # Σ eᶻ⁻ᵐ (z − m)
+        self.difference = self.sum.clone()  # Σ eᶻ⁻ᵐ ((z − m) − (z' − m')), z' the other model's
+        # A target that no tile has is outside the vocabulary, and must not pass for a probability.
+        self.target = torch.full_like(self.sum, torch.nan)
+
+    def see_target(self, z: Tensor, targets: Tensor, lo: int, hi: int) -> None:
+        here = (targets >= lo) & (targets < hi)
+        taken = z.gather(1, (targets - lo).clamp(0, hi - lo - 1).unsqueeze(1)).squeeze(1)
+        self.target = torch.where(here, taken, self.target)
+
+    def fold(self, z: Tensor) -> Tensor:
+        """Take in the tile z [R, v], which becomes z − m in place. Returns eᶻ⁻ᵐ."""
+        shift = self._raise_max(z)
+        exp = z.exp()
+        scale = shift.exp()
+        self.weighted = (self.weighted + self.sum * shift) * scale + _row_dot(exp, z.clamp_(min=VERY_NEGATIVE))
+        self.sum = self.sum * scale + exp.sum(1)
+        return exp
+
+    def fold_beside(self, other: _Online, z: Tensor, other_z: Tensor) -> None:
+        """Take in a tile of both models, and the mean of the difference of their logits under this one's weights.
+
+        One sum of small differences: the difference of two large sums would lose a small divergence in rounding.
+        """
+        sum_before, max_before, other_max_before = self.sum, self.row_max, other.row_max
+        exp = self.fold(z)
+        other.fold(other_z)
+        shift = (max_before - self.row_max).clamp_(min=VERY_NEGATIVE)
+        other_shift = (other_max_before - other.row_max).clamp_(min=VERY_NEGATIVE)
+        before = (self.difference + sum_before * (shift - other_shift)) * shift.exp()
+        self.difference = before + _row_dot(exp, z.sub_(other_z))
+
+    def divergence_from(self, other: _Online) -> Tensor:
+        """KL(this ‖ other), after `fold_beside` of every tile."""
+        return self.difference / self.sum - self.log_sum() + other.log_sum()
+
+    def _raise_max(self, z: Tensor) -> Tensor:
+        """Move the running maximum up to z's; z becomes z − m. Returns the shift, at most 0, of the sums so far."""
+        row_max = torch.maximum(self.row_max, z.amax(1))
+        shift = (self.row_max - row_max).clamp_(min=VERY_NEGATIVE)
+        self.row_max = row_max
+        z.sub_(row_max.unsqueeze(1))
+        return shift
+
+    def log_sum(self) -> Tensor:
+        return self.sum.log()
+
+    def entropy(self, vocab: int) -> Tensor:
+        return (self.log_sum() - self.weighted / self.sum).clamp_(0.0, math.log(vocab))
+
+    def logprobs(self) -> Tensor:
+        return ((self.target - self.row_max) - self.log_sum()).clamp_(max=0.0)
+
+
+class _LogitGradient:
+    """∂loss/∂x of a block of rows and the raw logits x, a vocabulary tile at a time."""
+
+    def __init__(self, problem: Problem, saved: list[Tensor], upstream: Upstream, index: Tensor) -> None:
+        self.policy, self.reference = _Logits.of(problem.policy, index, problem.options), None
+        self.targets = problem.targets[index]
+        self.rows = RowCoefficients.of(saved[1], upstream, index)
+        self.row_max, self.log_sum = saved[2][index], saved[3][index]
+        if upstream.kl is not None:
+            self.reference, self.kl_kind = _Logits.of(problem.reference, index, problem.options), problem.kl_kind
+            self.kl_center, self.ref_row_max, self.ref_log_sum = (x[index] for x in saved[5:8])
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """[R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
+        z = self.policy.tile(lo, hi)
+        capped = z.clone() if self.policy.transform.softcap is not None else z
+        log_p = log_softmax_(z, self.row_max, self.log_sum)
+        p = log_p.exp()
+        coefficient = self.rows.a.unsqueeze(1)
+        if self.rows.b is not None:
+            coefficient = self.rows.b.unsqueeze(1) * log_p + coefficient
+        dz = p * coefficient
+        if self.reference is not None:
+            log_q = log_softmax_(self.reference.tile(lo, hi), self.ref_row_max, self.ref_log_sum)
+            dz += self.rows.d_kl.unsqueeze(1) * self._divergence_gradient(p, log_p, log_q)
+        here = ((self.targets >= lo) & (self.targets < hi)).nonzero().squeeze(-1)
+        dz[here, self.targets[here] - lo] += self.rows.c[here]
+        return self.policy.transform.backward_(dz, capped)
+
+    def _divergence_gradient(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """∂/∂z of the divergence from the reference, which is held constant."""
+        if self.kl_kind == "forward":
+            return p - log_q.exp()
+        return p * (log_p - log_q - self.kl_center.unsqueeze(1))
+
+
+def log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
+    """z becomes log p, in place; the two subtractions stay apart for the sake of logits with a large common offset."""
+    return z.sub_(row_max.unsqueeze(1)).clamp_(min=VERY_NEGATIVE).sub_(log_sum.unsqueeze(1))
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+def upcast_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [R, D] times weight [v, D] transposed, in rows' precision; float32 from a low one, float64 from float64."""
+    weight = weight.to(rows.dtype)
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    # On a CPU a bfloat16 product comes rounded to bfloat16, as the naive path's logits do.
+    product = torch.mm(rows, weight.t())
+    return product.to(_accumulation_dtype(product.dtype))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, compute_dtype: torch.dtype, *, last_sum: bool) -> None:
+    """out += a @ b, accumulated in out's float32.
+
+    A CPU's bfloat16 product comes rounded to bfloat16. That is fine where the product is the whole sum (`last_sum`:
+    the naive path rounds there too), and biases training where many such are added up; those run in float32.
+    """
+    if compute_dtype == out.dtype:
+        out.addmm_(a, b.to(out.dtype))
+    elif out.is_cuda:
+        out += torch.mm(a.to(compute_dtype), b.to(compute_dtype), out_dtype=torch.float32)
+    elif last_sum:
+        out += torch.mm(a.to(compute_dtype), b.to(compute_dtype))
+    else:
+        out.addmm_(a, b.to(out.dtype))
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tiling(rows: int, vocab: int, dim: int, budget: int) -> tuple[int, int]:
+    """Rows in a block and columns in a tile, so that what a tile needs stays within `budget` bytes.
+
+    At its widest (∂z with a divergence) five float32 buffers [R, v] are alive, and two copies of the weight tile.
+    """
+    block = max(1, min(rows, ROWS))
+    width = budget // (4 * (5 * block + 2 * dim))
+    if width < 64:
+        # A budget for less than 64 columns of this many rows: fewer rows then.
+        width = 64
+        block = max(1, min(block, (budget // (4 * width) - 2 * dim) // 5))
+    return block, min(vocab, width) if width < 64 or vocab <= width else width // 64 * 64
