@@ -277,7 +277,6 @@ def test_the_divergence_of_logits_close_together_keeps_its_digits(device):
     logits = torch.randn(6, 200, dtype=torch.float64)
     moved = logits + 0.03 * torch.randn(6, 200, dtype=torch.float64)
     want = torch.stack([oracle.divergence(a, b, "reverse") for a, b in zip(logits, moved, strict=True)])
-    kernels = ops.triton_kernels.selective
     targets = torch.zeros(6, dtype=torch.long, device=device)
     rounded = [x.to(device, torch.float32) for x in (logits, moved)]
     kl = kernels.statistics(*rounded, targets, 1.0, 1.0, None)[4]
