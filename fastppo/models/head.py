@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastppo.models.fused import fused_layers
-
 # How architectures multiply their logits: name of the configuration entry, and whether it divides.
 _SCALES = {
     "logit_scale": False,  # Cohere
@@ -122,8 +120,7 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
         arguments["use_cache"] = False
-    with fused_layers(backbone):
-        return backbone(**arguments).last_hidden_state
+    return backbone(**arguments).last_hidden_state
 
 
 def hidden_close(given: Tensor, expected: Tensor) -> bool:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.attention import NAME
-from fastppo.models.fused import fused_layers
 from fastppo.models.head import hidden_close, token_hidden
 
 _DENSE = {"sdpa", NAME}
@@ -147,13 +146,12 @@ def _causal(count: int) -> Tensor:
 
 def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     """[B, T, D]: the states that predict the completion tokens; what stands at padding is arbitrary but finite."""
-    with fused_layers(backbone):
-        hidden = backbone(
-            input_ids=packed.input_ids,
-            attention_mask=packed.visible,
-            position_ids=packed.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+    hidden = backbone(
+        input_ids=packed.input_ids,
+        attention_mask=packed.visible,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 
 
