@@ -27,7 +27,6 @@ const Products& products();
 // The instruction set of that name, or the best there is; ValueError where the machine or the build lacks it.
 Isa parse_isa(const std::optional<std::string>& wanted);
 
-void bind_layers(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_products(nanobind::module_& m);
 

@@ -76,5 +76,4 @@ NB_MODULE(_C, m) {
     bind_gae<double>(m);
     fastppo::bind_products(m);
     fastppo::bind_linear(m);
-    fastppo::bind_layers(m);
 }

@@ -30,15 +30,8 @@ class Phases {
 public:
     template <class Body>
     void add(std::int64_t items, Body body) {
-        before_ = total_;
-        beside(items, std::move(body));
-    }
-
-    // More items for the phase added last.
-    template <class Body>
-    void beside(std::int64_t items, Body body) {
         if (items == 0) return;
-        pieces_.push_back({total_, before_, std::move(body)});
+        phases_.push_back({total_, std::move(body)});
         total_ += items;
     }
 
@@ -49,13 +42,13 @@ public:
         parallel_for(threads, threads, [&](int worker) {
             std::size_t at = 0;
             for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < total_;) {
-                while (at + 1 < pieces_.size() && pieces_[at + 1].start <= item) ++at;
-                const Piece& piece = pieces_[at];
+                while (at + 1 < phases_.size() && phases_[at + 1].start <= item) ++at;
+                const Phase& phase = phases_[at];
                 // Those ahead are at work, or have lost their processor to someone who would like this one's.
-                for (int tries = 0; done.load(std::memory_order_acquire) < piece.before; ++tries) {
+                for (int tries = 0; done.load(std::memory_order_acquire) < phase.start; ++tries) {
                     if (tries > kPatience) std::this_thread::yield();
                 }
-                piece.body(worker, item - piece.start);
+                phase.body(worker, item - phase.start);
                 done.fetch_add(1, std::memory_order_release);
             }
         });
@@ -64,13 +57,13 @@ public:
 private:
     static constexpr int kPatience = 10000;  // loads of a shared cache line: tens of microseconds
 
-    struct Piece {
-        std::int64_t start, before;  // its first item; how many must be done first
+    struct Phase {
+        std::int64_t start;  // its first item, so how many must be done before it
         std::function<void(int, std::int64_t)> body;
     };
 
-    std::vector<Piece> pieces_;
-    std::int64_t total_ = 0, before_ = 0;
+    std::vector<Phase> phases_;
+    std::int64_t total_ = 0;
 };
 
 }  // namespace fastppo

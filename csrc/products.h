@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "cpu.h"
 #include "rows.h"
 
 namespace fastppo {
@@ -16,13 +15,6 @@ struct Products {
     Multiply float32 = nullptr;
     Multiply bfloat16 = nullptr;
     void (*release)(bool interleaved) = nullptr;
-};
-
-// What a call may use.
-struct Machine {
-    Isa isa = Isa::portable;
-    int threads = 1;
-    Products products;
 };
 
 struct Matrix {

@@ -81,22 +81,6 @@ struct RowKernels {
 
     float (*sum)(const void* x, Type type, std::int64_t n);  // n a multiple of 32
 
-    // y = w x / √(mean x² + eps); returns 1 / √(…).
-    float (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* y);
-    // ∂x [n]; ∂w is added to d_weight.
-    void (*rms_norm_backward)(const float* x, const float* weight, float scale, const float* dy, std::int64_t n, float* dx,
-                              float* d_weight);
-    // p = softmax(scale · s + mask) [n] in bfloat16, n a multiple of 64; s becomes what its exponential is taken of. Returns
-    // the logarithm of the sum.
-    float (*softmax)(float* s, const float* mask, float scale, std::int64_t n, std::uint16_t* p);
-    // The same from that logarithm, and ∂s = scale · p (∂p − Σ p ∂p).
-    void (*softmax_backward)(float* s, const float* mask, float scale, float log_sum, const float* dp, std::int64_t n,
-                             std::uint16_t* p, std::uint16_t* ds);
-    // h = silu(gate) · up in bfloat16, and ∂gate, ∂up from ∂h.
-    void (*gated)(const std::uint16_t* gate, const std::uint16_t* up, std::int64_t n, std::uint16_t* h);
-    void (*gated_backward)(const std::uint16_t* gate, const std::uint16_t* up, const std::uint16_t* dh, std::int64_t n,
-                           std::uint16_t* d_gate, std::uint16_t* d_up);
-
     void (*exp)(const float* x, std::int64_t n, float* y);  // for the tests, as is the next
     void (*tanh)(const float* x, std::int64_t n, float* y);
 };

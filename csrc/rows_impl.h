@@ -4,8 +4,6 @@
 // cache: a few percent of a product with D = 576.
 #pragma once
 
-#include <cmath>
-
 #include "rows.h"
 #include "vector_math.h"
 
@@ -310,123 +308,6 @@ float sum(const void* x, Type type, std::int64_t n) {
     return S::sum(total);
 }
 
-// body(i, count) for vectors of a row, the last one perhaps of count < W values; `load` and `save` for them.
-template <class Body>
-FASTPPO_ALWAYS_INLINE void each_vector(std::int64_t n, const Body& body) {
-    std::int64_t i = 0;
-    for (; i + W <= n; i += W) body(i, std::int64_t{W});
-    if (i < n) body(i, n - i);
-}
-
-template <Type kType>
-FASTPPO_ALWAYS_INLINE F load_some(const void* p, std::int64_t i, std::int64_t count) {
-    return count == W ? load_as(p, kType, i) : load_first(at(p, kType, i), kType, count);
-}
-
-template <Type kType>
-FASTPPO_ALWAYS_INLINE void store_some(void* p, std::int64_t i, std::int64_t count, F v) {
-    if (count == W) return store_as(p, kType, i, v);
-    alignas(64) char buffer[W * 4];
-    store_as(buffer, kType, 0, v);
-    std::memcpy(at(p, kType, i), buffer, static_cast<std::size_t>(count * size_of(kType)));
-}
-
-float rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* y) {
-    constexpr Type kFloat = Type::float32;
-    F squares = S::set1(0.0f);
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F v = load_some<kFloat>(x, i, count);
-        squares = S::fma(v, v, squares);
-    });
-    const float scale = 1.0f / std::sqrt(S::sum(squares) / static_cast<float>(n) + eps);
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F normal = S::mul(load_some<kFloat>(x, i, count), S::set1(scale));
-        store_some<kFloat>(y, i, count, S::mul(load_some<kFloat>(weight, i, count), normal));
-    });
-    return scale;
-}
-
-void rms_norm_backward(const float* x, const float* weight, float scale, const float* dy, std::int64_t n, float* dx,
-                       float* d_weight) {
-    constexpr Type kFloat = Type::float32;
-    F along = S::set1(0.0f);  // Σ ∂y w x
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F v = load_some<kFloat>(x, i, count), g = load_some<kFloat>(dy, i, count);
-        along = S::fma(S::mul(g, load_some<kFloat>(weight, i, count)), v, along);
-        const F sum = load_some<kFloat>(d_weight, i, count);
-        store_some<kFloat>(d_weight, i, count, S::fma(g, S::mul(v, S::set1(scale)), sum));
-    });
-    const F back = S::set1(-scale * scale * scale * S::sum(along) / static_cast<float>(n));
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F g = S::mul(load_some<kFloat>(dy, i, count), load_some<kFloat>(weight, i, count));
-        store_some<kFloat>(dx, i, count, S::fma(g, S::set1(scale), S::mul(load_some<kFloat>(x, i, count), back)));
-    });
-}
-
-float softmax(float* s, const float* mask, float scale, std::int64_t n, std::uint16_t* p) {
-    F high = S::set1(-kInfinity);
-    for (std::int64_t i = 0; i < n; i += W) {
-        const F z = S::fma(S::load(s + i), S::set1(scale), S::load(mask + i));
-        S::store(s + i, z);
-        high = S::max(z, high);
-    }
-    const float m = S::highest(high);
-    F sum = S::set1(0.0f);
-    for (std::int64_t i = 0; i < n; i += W) {
-        const F e = exp(S::sub(S::load(s + i), S::set1(m)));
-        S::store(s + i, e);
-        sum = S::add(sum, e);
-    }
-    const float total = S::sum(sum);
-    for (std::int64_t i = 0; i < n; i += W) {
-        store_as(p, Type::bfloat16, i, S::mul(S::load(s + i), S::set1(1.0f / total)));
-    }
-    return m + std::log(total);
-}
-
-void softmax_backward(float* s, const float* mask, float scale, float log_sum, const float* dp, std::int64_t n,
-                      std::uint16_t* p, std::uint16_t* ds) {
-    F along = S::set1(0.0f);
-    for (std::int64_t i = 0; i < n; i += W) {
-        const F z = S::fma(S::load(s + i), S::set1(scale), S::load(mask + i));
-        const F e = exp(S::sub(z, S::set1(log_sum)));
-        S::store(s + i, e);
-        store_as(p, Type::bfloat16, i, e);
-        along = S::fma(e, S::load(dp + i), along);
-    }
-    const F mean = S::set1(S::sum(along));
-    for (std::int64_t i = 0; i < n; i += W) {
-        const F slope = S::mul(S::load(s + i), S::sub(S::load(dp + i), mean));
-        store_as(ds, Type::bfloat16, i, S::mul(slope, S::set1(scale)));
-    }
-}
-
-FASTPPO_ALWAYS_INLINE F sigmoid(F x) {
-    const F one = S::set1(1.0f);
-    return S::div(one, S::add(one, exp(S::sub(S::set1(0.0f), x))));
-}
-
-void gated(const std::uint16_t* gate, const std::uint16_t* up, std::int64_t n, std::uint16_t* h) {
-    constexpr Type kHalf = Type::bfloat16;
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F g = load_some<kHalf>(gate, i, count), u = load_some<kHalf>(up, i, count);
-        store_some<kHalf>(h, i, count, S::mul(S::mul(g, sigmoid(g)), u));
-    });
-}
-
-void gated_backward(const std::uint16_t* gate, const std::uint16_t* up, const std::uint16_t* dh, std::int64_t n,
-                    std::uint16_t* d_gate, std::uint16_t* d_up) {
-    constexpr Type kHalf = Type::bfloat16;
-    const F one = S::set1(1.0f);
-    each_vector(n, [&](std::int64_t i, std::int64_t count) {
-        const F g = load_some<kHalf>(gate, i, count), u = load_some<kHalf>(up, i, count);
-        const F d = load_some<kHalf>(dh, i, count), s = sigmoid(g);
-        const F slope = S::mul(s, S::fma(g, S::sub(one, s), one));  // of g s(g)
-        store_some<kHalf>(d_up, i, count, S::mul(d, S::mul(g, s)));
-        store_some<kHalf>(d_gate, i, count, S::mul(S::mul(d, u), slope));
-    });
-}
-
 template <F (*kFunction)(F)>
 void map(const float* x, std::int64_t n, float* y) {
     std::int64_t i = 0;
@@ -442,8 +323,7 @@ F exp_of(F x) { return exp(x); }
 F tanh_of(F x) { return tanh(x); }
 
 constexpr RowKernels kKernels{transform_any, fold, fold_both, gradient_any, convert, keep, restore, pack_transposed,
-                             pack, transpose, sum, rms_norm, rms_norm_backward, softmax, softmax_backward, gated,
-                             gated_backward, map<exp_of>, map<tanh_of>};
+                             pack, transpose, sum, map<exp_of>, map<tanh_of>};
 
 }  // namespace
 }  // namespace fastppo

@@ -86,7 +86,6 @@ struct Simd {
 #endif
     }
     static I pairs(I low, I high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
-    static I bits(F v) { return _mm512_castps_si512(v); }
     static I load_bits(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
     static I load_halves(const std::uint16_t* p) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -181,7 +180,6 @@ struct Simd {
         return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
     }
     static I pairs(I low, I high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
-    static I bits(F v) { return _mm256_castps_si256(v); }
     static I load_bits(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static I load_halves(const std::uint16_t* p) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -302,7 +300,6 @@ struct Simd {
         });
     }
     static I pairs(I low, I high) { return each<I>([&](int i) { return low.v[i] | high.v[i] << 16; }); }
-    static I bits(F a) { return bits_as<I>(a); }
     static I load_bits(const std::uint32_t* p) { return each<I>([&](int i) { return p[i]; }); }
     static I load_halves(const std::uint16_t* p) { return each<I>([&](int i) { return std::uint32_t{p[i]}; }); }
     static void store_bits(std::uint32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }

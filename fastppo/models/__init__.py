@@ -1,17 +1,15 @@
-"""Models, taken from outside and taken apart for the operators."""
+"""Causal language models from transformers, and what the operators need of them."""
 
 from fastppo.models.head import LMHead, backbone_and_head, check_head, token_hidden
 from fastppo.models.load import (
-    ModelError,
-    ModelSource,
     apply_lora,
     context_length,
     disable_dropout,
     freeze_copy,
     load_causal_lm,
     load_tokenizer,
-    resolve,
 )
+from fastppo.models.source import ModelError, ModelSource, resolve
 from fastppo.models.value import ValueHead, ValueModel
 
 __all__ = [

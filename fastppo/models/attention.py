@@ -1,17 +1,16 @@
-"""Attention for a CPU, for the short sequences of a policy update.
+"""CPU attention for the short sequences of a policy update, registered with transformers as `fastppo_short`.
 
-PyTorch's fused attention on a CPU pays for its blocking at every (sequence, head), which for short sequences is most of
-its time, and transformers repeats the keys and values of grouped heads for it. Here the queries of a group are stacked
-over their key head: in a kernel of fastppo's own (csrc/attention.h), or in plain products where that does not fit. One
-layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16, forward and backward, processor time of one Zen 4
-core in ms:
+PyTorch's fused CPU attention pays for its blocking at every (sequence, head), which dominates for short sequences, and
+transformers repeats the keys and values of grouped heads for it. Here the queries of a group are stacked over their key
+head and multiplied in two plain products. One layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16,
+forward and backward, processor time of one Zen 4 core in ms:
 
     sequences x tokens                      32 x 33    8 x 105    4 x 200    4 x 512
-    scaled_dot_product_attention               31.8       34.6       28.1      122.2
-    kernel                                      5.9        8.1       12.5       55.2
+    scaled_dot_product_attention               29.5       30.5       27.4      115.7
+    plain products                              6.2       10.9       17.2      115.5
 
-Softmax is float32 as in the fused kernel. Plain products keep scores for the backward pass, so longer sequences, whose
-scores would take more memory than everything else, are left to scaled_dot_product_attention.
+Scores and softmax are float32, as in the fused kernel. The backward pass needs the scores, so longer sequences, whose
+scores would take more memory than everything else, use scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastppo.models import layers
-
 NAME = "fastppo_short"
 LONGEST = 512  # keys, for as many queries
 
-# What some architectures pass besides; the plain products below know none of it.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "output_attentions", "cu_seq_lens_q")
+# Further arguments of some architectures, which the plain products do not support.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions", "cu_seq_lens_q")
 
 
 def attention(
@@ -41,7 +38,7 @@ def attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · scaling) v, by the convention of transformers' attention functions.
+    """softmax(q kᵀ · scaling) v, with the signature of transformers' attention functions.
 
     Args:
         query: [B, H, Q, d]; key, value: [B, H / G, K, d], one for every G query heads.
@@ -52,20 +49,18 @@ def attention(
     """
     queries, keys = query.shape[2], key.shape[2]
     plain = attention_mask is not None and attention_mask.dtype == torch.bool and not dropout
-    if not plain or queries * keys > LONGEST**2 or any(kwargs.get(name) is not None for name in _UNKNOWN):
+    if not plain or queries * keys > LONGEST**2 or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layers.fits_attention(query, key, value, attention_mask):
-        return layers.attention(query, key, value, attention_mask, scale), None
     batch, heads, _, dim = query.shape
     groups = heads // key.shape[1]
+    scale = dim**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         stacked = (query.float() * scale).reshape(batch, -1, groups * queries, dim)
         scores = stacked @ key.float().transpose(-1, -2)  # [B, H / G, G Q, K]
         scores = scores.view(batch, -1, groups, queries, keys)
-        # Added, in a sixth of masked_fill's time and at no cost to the backward pass. Beside it a score is nothing.
+        # Adding takes a sixth of masked_fill's time and has no backward pass of its own.
         scores += torch.finfo(torch.float32).min * ~attention_mask[:, :, None]
         weights = scores.softmax(-1).to(value.dtype).view(batch, -1, groups * queries, keys)
         out = (weights @ value).view(batch, heads, queries, value.shape[-1])

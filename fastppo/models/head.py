@@ -1,8 +1,8 @@
-"""A causal language model taken apart at its last step: hidden states, and the head that makes logits of them.
+"""Split a causal language model into its backbone and its head, which turns hidden states into logits.
 
     input_ids [B, T] ── backbone ──> hidden [B, T, D] ── W [V, D], b [V] ──> · logit_scale ──> soft cap ──> logits
 
-The operators of fastppo take the hidden states and the head, so the [B, T, V] logits on the right are never made.
+The operators of fastppo take the hidden states and the head, so the logits [B, T, V] are never materialized.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastppo.models.fused import fused_layers
-
-# How architectures multiply their logits: name of the configuration entry, and whether it divides.
+# Configuration entries that scale the logits, and whether they divide.
 _SCALES = {
     "logit_scale": False,  # Cohere
     "lm_head_multiplier": False,  # Falcon-H1
@@ -29,35 +27,35 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, RecurrentGe
 
 
 class LMHead(NamedTuple):
-    """What the logits are made with: ``softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)``."""
+    """The head that computes logits: ``softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)``."""
 
     weight: Tensor
-    """[V, D], the parameter itself, or base + adapter, through which gradients reach both."""
+    """[V, D]: the parameter itself, or base + adapter, through which gradients reach both."""
     bias: Tensor | None
     """[V]"""
     logit_scale: float
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The model's own logits [..., V] of hidden states [..., D]. For checks: training never makes them."""
+        """The model's own logits [..., V] of hidden states [..., D]. For checks; training never computes them."""
         z = F.linear(hidden, self.weight, self.bias) * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
-    """Take a causal language model apart.
+    """Split a causal language model into backbone and head.
 
-    Cheap enough for every step, and meant for it: a LoRA-wrapped head has a new weight after each optimizer step.
+    Call it in every step: a LoRA-wrapped head has a new weight after each optimizer step.
 
     Args:
         model: any AutoModelForCausalLM, its weights tied or not, wrapped by peft or not.
 
     Returns:
-        The module that maps input_ids to ``.last_hidden_state`` [B, T, D], and its head. Where adapters of another
-        precision sit on the head, the weight is in the wider of the two: bf16 would round their updates away.
+        The module that maps input_ids to ``.last_hidden_state`` [B, T, D], and the head. If the head has adapters of
+        another precision, the weight has the wider of the two, since bfloat16 would round their updates away.
 
     Raises:
-        ValueError: the head is of a kind that is not ``h Wᵀ + b``.
+        ValueError: the model has no head, or one that is not ``h Wᵀ + b``.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     output = causal.get_output_embeddings()
@@ -72,10 +70,10 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Run a few tokens through a model whole and taken apart, and with and without padding.
+    """Compare a model's own logits on a few tokens with those by `backbone_and_head`, and try padding.
 
-    Architectures scale and cap logits under many names, and some recurrent ones read padding as tokens. One that is not
-    known here would otherwise train on wrong probabilities without a sign.
+    Architectures scale and cap logits under many names, and some recurrent ones read padding as tokens. An architecture
+    unknown here would otherwise silently train on wrong probabilities.
 
     Raises:
         ValueError: the logits by `backbone_and_head` are not the model's own, or depend on padding.
@@ -91,21 +89,21 @@ def check_head(model: nn.Module) -> None:
             ours = head.logits(hidden.to(head.weight.dtype)).float()
             own = model(input_ids=ids, attention_mask=mask).logits.float()
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
+        raise ValueError(f"{name} cannot be split into a backbone and a head ({error})") from error
     exact = hidden.dtype in (torch.float32, torch.float64)
-    # Both went through the same products, so only the rounding of the scale and the cap is left.
+    # Both come from the same products, so only the scale and the cap round differently.
     if own.shape != ours.shape or not _close(ours, own, 1e-4 if exact else 3e-2):
         raise ValueError(
-            f"{name} makes its logits in a way that is not a linear head with a constant scale and soft cap, so its "
+            f"the logits of {name} are not those of a linear head with a constant scale and soft cap, so its "
             "log-probabilities cannot be computed from hidden states"
         )
-    # In half precision the rounding of a deep model is too near to what padding does to tell them apart.
+    # In half precision the rounding of a deep model is as large as the effect of padding.
     if exact and not hidden_close(padded, hidden):
         raise ValueError(f"the hidden states of {name} depend on padding, so sequences cannot be batched")
 
 
 def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states of every token, the same wherever the padding is.
+    """Hidden states of every token, independent of where the padding is.
 
     Args:
         backbone: from `backbone_and_head`.
@@ -113,7 +111,7 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
         attention_mask: [B, T], 1 for tokens, 0 for padding on either side.
 
     Returns:
-        [B, T, D] in the backbone's dtype; what stands at padding is arbitrary but finite.
+        [B, T, D] in the backbone's dtype, arbitrary but finite at padding.
     """
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
     accepted = _parameters(type(backbone))
@@ -122,17 +120,16 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
         arguments["use_cache"] = False
-    with fused_layers(backbone):
-        return backbone(**arguments).last_hidden_state
+    return backbone(**arguments).last_hidden_state
 
 
 def hidden_close(given: Tensor, expected: Tensor) -> bool:
-    """Whether float32 hidden states are the same but for rounding."""
+    """Whether float32 hidden states are equal up to rounding."""
     return _close(given, expected, 1e-3)
 
 
 def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
-    # `<=` rather than its opposite, so that NaN is not close to anything.
+    # NaN is not close to anything: every comparison with it is false.
     return bool((given - expected).abs().max() <= tolerance * expected.abs().max())
 
 
@@ -147,7 +144,7 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
         copies = output.modules_to_save
         output = copies[active] if active in copies else output.original_module  # noqa: SIM401 (no dict, has no get)
     base = output.get_base_layer() if hasattr(output, "lora_A") else output
-    # A head of its own kind may learn more than W and b (Dory: a scale a token), which no probe of its logits reveals.
+    # Another kind of head may learn more than W and b (Dory: a scale per token), which its logits need not show yet.
     if type(base).forward is not nn.Linear.forward:
         raise ValueError(f"the language-model head is a {type(base).__name__}, not a torch.nn.Linear")
     weight, bias = base.weight, base.bias
@@ -158,9 +155,7 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
             continue
         down, up = output.lora_A[adapter], output.lora_B[adapter]
         if output.lora_variant.get(adapter) is not None or up.bias is not None:
-            raise ValueError(
-                "only plain LoRA is possible on the language-model head (no DoRA or other variant, no bias)"
-            )
+            raise ValueError("the language-model head supports only plain LoRA (no DoRA or other variant, no bias)")
         weight = weight + output.scaling[adapter] * (up.weight @ down.weight)  # [V, r] @ [r, D]
     return weight, bias
 

@@ -1,13 +1,13 @@
-"""Several completions of one prompt in one row, the prompt computed once, and no padding between them.
+"""Pack several completions of a prompt into one row, so that the prompt is computed once and without padding.
 
     [B, P + T], padded on both sides      p p p a a .      ──>   [R, L]       p p p a a b b b
                                           p p p b b b                         q q c c c d . .
                                           . q q c c c
                                           . q q d . .      (R, L: whatever costs least)
 
-A token sees its own prompt and its own completion up to itself, and has the position it would have in a row of its own,
-so its hidden state is the same. That takes a dense mask, which SDPA and the attention of fastppo.models.attention
-accept, and layers that mix tokens by attention over the whole sequence and nothing else (`can_pack`).
+A token sees its own prompt and its own completion up to itself, at the position it would have in a row of its own, so
+its hidden state is the same. This needs an attention function that accepts a dense mask (SDPA and that of
+fastppo.models.attention do) and a model that mixes tokens only by attention over the whole sequence (`can_pack`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.attention import NAME
-from fastppo.models.fused import fused_layers
-from fastppo.models.head import hidden_close, token_hidden
+from fastppo.models.head import LMHead, backbone_and_head, hidden_close, token_hidden
 
 _DENSE = {"sdpa", NAME}
 
@@ -28,27 +27,43 @@ _DENSE = {"sdpa", NAME}
 class Packed(NamedTuple):
     """Sequences laid out in R rows of L tokens."""
 
-    input_ids: Tensor
-    """[R, L] int64, 0 on padding."""
-    position_ids: Tensor
-    """[R, L] int64"""
-    visible: Tensor
-    """[R, 1, L, L] bool: whether a token (third axis) sees another (fourth)."""
-    states: Tensor
-    """[B, T] int64: where in [R · L] the state is that predicts each completion token; 0 for padding."""
+    input_ids: Tensor  # [R, L] int64, 0 on padding
+    position_ids: Tensor  # [R, L] int64
+    visible: Tensor  # [R, 1, L, L] bool: whether a token (third axis) sees another (fourth)
+    states: Tensor  # [B, T] int64: index into [R · L] of the state that predicts a completion token; 0 for padding
+
+
+def completion_hidden(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+) -> tuple[Tensor, LMHead]:
+    """The states that predict the completion tokens, packed if the model allows it and that costs less.
+
+    Args:
+        model: a causal language model.
+        sequences, attention_mask, num_completion: as for `pack`.
+
+    Returns:
+        The states [B, T, D], arbitrary but finite at padding, and the model's head.
+    """
+    backbone, head = backbone_and_head(model)
+    if can_pack(backbone):
+        packed = pack(sequences, attention_mask, num_completion, head.weight.shape[1])
+        if packed is not None:
+            return packed_hidden(backbone, packed), head
+    return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
 def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: int) -> Packed | None:
-    """Lay out B sequences, those with equal prompts together.
+    """Lay out B sequences, those with equal prompts together, in the number of rows that costs least.
 
     Args:
         sequences: [B, P + T] int64, P columns of prompts padded on the left, T = `num_completion` of completions
             padded on the right.
         attention_mask: [B, P + T], 1 for tokens.
-        dim: width of the model, for the cost of attention beside that of everything else.
+        dim: width of the model, which sets the cost of attention relative to the rest.
 
     Returns:
-        None where no layout costs less than the given one.
+        The layout, or None if none costs less than the given one or a prompt is empty.
     """
     width = sequences.shape[1] - num_completion
     starts = (width - attention_mask[:, :width].sum(1)).tolist()
@@ -57,103 +72,93 @@ def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: in
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, start in enumerate(starts):
         groups.setdefault(tuple(ids[row][start:width]), []).append(row)
-    if () in groups:  # the state before the first token of an empty prompt is nowhere
+    if () in groups:  # no state predicts the first token after an empty prompt
         return None
 
     longest = max(len(prompt) + counts[row] for prompt, rows in groups.items() for row in rows)
     layouts = [_fill_rows(groups, counts, longest * times) for times in (1, 2, 4, 8, 16)]
-    layouts = [(_cost(len(rows), max(used for used, _ in rows), dim), rows) for rows in layouts]
-    cost, rows = min(layouts, key=lambda layout: layout[0])
-    if cost >= _cost(*sequences.shape, dim):
+    costs = [_cost(len(rows), max(map(_tokens, rows)), dim) for rows in layouts]
+    if min(costs) >= _cost(*sequences.shape, dim):
         return None
-    return _lay_out(rows, ids, counts, len(ids), num_completion, sequences.device)
+    completions = [row[width : width + count] for row, count in zip(ids, counts, strict=True)]
+    packed = _lay_out(layouts[costs.index(min(costs))], completions, num_completion)
+    return Packed(*(x.to(sequences.device) for x in packed))
 
 
 def _cost(rows: int, length: int, dim: int) -> float:
-    """Of one layer, in arbitrary units: about 24 D² operations a token in its products; 4 L D in attention, which runs
-    at a quarter of their rate."""
+    """Cost of a layer in arbitrary units: about 24 D² operations a token in its products, and 4 L D in attention at a
+    quarter of their rate."""
     return rows * length * (1.5 * dim + length)
 
 
-_Piece = tuple[tuple[int, ...], list[int]]  # a prompt, and the sequences whose completions follow it
+class _Piece(NamedTuple):
+    prompt: tuple[int, ...]
+    members: list[int]  # the sequences whose completions follow the prompt
+    tokens: int
 
 
-def _fill_rows(
-    groups: dict[tuple[int, ...], list[int]], counts: list[int], capacity: int
-) -> list[tuple[int, list[_Piece]]]:
-    """(tokens used, pieces) of each row: groups cut into pieces that fit, the largest placed first, each where it fits
-    first."""
-    pieces: list[tuple[int, _Piece]] = []
+def _tokens(row: list[_Piece]) -> int:
+    return sum(piece.tokens for piece in row)
+
+
+def _fill_rows(groups: dict[tuple[int, ...], list[int]], counts: list[int], capacity: int) -> list[list[_Piece]]:
+    """The pieces of each row, by first-fit decreasing: groups are cut into pieces of at most `capacity` tokens."""
+    pieces: list[_Piece] = []
     for prompt, sequences in groups.items():
         used, members = len(prompt), []
         for sequence in sequences:
             if members and used + counts[sequence] > capacity:
-                pieces.append((used, (prompt, members)))
+                pieces.append(_Piece(prompt, members, used))
                 used, members = len(prompt), []
             members.append(sequence)
             used += counts[sequence]
-        pieces.append((used, (prompt, members)))
-    rows: list[tuple[int, list[_Piece]]] = []
-    for used, piece in sorted(pieces, key=lambda item: -item[0]):
-        for index, (taken, content) in enumerate(rows):
-            if taken + used <= capacity:
-                rows[index] = (taken + used, [*content, piece])
-                break
-        else:
-            rows.append((used, [piece]))
+        pieces.append(_Piece(prompt, members, used))
+    rows: list[list[_Piece]] = []
+    taken: list[int] = []  # tokens of each row
+    for piece in sorted(pieces, key=lambda piece: -piece.tokens):
+        row = next((i for i, tokens in enumerate(taken) if tokens + piece.tokens <= capacity), len(rows))
+        if row == len(rows):
+            rows.append([])
+            taken.append(0)
+        rows[row].append(piece)
+        taken[row] += piece.tokens
     return rows
 
 
-def _lay_out(
-    rows: list[tuple[int, list[_Piece]]],
-    ids: list[list[int]],
-    counts: list[int],
-    batch: int,
-    num_completion: int,
-    device: torch.device,
-) -> Packed:
-    length = max(used for used, _ in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    position_ids = torch.zeros_like(input_ids)
-    # Padding sees itself: a softmax over nothing would be NaN.
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-    states = torch.zeros(batch, num_completion, dtype=torch.long)
-    for row, (_, pieces) in enumerate(rows):
+def _lay_out(rows: list[list[_Piece]], completions: list[list[int]], num_completion: int) -> Packed:
+    length = max(map(_tokens, rows))
+    input_ids, position_ids = torch.zeros(2, len(rows), length, dtype=torch.long)
+    # The piece and the sequence of each token; -1 at padding and, for the sequence, in a prompt.
+    piece_of, sequence_of = torch.full((2, len(rows), length), -1)
+    states = torch.zeros(len(completions), num_completion, dtype=torch.long)
+    for row, pieces in enumerate(rows):
         at = 0
-        for prompt, members in pieces:
-            first, after = at, at + len(prompt)
-            input_ids[row, first:after] = torch.tensor(prompt)
-            position_ids[row, first:after] = torch.arange(len(prompt))
-            visible[row, first:after, first:after] = _causal(len(prompt))
-            at = after
-            for member in members:
-                count = counts[member]
-                own = slice(at, at + count)
-                tokens = len(ids[member]) - num_completion
-                input_ids[row, own] = torch.tensor(ids[member][tokens : tokens + count], dtype=torch.long)
-                position_ids[row, own] = torch.arange(len(prompt), len(prompt) + count)
-                visible[row, own, first:after] = True
-                visible[row, own, own] = _causal(count)
-                # The prompt's last state predicts the first token, each token's state the next one.
-                states[member, :1] = row * length + after - 1
-                states[member, 1:count] = row * length + torch.arange(at, at + max(count - 1, 0))
-                at += count
-    return Packed(*(x.to(device) for x in (input_ids, position_ids, visible[:, None], states)))
-
-
-def _causal(count: int) -> Tensor:
-    return torch.ones(count, count, dtype=torch.bool).tril()
+        for number, (prompt, members, _) in enumerate(pieces):
+            last = at + len(prompt) - 1
+            for member in (-1, *members):
+                tokens, first = (prompt, 0) if member < 0 else (completions[member], len(prompt))
+                here = slice(at, at + len(tokens))
+                input_ids[row, here] = torch.tensor(tokens, dtype=torch.long)
+                position_ids[row, here] = torch.arange(first, first + len(tokens))
+                piece_of[row, here], sequence_of[row, here] = number, member
+                if member >= 0 and tokens:
+                    # The prompt's last state predicts the first token, each token's state the next one.
+                    states[member, : len(tokens)] = row * length + torch.tensor([last, *range(at, here.stop - 1)])
+                at = here.stop
+    shared = (sequence_of[:, None] < 0) | (sequence_of[:, None] == sequence_of[:, :, None])
+    # Padding sees padding, since a softmax over no keys would be NaN.
+    visible = (shared & (piece_of[:, None] == piece_of[:, :, None])).tril()
+    return Packed(input_ids, position_ids, visible[:, None], states)
 
 
 def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
-    """[B, T, D]: the states that predict the completion tokens; what stands at padding is arbitrary but finite."""
-    with fused_layers(backbone):
-        hidden = backbone(
-            input_ids=packed.input_ids,
-            attention_mask=packed.visible,
-            position_ids=packed.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+    """The states [B, T, D] that predict the completion tokens, arbitrary but finite at padding."""
+    hidden = backbone(
+        input_ids=packed.input_ids,
+        attention_mask=packed.visible,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 
 
@@ -161,10 +166,10 @@ _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def can_pack(backbone: nn.Module) -> bool:
-    """Whether packed sequences give this model's hidden states: tried out once, on a few tokens.
+    """Whether packed sequences give this model's hidden states, tried once on a few tokens.
 
-    Only on a CPU: on a GPU the fused kernels that take no dense mask are worth more. Only for parameters in float32:
-    in half precision the rounding of a deep model is too near to what a wrong mask does to tell them apart.
+    Only on a CPU, since on a GPU the fused kernels without a dense mask are faster. Only for float32 parameters: in
+    half precision the rounding of a deep model is as large as the effect of a wrong mask.
     """
     if backbone not in _tried:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):

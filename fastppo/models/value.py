@@ -1,4 +1,4 @@
-"""Value models: a scalar head on hidden states, and a backbone of its own for where the policy's is not shared."""
+"""Value models: a scalar head on hidden states, and one with a backbone of its own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastppo.models.head import backbone_and_head, token_hidden
-from fastppo.models.load import (
-    ModelError,
-    ModelSource,
-    choose_attention,
-    disable_dropout,
-    enable_gradient_checkpointing,
-    load_pretrained,
-)
+from fastppo.models.load import load_model
+from fastppo.models.source import ModelError, ModelSource
 
 if TYPE_CHECKING:
     from fastppo.models.config import ModelConfig
@@ -29,10 +23,14 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Module):
-    """One value a hidden state, ``v = h·w + b``, or K of them, kept and computed in float32.
+    """A linear value head, ``v = h·w + b``, in float32.
 
-    It starts at zero: every value is then 0, so the first advantages are the returns themselves, where a random head
-    would add noise of a scale nobody chose, and a shared backbone gets no gradient from a head that knows nothing yet.
+    It is initialized to zero. The first advantages are then the returns themselves, without the noise of a random head,
+    and a shared backbone gets no gradient from an untrained head.
+
+    Args:
+        hidden_size: D, the width of the hidden states.
+        num_values: K, how many values a state has; None for a single one without a dimension of its own.
     """
 
     def __init__(self, hidden_size: int, num_values: int | None = None) -> None:
@@ -43,19 +41,18 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] of any float type -> [...] float32, or [..., K] with `num_values` K."""
-        # Autocast would round the values to half precision, and their differences are the advantages.
+        # Advantages are differences of values, which autocast would round to half precision.
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float()) + self.bias.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `value_head.safetensors` into the folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, Path(folder, HEAD_FILE))
+        save_file({name: tensor.cpu() for name, tensor in self.state_dict().items()}, Path(folder, HEAD_FILE))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ValueHead:
-        """Read what `save_pretrained` wrote (ModelError if it is absent or damaged)."""
+        """Read what `save_pretrained` wrote; raises ModelError if it is absent or damaged."""
         path = Path(folder, HEAD_FILE)
         try:
             tensors = load_file(path)
@@ -71,7 +68,7 @@ class ValueModel(nn.Module):
     """A backbone with a value head.
 
     Args:
-        backbone: a transformers base model; it is used, not copied.
+        backbone: a transformers base model, used without a copy.
         head: its value head.
     """
 
@@ -82,10 +79,10 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module, num_values: int | None = None) -> ValueModel:
-        """Start from a copy of a language model's backbone, with a value head of zeros; see `ValueHead`.
+        """Copy a language model's backbone and add a `ValueHead`.
 
         Raises:
-            ModelError: the model has adapters already; a value model trains all of its weights.
+            ModelError: the model has adapters. A value model trains all of its weights.
         """
         if hasattr(model, "disable_adapter"):
             raise ModelError("make the value model before the policy gets its adapters")
@@ -94,7 +91,7 @@ class ValueModel(nn.Module):
         return cls(copy.deepcopy(backbone).requires_grad_(True), value_head).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [B, T] or [B, T, K] float32 of each token's state, that token included; finite at padding.
+        """Values [B, T] or [B, T, K] float32 after each token; finite at padding.
 
         Args:
             input_ids: [B, T] int64.
@@ -119,7 +116,7 @@ class ValueModel(nn.Module):
             device: where the parameters go.
 
         Raises:
-            ModelError: something is absent or damaged.
+            ModelError: a file is absent or damaged.
         """
         from transformers import AutoModel
 
@@ -129,12 +126,5 @@ class ValueModel(nn.Module):
         if not Path(folder, "config.json").exists():
             raise ModelError(f"{folder}: not a saved value model (no config.json)")
         head = ValueHead.from_pretrained(folder, device=device)
-        arguments = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-        backbone = load_pretrained(
-            AutoModel, ModelSource(str(folder), None), config, dtype=getattr(torch, config.dtype), **arguments
-        )
-        choose_attention(backbone, config, torch.device(device))
-        disable_dropout(backbone)
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(backbone)
-        return cls(backbone.to(device), head).eval()
+        backbone = load_model(AutoModel, ModelSource(str(folder), None), config, torch.device(device))
+        return cls(backbone, head).eval()

@@ -1,22 +1,26 @@
-"""Sampling on a CPU, where the weights' way through the caches is what a token costs.
+"""Sample completions on a CPU, where reading the weights dominates the cost of a token.
 
-Against transformers' generate(), for 32 completions of 24 tokens by SmolLM2-135M under bfloat16 autocast on two Zen 4
-cores (seconds): generate() 2.7; tokens drawn with one uniform number a row in place of torch.multinomial's one
-exponential a token of the vocabulary 2.25; weights laid out once for oneDNN instead of at every product 1.75; a loop
-with nothing in it but the model, each prompt read once however many completions it has, 1.65; one product for layers
-that are given the same tensor 1.4.
+For 32 completions of 24 tokens by SmolLM2-135M under bfloat16 autocast on two Zen 4 cores, in seconds: transformers'
+generate() 2.7; with one uniform number a row in place of torch.multinomial's one exponential for each token of the
+vocabulary 2.25; with weights laid out once for oneDNN rather than at every product 1.75; in a loop that only calls the
+model and reads each prompt once, however many completions it has, 1.65; with one product for the layers that receive
+the same tensor 1.4.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fastppo.models.fused import fused_layers
+# The linear layers that attention and the gated MLP of most architectures call on the same tensor, in this order.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @torch.no_grad()
@@ -30,12 +34,17 @@ def decode(
     max_new_tokens: int,
     temperature: float,
 ) -> Tensor:
-    """Sample a completion of every prompt; for models that pass `can_pack`, on a CPU.
+    """Sample one completion for every prompt on a CPU.
+
+    Under bfloat16 autocast the policy's linear layers run on prepared copies of their weights until the call returns or
+    raises; see `_prepared_weights`.
 
     Args:
-        policy: a causal language model, with adapters or not.
+        policy: a causal language model whose backbone passes `can_pack`, with adapters or without.
         ids, mask: [B, P] int64, prompts padded on the left.
-        eos: tokens that end a completion; pad: what stands after the end.
+        eos: tokens that end a completion.
+        pad: token that fills a row after its end.
+        max_new_tokens: most tokens of a completion.
         temperature: divides the logits.
 
     Returns:
@@ -47,7 +56,7 @@ def decode(
     step = _Step(policy)
     tokens = torch.full((len(ids), max_new_tokens), pad, dtype=torch.long)
     stop = torch.tensor(eos, dtype=torch.long)
-    with _laid_out(policy, len(ids)):
+    with _prepared_weights(policy, len(ids)):
         prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
         positions = (prompts[0].cumsum(1) - 1).clamp(min=0)
         logits = step(prompts[1], prompts[0], positions)[copies]
@@ -55,7 +64,7 @@ def decode(
         positions = positions[copies, -1:]
         rows = torch.arange(len(ids))  # those that have not ended
         for column in range(max_new_tokens):
-            # One number for every completion, ended or not: none depends on where the others end.
+            # Ended rows consume a number too, so no row's draws depend on where the others end.
             chosen = _draw(logits.float() / temperature, torch.rand(len(ids))[rows])
             tokens[rows, column] = chosen
             going = ~torch.isin(chosen, stop)
@@ -76,13 +85,13 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1]
     if not torch.isfinite(total).all():
         raise FloatingPointError("the policy's probabilities are not finite")
-    # u < 1, but u · total may round up to the total, which nothing exceeds.
+    # u < 1, but u · total may round up to the total, which no cumulative probability exceeds.
     below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
 
 
 class _Step:
-    """The model with its cache of keys and values: tokens in, logits [b, V] after the last of them out."""
+    """The model with its cache of keys and values: takes tokens, returns logits [b, V] after the last of them."""
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -103,36 +112,80 @@ class _Step:
         self.cache.batch_select_indices(rows)
 
 
-def _laid_out(policy: nn.Module, batch: int) -> contextlib.AbstractContextManager[None]:
-    """Under bfloat16 autocast: every linear layer with its weight as oneDNN wants it, by the operators that
-    torch.compile calls. A bfloat16 copy of the weights, as autocast itself would keep until its end."""
-    if not _can_lay_out():
-        return contextlib.nullcontext()
-    return fused_layers(policy, lambda layers: _Product(layers, batch))
+@contextlib.contextmanager
+def _prepared_weights(policy: nn.Module, batch: int) -> Iterator[None]:
+    """Run plain linear layers on bfloat16 weights laid out for oneDNN, by the operators that torch.compile calls.
+
+    Sets `forward` on those layers and removes it at the end, also after an exception. Layers with a `forward` or hooks
+    of their own are left alone. Does nothing outside bfloat16 autocast, without oneDNN, and if any module is compiled.
+    The copies take as much memory as those that autocast itself would cache.
+    """
+    layers: list[nn.Linear] = []
+    try:
+        for group in _groups(policy) if _can_prepare(policy) else ():
+            product = _Product(group, batch)
+            layers += group
+            for index, layer in enumerate(group):
+                layer.forward = functools.partial(product, index)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _can_prepare(policy: nn.Module) -> bool:
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and torch.backends.mkldnn.enabled
+        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # A compiled module has traced the forwards of its children.
+        and not any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in policy.modules())
+    )
+
+
+def _groups(policy: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Every plain linear layer once, provided that the caller sets `forward` on each group before it asks for the next:
+    first those that receive the same tensor, then the others one by one."""
+    for module in policy.modules():
+        for names in _SAME_INPUT:
+            layers = [module._modules.get(name) for name in names]
+            layers = [getattr(layer, "base_layer", layer) for layer in layers]  # inside peft's adapters
+            if all(map(_is_plain, layers)) and len({(x.in_features, x.bias is None) for x in layers}) == 1:
+                yield layers
+    for module in policy.modules():
+        if _is_plain(module):
+            yield [module]
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """Whether a call of the module is `nn.Linear.forward` on a dense weight and nothing else."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
+        return False
+    return not (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
 
 
 class _Product:
-    """One product for linear layers that are given the same tensor."""
+    """The outputs of linear layers that receive the same tensor: one product at the first call, handed out in turn."""
 
     def __init__(self, layers: list[nn.Linear], batch: int) -> None:
-        weight = torch.cat([layer.weight.detach().bfloat16() for layer in layers])
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        weight = torch.cat([layer.weight.bfloat16() for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat([bias.detach().bfloat16() for bias in biases]) if biases else None
-        self.sizes = [layer.out_features for layer in layers]
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.bfloat16() for layer in layers])
+        self.x: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
-        return out.split(self.sizes, -1)
-
-
-def _can_lay_out() -> bool:
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    mkldnn = torch.ops.mkldnn
-    return (
-        autocast
-        and torch.backends.mkldnn.is_available()
-        and hasattr(mkldnn, "_reorder_linear_weight")
-        and hasattr(mkldnn, "_linear_pointwise")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):  # switched off by the model for this layer
+            return F.linear(x, self.layers[index].weight, self.layers[index].bias)
+        if x is not self.x:
+            out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
+            self.x, self.outputs = x, out.split(self.sizes, -1)
+        output = self.outputs[index]
+        if index == len(self.layers) - 1:
+            self.x, self.outputs = None, ()
+        return output

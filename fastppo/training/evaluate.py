@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 from fastppo.models import ModelError, backbone_and_head, load_causal_lm, load_tokenizer
-from fastppo.models.policy_models import PolicyModels, choose_device
+from fastppo.models.policy_models import PolicyModels
 from fastppo.training.config import Config
 from fastppo.training.data import DataError, load_prompts
+from fastppo.training.device import choose_device
 from fastppo.training.rewards import build_rewards
 from fastppo.training.scoring import Scorer
 

