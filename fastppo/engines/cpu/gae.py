@@ -1,4 +1,4 @@
-"""Generalized advantage estimation in C++ (csrc/gae.h), a sequence a lane of the vector registers."""
+"""Generalized advantage estimation in C++ (csrc/gae/gae.h), a sequence a lane of the vector registers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes of `fastppo.engines.chunked` in C++ (csrc/linear.h), near the matrix-multiply floor.
+"""The passes of `fastppo.engines.chunked` in C++ (csrc/head/linear.h), near the matrix-multiply floor.
 
 A bfloat16 `torch.mm` on a CPU comes rounded to bfloat16, and ∂h is a sum over vocabulary tiles that must not be rounded
 tile by tile. oneDNN's microkernels, which PyTorch exports for the code that torch.compile generates, accumulate into
@@ -42,7 +42,7 @@ from fastppo.engines.engine import (
 )
 from fastppo.engines.transform import LogitTransform
 
-PANEL = 64  # csrc/rows.h: columns of a packed panel, tokens of a block
+PANEL = 64  # csrc/head/rows.h: columns of a packed panel, tokens of a block
 WIDTH = 1024  # vocabulary rows of a tile: a block of logits [64, 1024] leaves room in an L2 cache of 1 MiB
 
 
@@ -181,7 +181,7 @@ _spare = _Spare()
 
 
 def row_scalars(rows: Tensor, saved: list[Tensor], upstream: Upstream) -> Tensor:
-    """[5 or 9, n] float32: row_max, log_sum, a, b, c, d_kl, kl_center, ref_row_max, ref_log_sum of csrc/linear.h.
+    """[5 or 9, n] float32: row_max, log_sum, a, b, c, d_kl, kl_center, ref_row_max, ref_log_sum of csrc/head/linear.h.
 
     Without a divergence in the loss only the first five.
     """
@@ -218,7 +218,7 @@ class _Tiling(NamedTuple):
 
 
 def _scratch_bytes(width: int, block: int, rows: int, weight: Tensor, ref_weight: Tensor | None, size: int) -> int:
-    """What csrc/linear.cpp takes, at most, for either pass."""
+    """What csrc/head/linear.cpp takes, at most, for either pass."""
     dim, ref_dim = _pad(weight.shape[1]), 0 if ref_weight is None else _pad(ref_weight.shape[1])
     packed = width * 2 * (dim + ref_dim) * size
     shared = (block + 32) * width * size + block * dim * size + (width * dim * 4 if rows > block else 0)
@@ -269,7 +269,7 @@ def _empty_like(weight: Tensor) -> Tensor:
 
 
 def transform_numbers(transform: LogitTransform) -> tuple[float, float, float]:
-    """(scale, inner, cap) of csrc/rows.h."""
+    """(scale, inner, cap) of csrc/head/rows.h."""
     temperature, logit_scale, softcap = transform
     scale = logit_scale / temperature
     return (scale, 0.0, 0.0) if softcap is None else (scale, logit_scale / softcap, softcap / temperature)

@@ -3,7 +3,7 @@
 // netlib.org/cephes).
 #pragma once
 
-#include "simd.h"
+#include "runtime/simd.h"
 
 namespace fastppo {
 namespace {

@@ -1,4 +1,4 @@
-#include "linear.h"
+#include "head/linear.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,8 +8,8 @@
 #include <limits>
 #include <memory>
 
-#include "phases.h"
-#include "scratch.h"
+#include "runtime/phases.h"
+#include "runtime/scratch.h"
 
 namespace fastppo {
 

@@ -1,4 +1,4 @@
-// Bindings of the passes over a vocabulary (linear.h). Arguments are checked in fastppo/ops/cpu.py.
+// Bindings of the passes over a vocabulary (head/linear.h). fastppo/ops checks the arguments.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -7,8 +7,8 @@
 #include <cmath>
 #include <vector>
 
-#include "bindings.h"
-#include "linear.h"
+#include "bindings/bindings.h"
+#include "head/linear.h"
 
 namespace nb = nanobind;
 

@@ -1,7 +1,7 @@
 // The GAE scan in AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, masks in their own registers.
 #include <immintrin.h>
 
-#include "gae_scan.h"
+#include "gae/gae_scan.h"
 
 namespace fastppo {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu.h"
+#include "runtime/cpu.h"
 
 namespace fastppo {
 

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "gae_scan.h"
+#include "gae/gae_scan.h"
 
 namespace fastppo {
 namespace {

@@ -6,9 +6,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "bindings.h"
-#include "cpu.h"
-#include "gae.h"
+#include "bindings/bindings.h"
+#include "runtime/cpu.h"
+#include "gae/gae.h"
 
 namespace nb = nanobind;
 

@@ -31,7 +31,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "gae.h"
+#include "gae/gae.h"
 
 namespace fastppo {
 namespace {

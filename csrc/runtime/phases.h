@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "parallel.h"
-#include "scratch.h"
+#include "runtime/parallel.h"
+#include "runtime/scratch.h"
 
 namespace fastppo {
 

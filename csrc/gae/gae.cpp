@@ -1,11 +1,11 @@
 // The door to the GAE scan: shares the sequences out over threads and picks the instruction set.
-#include "gae.h"
+#include "gae/gae.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "gae_scan.h"
-#include "parallel.h"
+#include "gae/gae_scan.h"
+#include "runtime/parallel.h"
 
 namespace fastppo {
 namespace {

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "cpu.h"
+#include "runtime/cpu.h"
 
 namespace fastppo {
 

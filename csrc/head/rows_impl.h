@@ -4,8 +4,8 @@
 // cache: a few percent of a product with D = 576.
 #pragma once
 
-#include "rows.h"
-#include "vector_math.h"
+#include "head/rows.h"
+#include "runtime/vector_math.h"
 
 namespace fastppo {
 namespace {

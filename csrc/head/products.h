@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rows.h"
+#include "head/rows.h"
 
 namespace fastppo {
 

@@ -1,5 +1,5 @@
 // The pool of threads behind parallel_for.
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 #include <atomic>
 #include <condition_variable>

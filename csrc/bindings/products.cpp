@@ -1,12 +1,12 @@
 // Bindings of what the kernels take from PyTorch, and of the matrices it hands them.
-#include "bindings.h"
+#include "bindings/bindings.h"
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <vector>
 
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 namespace nb = nanobind;
 

@@ -8,8 +8,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu.h"
-#include "products.h"
+#include "runtime/cpu.h"
+#include "head/products.h"
 
 namespace fastppo {
 

@@ -1,4 +1,4 @@
-#include "rows_impl.h"
+#include "head/rows_impl.h"
 
 namespace fastppo {
 

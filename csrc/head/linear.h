@@ -15,9 +15,9 @@
 
 #include <cstdint>
 
-#include "cpu.h"
-#include "products.h"
-#include "rows.h"
+#include "runtime/cpu.h"
+#include "head/products.h"
+#include "head/rows.h"
 
 namespace fastppo {
 
