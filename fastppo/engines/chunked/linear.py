@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastppo.engines.chunked.products import accumulation_dtype, pull_back, tiling, upcast_product
 from fastppo.engines.engine import (
     VERY_NEGATIVE,
     Gradients,
@@ -31,14 +32,11 @@ from fastppo.engines.engine import (
     contributing,
 )
 
-# Rows in a block: enough for a matrix product to run at full speed, few enough for wide vocabulary tiles.
-ROWS = 1024
-
 
 def linear_statistics(problem: Problem) -> list[Tensor]:
     policy, targets, reference, kl_kind, options = problem
     rows = (targets >= 0).nonzero().squeeze(-1)
-    dtype = _accumulation_dtype(policy.hidden.dtype)
+    dtype = accumulation_dtype(policy.hidden.dtype)
     out = torch.zeros(4 if reference is None else 8, targets.numel(), dtype=dtype, device=targets.device)
     block, width = tiling(rows.numel(), *policy.weight.shape, options.budget)
     for index in rows.split(block):
@@ -48,40 +46,10 @@ def linear_statistics(problem: Problem) -> list[Tensor]:
 
 
 def linear_vjp(problem: Problem, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
-    hidden, weight, bias = problem.policy
-    (vocab, dim), compute_dtype = weight.shape, problem.options.compute_dtype
-    dtype = _accumulation_dtype(hidden.dtype)
     rows = contributing(problem.targets, upstream).nonzero().squeeze(-1)
-    block, width = tiling(rows.numel(), vocab, dim, problem.options.budget)
-
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else weight.new_empty(0)
-    d_bias = torch.empty_like(bias) if needs.bias else weight.new_empty(0)
-    d_hidden_rows = hidden.new_zeros(rows.numel() if needs.hidden else 0, dim, dtype=dtype)
+    block, width = tiling(rows.numel(), *problem.policy.weight.shape, problem.options.budget)
     blocks = [_LogitGradient(problem, saved, upstream, index) for index in rows.split(block)]
-    spans = [slice(start, start + block) for start in range(0, max(rows.numel(), 1), block)]
-
-    for lo in range(0, vocab, width):
-        hi = min(lo + width, vocab)
-        d_weight_tile = hidden.new_zeros(hi - lo, dim, dtype=dtype) if needs.weight else None
-        d_bias_tile = hidden.new_zeros(hi - lo, dtype=dtype) if needs.bias else None
-        for span, block_of_rows in zip(spans, blocks, strict=True):
-            dz = block_of_rows.tile(lo, hi)
-            if needs.weight:
-                rows_hidden = block_of_rows.policy.hidden
-                add_product(d_weight_tile, dz.t(), rows_hidden, compute_dtype, last_sum=len(blocks) == 1)
-            if needs.bias:
-                d_bias_tile += dz.sum(0)
-            if needs.hidden:
-                add_product(d_hidden_rows[span], dz, weight[lo:hi], compute_dtype, last_sum=hi - lo == vocab)
-        if needs.weight:
-            d_weight[lo:hi] = d_weight_tile
-        if needs.bias:
-            d_bias[lo:hi] = d_bias_tile
-
-    d_hidden = hidden.new_zeros(hidden.shape if needs.hidden else (0,))
-    if needs.hidden:
-        d_hidden[rows] = d_hidden_rows.to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
+    return pull_back(problem.policy, rows, blocks, width, needs, problem.options.compute_dtype)
 
 
 def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[list[Tensor], Gradients]:
@@ -96,7 +64,7 @@ class _Logits:
         self.hidden = head.hidden[index].to(options.compute_dtype)  # [R, D]
         self.weight, self.bias = head.weight, head.bias  # [V, D], [V]
         self.transform = options.transform
-        self.accumulation_dtype = _accumulation_dtype(head.hidden.dtype)
+        self.dtype = accumulation_dtype(head.hidden.dtype)
 
     @classmethod
     def of(cls, head: Head | None, index: Tensor, options: Options) -> _Logits | None:
@@ -104,7 +72,7 @@ class _Logits:
 
     def tile(self, lo: int, hi: int) -> Tensor:
         """z [R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
-        x = upcast_product(self.hidden, self.weight[lo:hi]).to(self.accumulation_dtype)
+        x = upcast_product(self.hidden, self.weight[lo:hi]).to(self.dtype)
         if self.bias is not None:
             x += self.bias[lo:hi]
         return self.transform.apply_(x)
@@ -113,8 +81,8 @@ class _Logits:
 def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tensor, kl_kind: str, width: int) -> Tensor:
     """[4 or 8, R]: the statistics of one block of rows."""
     vocab = policy.weight.shape[0]
-    p = _Online(policy.hidden.shape[0], policy.accumulation_dtype, policy.hidden.device)
-    q = None if reference is None else _Online(policy.hidden.shape[0], policy.accumulation_dtype, policy.hidden.device)
+    p = _Online(policy.hidden.shape[0], policy.dtype, policy.hidden.device)
+    q = None if reference is None else _Online(policy.hidden.shape[0], policy.dtype, policy.hidden.device)
     for lo in range(0, vocab, width):
         hi = min(lo + width, vocab)
         z = policy.tile(lo, hi)
@@ -198,11 +166,11 @@ class _Online:
 
 
 class _LogitGradient:
-    """∂loss/∂x of a block of rows and the raw logits x, a vocabulary tile at a time."""
+    """∂loss/∂x of a block of rows, x the raw logits, a vocabulary tile at a time."""
 
     def __init__(self, problem: Problem, saved: list[Tensor], upstream: Upstream, index: Tensor) -> None:
         self.policy, self.reference = _Logits.of(problem.policy, index, problem.options), None
-        self.targets = problem.targets[index]
+        self.targets, self.hidden = problem.targets[index], self.policy.hidden
         self.rows = RowCoefficients.of(saved[1], upstream, index)
         self.row_max, self.log_sum = saved[2][index], saved[3][index]
         if upstream.kl is not None:
@@ -240,47 +208,3 @@ def log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)
-
-
-def upcast_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [R, D] times weight [v, D] transposed, in rows' precision; float32 from a low one, float64 from float64."""
-    weight = weight.to(rows.dtype)
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    # On a CPU a bfloat16 product comes rounded to bfloat16, as the naive path's logits do.
-    product = torch.mm(rows, weight.t())
-    return product.to(_accumulation_dtype(product.dtype))
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, compute_dtype: torch.dtype, *, last_sum: bool) -> None:
-    """out += a @ b, accumulated in out's float32.
-
-    A CPU's bfloat16 product comes rounded to bfloat16. That is fine where the product is the whole sum (`last_sum`:
-    the naive path rounds there too), and biases training where many such are added up; those run in float32.
-    """
-    if compute_dtype == out.dtype:
-        out.addmm_(a, b.to(out.dtype))
-    elif out.is_cuda:
-        out += torch.mm(a.to(compute_dtype), b.to(compute_dtype), out_dtype=torch.float32)
-    elif last_sum:
-        out += torch.mm(a.to(compute_dtype), b.to(compute_dtype))
-    else:
-        out.addmm_(a, b.to(out.dtype))
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tiling(rows: int, vocab: int, dim: int, budget: int) -> tuple[int, int]:
-    """Rows in a block and columns in a tile, so that what a tile needs stays within `budget` bytes.
-
-    At its widest (∂z with a divergence) five float32 buffers [R, v] are alive, and two copies of the weight tile.
-    """
-    block = max(1, min(rows, ROWS))
-    width = budget // (4 * (5 * block + 2 * dim))
-    if width < 64:
-        # A budget for less than 64 columns of this many rows: fewer rows then.
-        width = 64
-        block = max(1, min(block, (budget // (4 * width) - 2 * dim) // 5))
-    return block, min(vocab, width) if width < 64 or vocab <= width else width // 64 * 64

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastppo.engines.engine import VERY_NEGATIVE, Options, RowCoefficients, Upstream
+from fastppo.engines.engine import VERY_NEGATIVE, Options, RowCoefficients, Upstream, expectation
 
 
 def selective_statistics(logits: Tensor, ref_logits: Tensor | None, targets: Tensor, options: Options) -> list[Tensor]:
@@ -17,10 +17,10 @@ def selective_statistics(logits: Tensor, ref_logits: Tensor | None, targets: Ten
         out[2, rows], out[3, rows] = _log_softmax_(z)
         log_p, p = z, z.exp()
         out[0, rows] = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1).clamp(max=0.0)
-        out[1, rows] = -_expectation(p, log_p)
+        out[1, rows] = -expectation(p, log_p)
         if ref_z is not None:
             out[6, rows], out[7, rows] = _log_softmax_(ref_z)
-            kl = _expectation(p, log_p - ref_z)
+            kl = expectation(p, log_p - ref_z)
             out[4, rows], out[5, rows] = kl.clamp(min=0.0), kl
     return list(out)
 
@@ -73,8 +73,3 @@ def _log_softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
     log_sum = z.exp().sum(1).log()
     z.sub_(log_sum.unsqueeze(1))
     return row_max, log_sum
-
-
-def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Σ_v p_v x_v where 0 · (−inf) is 0."""
-    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
