@@ -33,7 +33,7 @@ _PACKAGES = (
 
 
 def report() -> str:
-    """Several lines for a person."""
+    """The report as text."""
     lines = [f"fastppo {fastppo.__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
     lines += ["Packages"]
     lines += [f"  {name:16} {_version(name) or f'not installed (only for: {purpose})'}" for name, purpose in _PACKAGES]

@@ -1,4 +1,4 @@
-// The door to the GAE scan: shares the sequences out over threads and picks the instruction set.
+// The GAE scan: shares the sequences out over threads and picks the instruction set.
 #include "gae/gae.h"
 
 #include <algorithm>

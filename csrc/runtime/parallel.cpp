@@ -37,7 +37,7 @@ public:
         if (job_ == &job) wake_.notify_all();
         job.work();
         std::unique_lock<std::mutex> lock(mutex_);
-        if (job_ == &job) job_ = nullptr;  // whoever wakes now is too late: `job` is about to go
+        if (job_ == &job) job_ = nullptr;  // a thread that wakes now is too late: `job` is about to go
         left_.wait(lock, [&] { return job.joined == 0; });
     }
 

@@ -56,7 +56,7 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype = torch.floa
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """The backend that computes `op` on tensors of this device and dtype.
 
-    An explicit `backend` is taken or refused. FASTPPO_BACKEND is a preference: operators that have no such backend
+    An explicit `backend` is used, or raises. FASTPPO_BACKEND is a preference: operators that have no such backend
     use the fastest they have, and so do tensors that it cannot serve, after one warning that says why.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Input checks, done once, at the door of every public operator.
+"""Input checks of the public operators, done once, when they are called.
 
 Shapes, dtypes and devices are always checked. Values (a target outside the vocabulary, a NaN advantage) are checked
 where that is free, on CPU tensors; on an accelerator it would stall the stream, so it is done there only with

@@ -102,7 +102,8 @@ def linear_ppo_loss(
         ref_hidden, ref_weight, ref_bias: [..., T, D'], [V, D'], [V]: the reference model, for kl_estimator exact.
         kl_coef: weight of the KL to the reference. A KL is reported in the metrics whenever a reference is given.
         entropy_coef: weight of the entropy bonus.
-        loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm.
+        loss_agg: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm. A mean over sequences
+            counts those with a token; Liger divides by the number of all sequences.
         temperature, logit_scale, softcap: transform(x) = softcap · tanh(logit_scale · x / softcap) / temperature.
         group: the ranks that hold the vocabulary's rows between them; see `linear_logprob`. ref_weight is then a slice
             of the same rows.
@@ -110,8 +111,8 @@ def linear_ppo_loss(
 
     Returns:
         PPOLossOutput(loss, logprobs, entropy, metrics). `loss.backward()` gives hidden.grad, weight.grad, bias.grad,
-        once: the gradients are handed over, not copied. The other fields are detached. With no real token the loss is
-        0 and the gradients are zeros.
+        once: they are moved, not copied. The other fields are detached. With no real token the loss is 0 and the
+        gradients are zeros.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together, a target outside the vocabulary, a NaN

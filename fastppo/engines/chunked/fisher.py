@@ -23,7 +23,7 @@ def fisher_vector_product(policy: Head, direction: Head, row_weights: Tensor, op
     vocab, dim = policy.weight.shape
     directions = 1 if direction.weight is None else 2
     block, width = tiling(rows.numel(), vocab, directions * dim, options.budget)
-    # ∂logits are as small as w p, of which float16 has nothing left.
+    # ∂logits are as small as w p, which float16 rounds to zero.
     product_dtype = torch.float32 if options.compute_dtype == torch.float16 else options.compute_dtype
     blocks = [_Tangent(policy, direction, row_weights, index, options, width) for index in rows.split(block)]
     needs = Needs(*(x is not None for x in direction))
