@@ -1,15 +1,21 @@
-"""Runs tests/triton_kernels beside all other tests, in a process of its own.
+"""Seeds every test from one number, and runs tests/triton_kernels in a process beside all other tests.
 
-Triton's interpreter is chosen when triton is imported, for the whole process, and needs one core for as long as the
-other tests need theirs.
+The number is in the header of the run and in the environment variable FASTPPO_SEED, which sets it; without it each run
+draws a new one. What a test draws depends on this number and the test's own id, not on which other tests are selected.
+
+Whether Triton's interpreter is used is decided when triton is imported, for the whole process, so its tests need their
+own. It occupies one core for as long as the other tests occupy theirs.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,6 +23,9 @@ import pytest
 
 # Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# In the environment, so that processes started by tests (the interpreted kernels, xdist's workers) have it too.
+SEED = int(os.environ.setdefault("FASTPPO_SEED", str(secrets.randbelow(2**32))))
 
 THE_TEST = "test_the_kernels_agree_with_float64_in_the_interpreter"  # in test_triton_kernels.py
 
@@ -27,6 +36,45 @@ class Run(NamedTuple):
 
 
 RUN = pytest.StashKey[Run]()
+
+
+def seed(name: str) -> None:
+    """Seed the global generators of random, NumPy and PyTorch from SEED and `name`."""
+    import numpy as np
+    import torch
+
+    number = zlib.crc32(f"{SEED}:{name}".encode())
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002  (transformers and datasets draw from the global generator)
+    torch.manual_seed(number)
+
+
+@pytest.fixture(autouse=True)
+def _seed_test(request: pytest.FixtureRequest) -> None:
+    seed(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    """Fixtures of a module or a session are set up before the fixture above, by whichever test comes first."""
+    if fixturedef.scope != "function":
+        seed(f"{request.node.nodeid}:{fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def pytest_report_header() -> str:
+    return f"FASTPPO_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the number once more where there are failures, since `pytest -q` prints no header."""
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"To draw the same random numbers again: FASTPPO_SEED={SEED}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

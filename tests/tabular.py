@@ -39,10 +39,7 @@ class Tree:
     ) -> None:
         self.prompts, self.vocab, self.depth, self.eos = prompts, vocab, depth, eos
         self.generator = torch.Generator()
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        self.generator.manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
         axes = [torch.arange(prompts), *[torch.arange(vocab)] * depth]
         self.sequences = torch.cartesian_prod(*axes)  # [M, 1 + depth]
         self.mask = self._mask(self.sequences)

@@ -99,14 +99,6 @@ def test_help(capsys, words):
     assert "fastppo" in capsys.readouterr().out
 
 
-def test_the_drop_in_example_runs_and_is_the_readmes():
-    path = ROOT / "examples" / "drop_in.py"
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("'policy_loss'") == 2
-    assert f"```python\n{path.read_text()}```" in (ROOT / "README.md").read_text()
-
-
 def test_the_example_configuration_is_valid():
     from fastppo.training.config import load_config
 

@@ -22,7 +22,7 @@ TEMPERATURE = 0.8
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    seed = int(torch.seed() % 2**31)
+    seed = int(torch.randint(2**31, ()))
     return {
         tie: make_tiny_model(root / f"tie{tie}", vocab_size=262, hidden_size=8, layers=1, tie=tie, seed=seed)
         for tie in (True, False)

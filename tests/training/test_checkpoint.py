@@ -87,7 +87,7 @@ def names(root):
 def test_layout_and_round_trip_of_every_kind_of_tensor(tmp_path):
     root = tmp_path / "deep" / "er"
     weight, square = torch.randn(13, 7), torch.randn(6, 6)
-    bits = torch.from_numpy(np.random.default_rng().integers(0, 2**32, 101, dtype=np.uint32)).view(torch.float32)
+    bits = torch.from_numpy(np.random.randint(0, 2**32, 101, dtype=np.uint32)).view(torch.float32)
     tensors = {
         "tied.b": weight,
         "tied.a": weight,
@@ -910,8 +910,6 @@ def same_draws(left, right):
 def test_random_numbers_go_on(tmp_path, bit_generator):
     if bit_generator:
         np.random.set_bit_generator(getattr(np.random, bit_generator)())
-    random.seed()
-    torch.seed()
     draw()
     tensors, meta = rng_state()
     save(tmp_path, 1, tensors={"rng": tensors}, state={"rng": meta})

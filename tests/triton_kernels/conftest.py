@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,6 @@ def device() -> torch.device:
     from fastppo_kernels.launch import INTERPRETED
 
     return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def _same_random_numbers(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture

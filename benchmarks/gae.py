@@ -1,6 +1,6 @@
 """GAE: the C++ scan and the loop over time, against a plain copy of as many bytes.
 
-    OMP_WAIT_POLICY=passive pytest benchmarks/bench_gae.py --benchmark-enable --benchmark-group-by=param:case
+    OMP_WAIT_POLICY=passive pytest benchmarks/gae.py --benchmark-enable --benchmark-group-by=param:case
 
 The scan reads two arrays and writes two, so the floor is a copy of two arrays; `gb_per_s` counts their bytes once each.
 With OMP_WAIT_POLICY=passive PyTorch's threads sleep between copies as the scan's do; without it they spin, and the copy
