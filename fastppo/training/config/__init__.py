@@ -1,6 +1,15 @@
 """A run's configuration: a YAML file and ``--section.key value`` overrides, checked and typed."""
 
 # ruff: noqa: F401
+from fastppo.algorithms.config import (
+    ActorCriticConfig,
+    AlgorithmConfig,
+    CPIConfig,
+    NPGConfig,
+    PPOConfig,
+    ReinforceConfig,
+    TRPOConfig,
+)
 from fastppo.config_fields import ConfigError
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.rollout.config import RolloutConfig

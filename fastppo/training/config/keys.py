@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastppo.algorithms.config import AlgorithmConfig
 from fastppo.config_fields import ConfigError, did_you_mean
 from fastppo.training.config.schema import ALGORITHMS, Config
 
@@ -71,23 +71,18 @@ def explain(name: str) -> str:
 
 
 def overview() -> str:
-    """One line for every key. Those that all algorithms have stand once, with the defaults that differ."""
-    sections: dict[str, dict[str, Key]] = {}
+    """One line for every key. The keys that all algorithms share stand once, and again where a default differs."""
+    shared = {key.name.partition(".")[2]: key for key in documented_keys(AlgorithmConfig, "ALGORITHM.")}
+    sections: dict[str, list[Key]] = {}
     for key in documented_keys():
         section, _, name = key.name.rpartition(".")
-        sections.setdefault(section, {})[name] = key
-    algorithms = {name: sections[name] for name in ALGORITHMS}
-    shared = [name for name in algorithms[ALGORITHMS[0]] if all(name in keys for keys in algorithms.values())]
-    for name in shared:
-        keys = {algorithm: keys.pop(name) for algorithm, keys in algorithms.items()}
-        usual = statistics.mode(key.default for key in keys.values())
-        others = "".join(f", {where}: {key.default}" for where, key in keys.items() if key.default != usual)
-        key = next(key for key in keys.values() if key.default == usual)
-        key = key._replace(name=f"ALGORITHM.{name}", default=usual + others)
-        sections.setdefault("ALGORITHM", {})[name] = key
+        if section in ALGORITHMS:
+            sections.setdefault("ALGORITHM", list(shared.values()))
+        if section not in ALGORITHMS or name not in shared or shared[name].default != key.default:
+            sections.setdefault(section, []).append(key)
     lines = [f"ALGORITHM is any of {', '.join(ALGORITHMS)}. `fastppo keys ppo` explains the keys of a section."]
     for keys in sections.values():
-        lines += ["", *(textwrap.shorten(f"{key} {key.help}", 120, placeholder="...") for key in keys.values())]
+        lines += ["", *(textwrap.shorten(f"{key} {key.help}", 120, placeholder="...") for key in keys)]
     return "\n".join(lines)
 
 

@@ -51,19 +51,21 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     return build_config(tree)
 
 
+to_dict = dataclasses.asdict  # the tree that `build_config` builds the same Config from
+
+
 def build_config(tree: dict[str, Any]) -> Config:
-    """Check a plain tree of dicts and lists and build the Config from it (ConfigError if anything is wrong)."""
+    """Check a plain tree of dicts and lists and build the Config from it.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not valid.
+    """
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
     check_consistency(config)
     return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The tree that `build_config` makes the same Config from."""
-    return dataclasses.asdict(config)
 
 
 def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
