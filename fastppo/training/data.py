@@ -69,11 +69,39 @@ def load_prompts(
                 f"the model's context of {context_length} tokens leaves no room for a prompt "
                 f"(rollout.max_new_tokens is {max_new_tokens})"
             )
-    data = PromptData([], [])
-    data.train = _load(config.train, config.train_split, config, tokenizer, limit, allow_download, data)
-    if config.eval is not None:
-        data.eval = _load(config.eval, config.eval_split, config, tokenizer, limit, allow_download, data)
-    elif config.eval_size:
+    data, bos = PromptData([], []), tokenizer.bos_token_id
+    for source, split, prompts in (
+        (config.train, config.train_split, data.train),
+        (config.eval, config.eval_split, data.eval),
+    ):
+        if source is None:
+            continue
+        if not (rows := _read(source, split, config.prompt_column, allow_download)):
+            raise DataError(f"{source}: holds no prompts")
+        names = list(dict.fromkeys(name for _, values in rows for name in values if name != config.prompt_column))
+        for name in sorted({"prompts", "completions"}.intersection(names)):
+            raise DataError(f"{source}: no column may be named {name!r}, reward functions get their {name} under it")
+        for (where, values), (text, special, ids) in zip(rows, _tokenize(rows, config, tokenizer), strict=True):
+            if not ids:
+                raise DataError(f"{where}: the prompt is empty, so there is nothing to go on from")
+            if len(ids) > limit and config.overlong == "error":
+                raise DataError(
+                    f"{where}: the prompt has {len(ids)} tokens, at most {limit} fit (data.max_prompt_length and the "
+                    "model's context less rollout.max_new_tokens); data.overlong: truncate or drop lets it pass"
+                )
+            if len(ids) > limit and config.overlong == "drop":
+                data.num_dropped += 1
+                continue
+            if len(ids) > limit:
+                data.num_truncated += 1
+                # Models that were trained with a leading bos break without it.
+                head = ids[:1] if ids[0] == bos and limit > 1 else []
+                ids = head + ids[len(ids) - limit + len(head) :]
+                text = tokenizer.decode(ids[special and ids[0] == bos :], clean_up_tokenization_spaces=False)
+            prompts.append(Prompt(text, ids, {name: values.get(name) for name in names}))
+        if not prompts:
+            raise DataError(f"{source}: every prompt is longer than {limit} tokens; all {len(rows)} were dropped")
+    if config.eval is None and config.eval_size:
         if config.eval_size >= len(data.train):
             raise DataError(
                 f"data.eval_size: holding out {config.eval_size} of the {len(data.train)} prompts of {config.train} "
@@ -129,50 +157,18 @@ def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def _load(
-    source: str,
-    split: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    allow_download: bool,
-    data: PromptData,
-) -> list[Prompt]:
-    """The prompts of one source; those that are too long are counted in `data`."""
-    rows = _read(source, split, config.prompt_column, allow_download)
-    if not rows:
-        raise DataError(f"{source}: holds no prompts")
-    names = list(dict.fromkeys(name for _, values in rows for name in values if name != config.prompt_column))
-    for name in sorted({"prompts", "completions"}.intersection(names)):
-        raise DataError(f"{source}: no column may be named {name!r}, reward functions get their {name} under it")
+def _tokenize(
+    rows: list[_Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, bool, list[int]]]:
+    """Of every row: what the model reads, whether the tokenizer added special tokens to it, and the token ids."""
+    tokenized = []
     texts = [_text(where, values, config, tokenizer) for where, values in rows]
-    tokenized: list[list[int]] = []
     for special, group in itertools.groupby(texts, key=lambda item: item[1]):
-        # verbose=False: the tokenizer's own warning about long inputs says less than the check below.
-        batch = tokenizer([text for text, _ in group], add_special_tokens=special, verbose=False)
-        tokenized += batch["input_ids"]
-    prompts, bos = [], tokenizer.bos_token_id
-    for (where, values), (text, special), ids in zip(rows, texts, tokenized, strict=True):
-        if not ids:
-            raise DataError(f"{where}: the prompt is empty, so there is nothing to go on from")
-        if len(ids) > limit and config.overlong == "error":
-            raise DataError(
-                f"{where}: the prompt has {len(ids)} tokens, at most {limit} fit (data.max_prompt_length and the "
-                "model's context less rollout.max_new_tokens); data.overlong: truncate or drop lets it pass"
-            )
-        if len(ids) > limit and config.overlong == "drop":
-            data.num_dropped += 1
-            continue
-        if len(ids) > limit:
-            data.num_truncated += 1
-            # Models that were trained with a leading bos break without it.
-            head = ids[:1] if ids[0] == bos and limit > 1 else []
-            ids = head + ids[len(ids) - limit + len(head) :]
-            text = tokenizer.decode(ids[special and ids[0] == bos :], clean_up_tokenization_spaces=False)
-        prompts.append(Prompt(text, ids, {name: values.get(name) for name in names}))
-    if not prompts:
-        raise DataError(f"{source}: every prompt is longer than {limit} tokens, so all {len(rows)} were dropped")
-    return prompts
+        batch = [text for text, _ in group]
+        # verbose=False: the tokenizer's own warning about long inputs says less than the check of their length.
+        ids = tokenizer(batch, add_special_tokens=special, verbose=False)["input_ids"]
+        tokenized += [(text, special, row) for text, row in zip(batch, ids, strict=True)]
+    return tokenized
 
 
 def _text(
