@@ -93,7 +93,7 @@ class EvalConfig:
     """Evaluate every so many steps, besides before the first and after the last. 0: only these two."""
     num_prompts: PositiveInt = 32
     num_samples: PositiveInt = 8
-    """Completions that the report shows from before and after training."""
+    """Completions saved by each evaluation, for the report."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards that are logged as eval/<name> but not optimized. If they fall while the others rise, those are gamed."""
     perplexity: str | None = None
