@@ -1,12 +1,13 @@
-"""Field types of the configuration's dataclasses, which stand beside what they configure."""
+"""What the configuration's sections share. A string below a field is its help text, printed by `fastppo keys`."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-# The strings below the fields are their help texts: `fastppo keys` prints them.
 STRICT = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -19,3 +20,9 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line for the person who wrote it."""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """End of a message about a misspelt word: `; did you mean ...?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + near[0]!r}?" if near else ""

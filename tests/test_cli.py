@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,8 +88,30 @@ def test_doctor_and_keys(capsys):
     assert "linear_ppo_loss" in printed
     assert main(["keys"]) == 0
     printed = capsys.readouterr().out
-    assert "ppo.kl_coef: 0.05  (float)" in printed
+    assert "ALGORITHM.kl_coef: 0.05 (float)" in printed
+    assert main(["keys", "ppo"]) == 0
+    printed = capsys.readouterr().out
+    assert "ppo.kl_coef: 0.05 (float)" in printed
     assert "nats a completion" in printed  # the keys' help texts
+    assert "trpo." not in printed
+    assert main(["keys", "pppo"]) == 2
+    assert capsys.readouterr().err == "fastppo: pppo: no such section or key; did you mean 'ppo'?\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "keys"])
+def test_a_page_whose_reader_has_seen_enough(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "fastppo", command], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_words_that_are_no_arguments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["keys", "ppo", "--ppo.gamma", "1"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --ppo.gamma 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])

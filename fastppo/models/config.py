@@ -14,8 +14,11 @@ class LoraConfig:
     """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
 
     r: PositiveInt = 16
+    """Rank of the adapters."""
     lora_alpha: PositiveInt = 32
+    """The adapters' output is scaled by lora_alpha / r."""
     target_modules: str | list[str] = "all-linear"
+    """Names of the modules to adapt, or `all-linear`."""
 
 
 @dataclass(config=STRICT)
@@ -25,20 +28,21 @@ class ModelConfig:
     name_or_path: str = ""
     """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the parameters. In bfloat16 small updates are lost to rounding."""
+    """Data type of the parameters. In bfloat16 small updates are lost to rounding."""
     autocast: Literal["bfloat16"] | None = None
-    """Precision of matrix products while parameters stay in `dtype`."""
+    """Data type of matrix products; the parameters stay in `dtype`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
+    """`auto` uses FlashAttention 2 if it is installed and the device is a GPU, else SDPA."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
     allow_download: bool = False
-    """Let the Hugging Face Hub be asked for what is not on this machine."""
+    """Download models and datasets that are not on this machine from the Hugging Face Hub."""
     lora: LoraConfig | None = None
     value_model: Literal["shared", "separate"] = "shared"
     """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
     value_name_or_path: str | None = None
-    """What a separate value model starts from; the policy's weights if not given."""
+    """Initial weights of a separate value model. Default: the policy's."""
     reference: Literal["frozen", "none"] = "frozen"
-    """What the KL penalty compares with: the policy as it was at the start, or nothing."""
+    """Reference of the KL penalty: `frozen` is the initial policy."""

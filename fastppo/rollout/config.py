@@ -12,11 +12,12 @@ class RolloutConfig:
     """How completions are sampled."""
 
     num_prompts: PositiveInt = 8
-    """Prompts in a step."""
+    """Prompts per step."""
     num_generations: PositiveInt = 4
-    """Completions of each prompt."""
+    """Completions per prompt."""
     max_new_tokens: PositiveInt = 32
+    """Maximum length of a completion in tokens."""
     temperature: PositiveFloat = 1.0
-    """Also divides the logits that log-probabilities, entropy and KL are computed from."""
+    """Divides the logits, for sampling and for log-probabilities, entropy and KL."""
     generation_batch_size: PositiveInt = 64
-    """Most sequences decoded at a time."""
+    """Maximum number of sequences that are decoded together."""

@@ -1,4 +1,4 @@
-"""Evaluating a policy that is already there."""
+"""Evaluation of a trained policy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     """Sample a configuration's held-out prompts from a policy, score them, and measure its KL to the reference.
 
     Args:
-        config: names the prompts, the rewards, the sampling and the reference.
-        model: the policy, as `model.name_or_path` would name it; the configuration's own model if not given.
+        config: configuration of the prompts, the rewards, the sampling and the reference.
+        model: policy to evaluate, named like `model.name_or_path`. Default: the configuration's model.
 
     Returns:
         Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
 
     Raises:
-        ModelError, DataError, RewardError: something cannot be had, or there are no held-out prompts.
+        ModelError, DataError, RewardError: something cannot be loaded, or there are no held-out prompts.
     """
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
@@ -33,12 +33,9 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
     if model is not None:
         policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
-        sizes = [backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy)]
-        if sizes[0] != sizes[1]:
-            raise ModelError(
-                f"{model}: has a vocabulary of {sizes[0]}, but {config.model.name_or_path}, whose tokenizer and "
-                f"reference are used, one of {sizes[1]}"
-            )
+        size, expected = (backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy))
+        if size != expected:
+            raise ModelError(f"{model}: has a vocabulary of {size}, {config.model.name_or_path} one of {expected}")
         models.policy = policy
     data = load_prompts(
         config.data,

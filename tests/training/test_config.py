@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fastppo.training.config import ConfigError, build_config, documented_keys, load_config, to_dict
+from fastppo.training.config.keys import explain, overview
+from fastppo.training.config.schema import ALGORITHMS
 
 BASE = {
     "model": {"name_or_path": "m"},
@@ -41,7 +44,7 @@ def test_round_trip(tmp_path):
         (["--ppo.lam", "1.5"], "ppo.lam: input should be less than or equal to 1, got 1.5"),
         (
             ["--ppo.ratio_level", "sequnce"],
-            "ppo.ratio_level: 'sequnce' is not one of its values; did you mean 'sequence'?",
+            "ppo.ratio_level: 'sequnce' is not one of token, sequence, sequence-geometric; did you mean 'sequence'?",
         ),
         (["--ppo.kl_coef"], "--ppo.kl_coef: needs a value"),
         (["ppo.kl_coef", "1"], "expected --section.key value"),
@@ -57,8 +60,16 @@ def test_round_trip(tmp_path):
         (["--optim.adam_beta1", "1.0"], "optim.adam_beta1"),
         (["--rewards.0.weight", ".inf"], "rewards.0.weight"),
         (["--rewards.0.name", "mean"], "is the name of a metric already"),
-        (["--algorithm", "pppo"], "algorithm: 'pppo' is not one of its values; did you mean 'ppo'?"),
+        (["--algorithm", "pppo"], "trpo, npg, cpi; did you mean 'ppo'?"),
+        (["--device", "cpu", "--device"], "--device: needs a value"),
+        (["--rewards.x.weight", "2"], "--rewards.x.weight: 'x' is not an index of a list of 1"),
+        (["--rewards.0.name.x", "2"], "--rewards.0.name.x: rewards.0.name is a single value and has no keys below it"),
+        (["--watch.rules.0.above", "2"], "--watch.rules.0.above: '0' is not an index of a list of 0"),
+        (["--model.lora.target_modules", "3"], "model.lora.target_modules: input should be a valid string, got 3"),
+        (["--model.lora.zzz", "3"], "model.lora.zzz: unknown key; known here: r, lora_alpha, target_modules"),
         (["--algorithm", "reinforce", "--ppo.lam", "1"], "ppo.lam: has no effect, since algorithm is 'reinforce'"),
+        (["--algorithm", "trpo", "--ppo.lam", "1"], "set trpo.lam, or drop all with --ppo {}"),
+        (["--algorithm", "cpi", "--ppo.clip_low", "1"], "cpi has no such key, or drop all with --ppo {}"),
         (["--reinforce.baseline", "none"], "reinforce.baseline: has no effect, since algorithm is 'ppo'"),
         (["--ppo.adv_estimator", "grpo", "--ppo.vf_coef", "1"], "ppo.vf_coef: has no effect without a value function"),
         (["--ppo.adv_estimator", "rloo", "--ppo.lam", "1"], "ppo.lam: has no effect without GAE"),
@@ -71,7 +82,7 @@ def test_round_trip(tmp_path):
         ),
         (
             ["--ppo.adv_estimator", "grpo", "--rollout.num_generations", "1"],
-            "rollout.num_generations: grpo compares the completions of a prompt, of which it needs at least 2",
+            "rollout.num_generations: grpo compares the completions of a prompt and needs at least 2",
         ),
         (
             ["--ppo.reference_refresh_steps", "2", "--model.lora.r", "4"],
@@ -90,11 +101,11 @@ def test_round_trip(tmp_path):
             "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
         ),
         (
-            ["--ppo.multi_objective_aggregation", "normalize_then_sum", "--ppo.kl_coef", "0", "--ppo.reward_clip", "1"],
-            "leaves no place for ppo.reward_clip",
+            ["--ppo.multi_objective_aggregation=normalize_then_sum", "--ppo.kl_coef=0", "--ppo.missing_eos_penalty=1"],
+            "leaves no place for ppo.missing_eos_penalty, which belongs to no objective; write it as a reward",
         ),
         (["--rewards.0.threshold", "1"], "rewards: at least one must be an objective, without a threshold"),
-        (["--rewards.0.threshold", "1", "--rewards.0.weight", "-1"], "rewards.0.weight: where a multiplier starts"),
+        (["--rewards.0.threshold", "1", "--rewards.0.weight", "-1"], "rewards.0.weight: the initial multiplier"),
         (["--rewards.0.multiplier_learning_rate", "1"], "rewards.0.multiplier_learning_rate: only a constraint"),
     ],
 )
@@ -132,17 +143,59 @@ def test_a_section_that_was_set_can_be_dropped(tmp_path):
     assert config.reinforce.baseline == "batch-mean"
 
 
+def test_every_way_to_write_an_override(tmp_path):
+    words = ["--ppo.kl-coef=1e-3", "--ppo.dual_clip", "null", "--rewards.0.weight", "2", "--total-steps", "7"]
+    words += ["--watch.rules", "[{metric: kl/reference, above: 20}]", "--watch.rules.0.patience", "3"]
+    config = load_config(write(tmp_path, BASE | {"ppo": {"dual_clip": 3}}), words)
+    assert (config.ppo.kl_coef, config.ppo.dual_clip, config.total_steps) == (1e-3, None, 7)
+    assert config.rewards[0].weight == 2.0
+    assert [(rule.above, rule.patience) for rule in config.watch.rules] == [(20.0, 3)]
+
+
 def test_every_key_is_explained_where_it_was_inherited():
     help_of = {key.name: key.help for key in documented_keys()}
-    for section in ("ppo", "reinforce", "actor_critic"):
-        assert "KL penalty shapes" in help_of[f"{section}.kl_in"]
+    for section in ALGORITHMS:
+        assert help_of[f"{section}.kl_in"] == help_of["ppo.kl_in"] != ""
     assert "as in their papers" in help_of["ppo.whiten_advantages"]
+    # ActorCriticConfig changes only this key's default.
+    assert help_of["actor_critic.vf_coef"] == help_of["ppo.vf_coef"] != ""
 
 
 def test_every_key_is_listed_once():
     names = [key.name for key in documented_keys()]
     assert len(names) == len(set(names))
     assert {"ppo.kl_coef", "rewards.N.function", "model.lora.r", "total_steps"} <= set(names)
+    lines = overview().splitlines()
+    assert len(lines) < 200
+    assert max(map(len, lines)) <= 120
+    listed = [line.split(":")[0] for line in lines if " (" in line or line.endswith("...")]
+    assert len(listed) == len(set(listed))
+    for name in names:
+        section, _, leaf = name.rpartition(".")
+        assert name in listed or (section in ALGORITHMS and f"ALGORITHM.{leaf}" in listed)
+
+
+def test_shared_keys_are_listed_with_the_defaults_that_differ():
+    lines = overview().splitlines()
+    about = [line.split(" (")[0] for line in lines if ".whiten_advantages: " in line]
+    assert about == [
+        "ALGORITHM.whiten_advantages: true",
+        "reinforce.whiten_advantages: false",
+        "ppo.whiten_advantages: null",
+    ]
+    assert [line.split(":")[0] for line in lines if ".kl_coef: " in line] == ["ALGORITHM.kl_coef"]
+
+
+def test_a_section_is_explained_in_full():
+    for section in ("ppo", "model", "optim", "watch", "rewards", "model.lora"):
+        keys = [key for key in documented_keys() if key.name.startswith(f"{section}.")]
+        text = explain(section)
+        assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "] == [key.name for key in keys]
+        assert all(key.help in " ".join(text.split()) for key in keys)
+    assert explain("seed") == "seed: 0 (int)"
+    for word, hint in (("pppo", "did you mean 'ppo'?"), ("ppo.gama", "did you mean 'ppo.gamma'?"), ("", "lists them")):
+        with pytest.raises(ConfigError, match=f"{word}: no such section or key; .*{re.escape(hint)}"):
+            explain(word)
 
 
 def test_text_from_the_command_line_stays_as_it_is(tmp_path):

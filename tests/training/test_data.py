@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -52,6 +53,27 @@ def test_csv_and_txt(tokenizer, tmp_path):
     lines = tmp_path / "p.txt"
     lines.write_text("one \n\n  two\n", encoding="utf-8")
     assert [prompt.text for prompt in _load(tokenizer, lines).train] == ["one ", "  two"]
+
+
+def test_values_of_a_file_stay_as_they_are(tokenizer, tmp_path, monkeypatch):
+    """Plain readers: no library guesses a type for a whole column, and none is imported for a file."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    table = tmp_path / "p.csv"
+    table.write_text("prompt,answer\nNA,007\nnull,\n", encoding="utf-8")
+    train = _load(tokenizer, table).train
+    assert [(prompt.text, prompt.columns["answer"]) for prompt in train] == [("NA", "007"), ("null", "")]
+    answers = [4, "four", 4.5, None, [1, "a"], {"x": 1}, {"y": []}, "2024-01-01"]
+    path = _jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "answer": answer} for answer in answers])
+    assert [prompt.columns["answer"] for prompt in _load(tokenizer, path).train] == answers
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["p.csv", "p.jsonl"]
+
+
+def test_chats_and_texts_in_one_file_keep_their_order(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    path = _jsonl(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in ("one", chat, chat, "two", chat)])
+    train = _load(tokenizer, path).train
+    assert [prompt.text[:3] for prompt in train] == ["one", "<|i", "<|i", "two", "<|i"]
+    assert [tokenizer.decode(prompt.input_ids) for prompt in train] == [prompt.text for prompt in train]
 
 
 def test_saved_dataset(tokenizer, tmp_path):
@@ -212,7 +234,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     (tmp_path / "prompts.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8"):
         _load(tokenizer, tmp_path / "prompts.jsonl")
-    with pytest.raises(DataError, match=r"no such file; did you mean .*/prompts\.jsonl\?"):
+    with pytest.raises(DataError, match=r"no such file; did you mean '.*/prompts\.jsonl'\?"):
         _load(tokenizer, tmp_path / "prompt.jsonl")
     with pytest.raises(DataError, match=r"no such file$"):
         _load(tokenizer, tmp_path / "nowhere" / "x.txt")

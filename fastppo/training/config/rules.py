@@ -1,0 +1,144 @@
+"""Rules between fields: keys that are missing, contradict each other, or would have no effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from fastppo.algorithms.config import AlgorithmConfig
+from fastppo.config_fields import ConfigError
+from fastppo.training.config.schema import ALGORITHMS, Config, RewardConfig
+
+# Metrics that evaluation logs beside the rewards, whose names must differ.
+_TAKEN = {"mean", "std", "reward", "reward_std", "length", "kl", "perplexity", "perplexity_reference"}
+
+
+def check_consistency(config: Config) -> None:
+    """Check the rules between fields.
+
+    Raises:
+        ConfigError: fields that are missing or don't go together.
+    """
+    for rules in (_run, _rewards, _watch, _other_algorithms, _algorithm, _options_in_use):
+        for problem in rules(config):
+            raise ConfigError(problem)
+
+
+def _run(config: Config) -> Iterator[str]:
+    if not config.model.name_or_path:
+        yield "model.name_or_path: required, but not given"
+    if not config.data.train:
+        yield "data.train: required, but not given"
+    if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
+        yield "optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup"
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    keyed = [(f"rewards.{index}", reward) for index, reward in enumerate(config.rewards)]
+    keyed += [(f"eval.rewards.{index}", reward) for index, reward in enumerate(config.eval.rewards)]
+    names = [reward.name for _, reward in keyed]
+    for key, reward in keyed:
+        name, constraint, held_out = reward.name, reward.threshold is not None, key.startswith("eval.")
+        if name in _TAKEN:
+            yield f"{key}.name: {name!r} is the name of a metric already; call the reward something else"
+        if (reward.function is None) == (reward.model is None):
+            yield f"{key}: give exactly one of `function` and `model`"
+        if names.count(name) > 1:
+            yield f"{key}.name: {name!r} is used twice; metrics are kept by name"
+        if not constraint and reward.multiplier_learning_rate != RewardConfig("").multiplier_learning_rate:
+            yield f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one"
+        if constraint and reward.weight < 0:
+            yield f"{key}.weight: the initial multiplier of a constraint must be at least 0, got {reward.weight:g}"
+        if held_out and not {f"{name}_std", f"{name}_effect"}.isdisjoint(names):
+            yield f"{key}.name: a reward named {name}_std or {name}_effect hides its metrics"
+        if held_out and (reward.weight != 1.0 or reward.normalize or constraint):
+            yield f"{key}: a reward that is not trained on has no weight, normalization or threshold"
+    if config.rewards and all(reward.threshold is not None for reward in config.rewards):
+        yield "rewards: at least one must be an objective, without a threshold"
+
+
+def _watch(config: Config) -> Iterator[str]:
+    for index, rule in enumerate(config.watch.rules):
+        key = f"watch.rules.{index}"
+        if rule.above is None and rule.below is None:
+            yield f"{key}: give `above`, `below` or both; {rule.metric} is not bounded"
+        if rule.above is not None and rule.below is not None and rule.below >= rule.above:
+            yield f"{key}: every value is below {rule.below:g} or above {rule.above:g}"
+        if rule in config.watch.rules[:index]:
+            yield f"{key}: the same rule is given twice"
+        if rule.action == "rollback" and not config.checkpoint.every:
+            yield f"{key}.action: rollback needs checkpoints; set checkpoint.every"
+        if rule.metric.startswith("eval/") and rule.action != "warn" and not config.eval.every:
+            yield f"{key}: {rule.metric} is known only after the last step; set eval.every"
+
+
+def _other_algorithms(config: Config) -> Iterator[str]:
+    chosen = config.algorithm
+    for name in ALGORITHMS:
+        for key in _changed(getattr(config, name)) if name != chosen else ():
+            where = f"set {chosen}.{key}" if hasattr(config.algorithm_config, key) else f"{chosen} has no such key"
+            yield f"{name}.{key}: has no effect, since algorithm is {chosen!r}; {where}, or drop all with --{name} {{}}"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    name, section, no_reference = config.algorithm, config.algorithm_config, config.model.reference == "none"
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    parts = section.num_mini_batches * section.gradient_accumulation_steps
+    if sequences < parts:
+        yield (
+            f"{name}.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made "
+            f"of {sequences} sequences (rollout.num_prompts x rollout.num_generations)"
+        )
+    if no_reference and section.kl_coef > 0:
+        yield f"{name}.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)"
+    if no_reference and section.kl_controller == "linear":
+        yield f"{name}.kl_controller: there is no KL to weigh when model.reference is none"
+    if no_reference and section.reference_refresh_steps:
+        yield f"{name}.reference_refresh_steps: there is no reference when model.reference is none"
+    if config.model.lora is not None and section.reference_refresh_steps:
+        yield f"{name}.reference_refresh_steps: not possible with model.lora, whose reference is the adapter turned off"
+    penalized = section.kl_coef > 0 or section.kl_controller == "linear"  # which may rise from 0
+    if section.kl_estimator == "exact" and section.kl_in == "loss" and not penalized:
+        yield f"{name}.kl_estimator: exact in the loss needs {name}.kl_coef above 0"
+    if section.kl_controller == "adaptive" and section.kl_coef == 0:
+        yield f"{name}.kl_coef: must be above 0 for the adaptive controller, which multiplies it"
+    if section.multi_objective_aggregation == "normalize_then_sum":
+        no_place = f"{name}.multi_objective_aggregation: normalize_then_sum leaves no place for {name}"
+        if section.missing_eos_penalty:
+            yield f"{no_place}.missing_eos_penalty, which belongs to no objective; write it as a reward"
+        if section.kl_coef and section.kl_in == "reward":
+            yield f"{no_place}.kl_in: reward, which belongs to no objective; put it in the loss ({name}.kl_in: loss)"
+    half = config.model.autocast is not None or config.model.dtype != "float32"
+    if half and getattr(section, "fisher_method", None) == "finite_difference":
+        yield f"{name}.fisher_method: finite_difference needs model.dtype float32 and no model.autocast"
+    if sequences < 2 and getattr(section, "step_size", None) == "held_out":
+        yield f"{name}.step_size: held_out needs at least 2 sequences a step, to set some aside"
+    if config.rollout.num_generations < 2 and (estimator := _estimator(section)) in ("rloo", "grpo"):
+        yield f"rollout.num_generations: {estimator} compares the completions of a prompt and needs at least 2"
+
+
+def _options_in_use(config: Config) -> Iterator[str]:
+    section, estimator = config.algorithm_config, _estimator(config.algorithm_config)
+    critic = estimator in ("gae", "learned")
+    uses = {  # key: what it has an effect with, and whether that is there
+        "vf_coef": ("a value function", critic),
+        "cliprange_value": ("a value function", critic),
+        "lam": ("GAE", critic and getattr(section, "n_steps", None) is None),
+        "scale_rewards": ("grpo", estimator == "grpo"),
+        "held_out_fraction": ("step_size: held_out", getattr(section, "step_size", None) == "held_out"),
+        "kl_target": ("kl_controller: adaptive", section.kl_controller == "adaptive"),
+        "kl_horizon": ("kl_controller: adaptive or linear", section.kl_controller != "fixed"),
+        "kl_coef_final": ("kl_controller: linear", section.kl_controller == "linear"),
+    }
+    for key in _changed(section):
+        needed, there = uses.get(key, ("", True))
+        if not there:
+            yield f"{config.algorithm}.{key}: has no effect without {needed}"
+
+
+def _changed(section: AlgorithmConfig) -> list[str]:
+    return [f.name for f in dataclasses.fields(section) if getattr(section, f.name) != getattr(type(section)(), f.name)]
+
+
+def _estimator(section: AlgorithmConfig) -> str:
+    return getattr(section, "adv_estimator", getattr(section, "baseline", "gae"))
