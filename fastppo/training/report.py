@@ -11,7 +11,6 @@ import base64
 import datetime
 import functools
 import importlib.metadata
-import importlib.resources
 import io
 import math
 import os
@@ -23,14 +22,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-import matplotlib
 import matplotlib.style
 import numpy as np
 import torch
 import yaml
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -65,7 +64,7 @@ _GROUPS = {
     "value": ("value",),
     "completions": ("completion", "text"),
     "optimizer": ("grad_norm", "lr", "loss"),
-    "speed": ("tokens_per_second",),
+    "speed": ("tokens_per_second", "time"),
     "other": (),
 }
 # Metrics that belong elsewhere than their first word says.
@@ -88,21 +87,30 @@ _TITLES = {
     "policy/entropy": "policy/entropy, nats per token",
     "policy/approx_kl": "policy/approx_kl, nats per token",
     "completion/length": "completion/length, tokens",
+    "time/step": "Seconds by phase",
 }
 
 
-class _Theme(NamedTuple):
-    background: str  # of the page's cards
-    text: str
-    faint: str
-    grid: str
-    palette: tuple[str, str]
+_FAINT = "#69707d"
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _FAINT,
+    "axes.grid": True,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": cycler(color=["#2a6fb5", "#c7621a", "#2f8a5b", "#7b57b3", "#a8892a"]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "grid.color": "#e6e8ec",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a reward may be called "$x"
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+}
 
-
-_LIGHT = _Theme("#ffffff", "#1f2430", "#69707d", "#e6e8ec", ("#2a6fb5", "#c7621a"))
-_DARK = _Theme("#1b1e24", "#dfe2e7", "#969daa", "#31353d", ("#6fabe8", "#eb9a5e"))
-
-_Panel = tuple[str, Callable[[Axes, _Theme], None]]  # title, what draws it
+_Panel = tuple[str, Callable[[Axes], None]]  # title, what draws it
 
 
 @dataclass
@@ -131,7 +139,7 @@ class _Run:
 def write_report(output_dir: str | Path) -> Path:
     """Write ``output_dir/plots/*.png`` and ``output_dir/report.html``.
 
-    The page embeds its plots (for a light and a dark screen) and styles; it has no script and fetches nothing.
+    The page embeds its plots and styles; it has no script and fetches nothing.
     Everything that a model, a data set or a person wrote is escaped.
 
     Args:
@@ -148,24 +156,26 @@ def write_report(output_dir: str | Path) -> Path:
     run = _load(output_dir)
     groups = []
     for name, panels in _panels(run).items():
-        light, dark = (_png(panels, theme, 4.2 if name == "reward_kl" else 2.6) for theme in (_LIGHT, _DARK))
-        atomic_write(output_dir / PLOTS_FOLDER / f"{name}.png", light)
-        groups.append((name, *(base64.b64encode(image).decode("ascii") for image in (light, dark))))
-
+        image = _png(panels, 4.2 if name == "reward_kl" else 2.6)
+        atomic_write(output_dir / PLOTS_FOLDER / f"{name}.png", image)
+        groups.append((name, base64.b64encode(image).decode("ascii")))
     samples = _pair_samples(*run.samples)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "printable": printable}
-    template = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    page = environment.get_template("report.html.j2").render(
         run=run,
         model=str(run.setting("model.name_or_path") or ""),
         algorithm=str(run.setting("algorithm") or "trained"),
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tiles=_tiles(run),
-        notices=_notices(run),
+        total_steps=run.setting("total_steps"),
         alarms=read_alarms(output_dir),
         groups=groups,
         smooth_from=_SMOOTH_FROM,
@@ -222,14 +232,15 @@ def _load(output_dir: Path) -> _Run:
 
 def _panels(run: _Run) -> dict[str, list[_Panel]]:
     """The panels of each group that there is data for, in the page's order."""
-    statistics_of_total = {f"reward/{name}" for name in ("mean", "std", "min", "max", "gain_per_sqrt_kl")}
-    parts = [name for name in run.series if name.startswith("reward/") and name not in statistics_of_total]
+    not_parts = {f"reward/{name}" for name in ("mean", "std", "min", "max", "gain_per_sqrt_kl")}
+    parts = [name for name in run.series if name.startswith("reward/") and name not in not_parts]
     curves: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(run.series, key=lambda name: (name.startswith("eval/"), name)):  # held-out curves are drawn last
-        if re.match(r"time/|watch/|eval/(.*_std|num_prompts)$", name):
+    for name in sorted(run.series, key=lambda name: (name.startswith("eval/"), name)):  # held-out values are drawn last
+        if re.match(r"watch/|eval/(.*_std|num_prompts)$", name):
             continue
-        twin = f"reward/{name.removeprefix('eval/')}"
-        key = _PANEL_OF.get(name, twin if twin in parts else name)
+        beside = f"reward/{name.removeprefix('eval/')}"
+        key = _PANEL_OF.get(name, beside if beside in parts else name)
+        key = "time/step" if name.startswith("time/") else key
         if parts != [key]:  # a single reward says no more than the total
             curves[key].append(name)
 
@@ -243,26 +254,26 @@ def _panels(run: _Run) -> dict[str, list[_Panel]]:
             draw = functools.partial(_draw_curves, run=run, names=names)
             groups[_GROUP_OF.get(key, by_prefix)].append((_TITLES.get(key, key), draw))
     groups["reward_kl"].sort(key=lambda panel: panel[0] != "Reward")
-    if paths := _reward_against_kl(run):
-        groups["kl"].append(("Reward against KL", functools.partial(_draw_paths, paths=paths)))
-    if seconds := _seconds_by_phase(run):
-        groups["speed"].append(("Mean seconds in a step", functools.partial(_draw_phases, seconds=seconds)))
+    if {"kl/reference", "reward/mean"} <= run.series.keys():
+        groups["kl"].append(("Reward against KL", functools.partial(_draw_reward_against_kl, run=run)))
     return {name: panels for name, panels in groups.items() if panels}
 
 
-def _draw_curves(axes: Axes, theme: _Theme, *, run: _Run, names: list[str]) -> None:
-    for color, name in zip(theme.palette * len(names), names, strict=False):
-        steps, values = np.array(list(run.series[name])), np.array(list(run.series[name].values()))
-        if name.startswith("eval/"):
+def _draw_curves(axes: Axes, *, run: _Run, names: list[str]) -> None:
+    held_out = [name for name in names if name.startswith("eval/")]
+    for name in names:
+        steps, values = list(run.series[name]), list(run.series[name].values())
+        if name in held_out:
             deviations, counts = run.series.get(f"{name}_std", {}), run.series.get("eval/num_prompts", {})
             errors = [deviations.get(step, math.nan) / math.sqrt(counts.get(step, math.nan)) for step in steps]
-            label = name if names[0].startswith("eval/") else "held-out prompts"
-            axes.errorbar(steps, values, errors, color=color, fmt="o", markersize=5, capsize=3, label=label, zorder=3)
-        elif len(steps) < _SMOOTH_FROM:
-            axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=3, label="training prompts")
+            label = name if held_out == names else "held-out prompts"
+            axes.errorbar(steps, values, errors, fmt="o", markersize=5, capsize=3, label=label, zorder=3)
         else:
-            axes.plot(steps, values, color=color, linestyle="none", marker="o", markersize=2.5, alpha=0.3, mew=0)
-            axes.plot(steps, _smooth(values), color=color, linewidth=1.6, label="training prompts")
+            label = "training prompts" if held_out else name
+            smooth = len(steps) >= _SMOOTH_FROM
+            [line] = axes.plot(steps, _smooth(values), marker="" if smooth else "o", markersize=3, label=label)
+            if smooth:
+                axes.plot(steps, values, ".", color=line.get_color(), markersize=4, alpha=0.3, markeredgewidth=0)
     if len(names) > 1:
         axes.legend()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -270,84 +281,35 @@ def _draw_curves(axes: Axes, theme: _Theme, *, run: _Run, names: list[str]) -> N
     low, high = min(every), max(every)
     if low > 0 and high / low > _LOG_SCALE_FROM:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical text, which `_png` turns off
+        axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical text, which `_STYLE` turns off
     elif names[0].startswith("value/explained_variance") and low < -1 < high:
         axes.set_ylim(bottom=-1)  # the first steps may be far lower
 
 
-def _smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Centered moving mean over a twentieth of the points, over what there is of it at both ends; [n] -> [n]."""
+def _smooth(values: Sequence[float]) -> Sequence[float]:
+    """Centered moving mean over a twentieth of the points, narrower at both ends. Few points are returned unchanged."""
+    if len(values) < _SMOOTH_FROM:
+        return values
     window = np.ones(2 * max(2, len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _reward_against_kl(run: _Run) -> dict[str, list[tuple[float, float]]]:
-    """(KL, reward) of the steps that have both, for the training and the held-out prompts."""
-    paths = {}
-    for label, kl, reward in (
-        ("training prompts", "kl/reference", "reward/mean"),
-        ("held-out prompts", "eval/kl", "eval/reward"),
+def _draw_reward_against_kl(axes: Axes, *, run: _Run) -> None:
+    for label, kl, reward, marker in (
+        ("training prompts", "kl/reference", "reward/mean", ".-"),
+        ("held-out prompts", "eval/kl", "eval/reward", "o"),
     ):
         kl, reward = run.series.get(kl, {}), run.series.get(reward, {})
-        paths[label] = [(kl[step], reward[step]) for step in kl if step in reward]
-    return {label: path for label, path in paths.items() if len(path) > 1}
-
-
-def _draw_paths(axes: Axes, theme: _Theme, *, paths: dict[str, list[tuple[float, float]]]) -> None:
-    for color, (label, path) in zip(theme.palette, paths.items(), strict=False):
-        kl, reward = (
-            np.array(values) if len(path) < _SMOOTH_FROM else _smooth(values) for values in zip(*path, strict=True)
-        )
-        axes.plot(kl, reward, color=color, linewidth=1, marker="o", markersize=3, label=label)
-        axes.plot(kl[-1:], reward[-1:], color=color, marker="o", markersize=7)  # where it ended
+        both = sorted(kl.keys() & reward.keys())
+        axes.plot(_smooth([kl[step] for step in both]), _smooth([reward[step] for step in both]), marker, label=label)
     axes.legend()
 
 
-def _seconds_by_phase(run: _Run) -> dict[str, float]:
-    """Mean seconds of a step by phase, longest first."""
-    total = {name: sum(values.values()) for name, values in run.series.items() if name.startswith("time/")}
-    # A phase that some steps lack is spread over all of them.
-    steps = max((len(run.series[name]) for name in total), default=1)
-    whole = total.pop("time/step", 0.0) / steps
-    seconds = {name.removeprefix("time/"): value / steps for name, value in total.items()}
-    if (rest := whole - sum(seconds.values())) > 0.01 * whole:
-        seconds["other"] = rest
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
-
-
-def _draw_phases(axes: Axes, theme: _Theme, *, seconds: dict[str, float]) -> None:
-    bars = axes.barh([_shorten(name) for name in seconds], list(seconds.values()), height=0.6, color=theme.palette[0])
-    total = sum(seconds.values()) or 1.0
-    axes.bar_label(bars, [f"{value:.3g} s   {value / total:.0%}" for value in seconds.values()], padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.3)
-    axes.grid(axis="y", visible=False)
-
-
-def _png(panels: list[_Panel], theme: _Theme, height: float) -> bytes:
-    """Up to three panels side by side in rows of `height` inches, each row as wide as the image."""
-    style = {
-        "figure.facecolor": theme.background,
-        "axes.facecolor": theme.background,
-        "axes.edgecolor": theme.faint,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.8,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10,
-        "grid.color": theme.grid,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.faint,
-        "text.color": theme.text,
-        "text.parse_math": False,  # a reward may be called "$x"
-        "font.size": 9,
-        "legend.frameon": False,
-    }
+def _png(panels: list[_Panel], height: float) -> bytes:
+    """Up to three panels side by side, in rows of `height` inches that are as wide as the image."""
     rows = [list(row) for row in np.array_split(np.arange(len(panels)), math.ceil(len(panels) / 3))]
     # On a Figure of its own, without pyplot: the caller's backend and open figures stay as they are.
-    with matplotlib.style.context(["default", style]), warnings.catch_warnings():
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
         # A reward's name in a script that the font lacks: boxes in the plot, but the page's table has it.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=(12, height * len(rows)), layout="constrained")
@@ -358,7 +320,7 @@ def _png(panels: list[_Panel], theme: _Theme, height: float) -> bytes:
                 title, draw = panels[index]
                 axes = figure.add_subplot(grid[y, x * width : (x + 1) * width])
                 axes.set_title(_shorten(title))
-                draw(axes, theme)
+                draw(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
@@ -395,17 +357,6 @@ def _tiles(run: _Run) -> list[tuple[str, str, str]]:
     if speed := run.series.get("tokens_per_second"):
         tiles.append(("Tokens/s", format_number(statistics.median(speed.values())), "median of the steps"))
     return tiles
-
-
-def _notices(run: _Run) -> list[str]:
-    notices = []
-    total = run.setting("total_steps")
-    if isinstance(total, int) and run.steps < total:
-        notices.append(f"Written after step {run.steps} of {total}: the run was stopped early or is still going on.")
-    if run.nonfinite:
-        listed = ", ".join(f"{name} ({count})" for name, count in sorted(run.nonfinite.items()))
-        notices.append(f"Values that are NaN or infinite, left out of the plots: {listed}.")
-    return notices
 
 
 def _pair_samples(
