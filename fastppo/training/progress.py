@@ -5,7 +5,6 @@ A display never ends a run: it goes silent once its terminal or pipe is closed.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import deque
@@ -139,19 +138,16 @@ class ProgressDisplay:
         self._writing = True
         try:
             while self._unwritten and not self._silent:
-                self._write_now(self._unwritten.popleft())
+                file = self._console.file
+                text = _encodable(self._unwritten.popleft(), getattr(file, "encoding", None) or "utf-8")
+                if self._bar is None:
+                    print(text, file=file, flush=True)
+                else:
+                    self._console.print(Text(text), soft_wrap=True)
         except OSError:
             self._silent = True
         finally:
             self._writing = False
-
-    def _write_now(self, text: str) -> None:
-        file = self._console.file
-        text = _encodable(text, getattr(file, "encoding", None) or "utf-8")
-        if self._bar is None:
-            print(text, file=file, flush=True)
-        else:
-            self._console.print(Text(text), soft_wrap=True)
 
 
 def printable(text: str) -> str:
@@ -164,24 +160,15 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """About four digits, in as little room as they need; "-" for None."""
+    """Four digits, or all before the decimal point; "-" for None."""
     if value is None:
         return "-"
-    if not math.isfinite(value):
-        return str(value)
-    if abs(value) >= 1000:
-        return f"{value:.0f}"
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1e}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def format_duration(seconds: float | None) -> str:
-    """3725 -> 1h02m, 125 -> 2m05s, 5 -> 5s; "-" for None."""
+    """3725 -> 1:02:05; "-" for None."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

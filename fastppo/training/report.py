@@ -339,13 +339,13 @@ def _tiles(run: _Run) -> list[tuple[str, str, str]]:
     tiles = []
     rewards = {"eval/reward": "Reward, held-out prompts", "reward/mean": "Reward, training prompts"}
     if metric := next((metric for metric in rewards if metric in run.series), None):
-        steps, values = zip(*run.series[metric].items(), strict=True)
-        first, last = (f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}" for value in (values[0], values[-1]))
-        if len(steps) > 1:
-            note = f"{values[-1] - values[0]:+.3f} from step {steps[0]} to {steps[-1]}"
-            tiles.append((rewards[metric], f"{first} → {last}", note))
+        values = list(run.series[metric].items())
+        (first, start), (last, end) = values[0], values[-1]
+        if first == last:
+            tiles.append((rewards[metric], f"{end:.3f}", f"step {last}"))
         else:
-            tiles.append((rewards[metric], last, f"step {steps[0]}"))
+            change = f"{end - start:+.3f} from step {first} to {last}"
+            tiles.append((rewards[metric], f"{start:.3f} → {end:.3f}", change))
     # The later of the two; on a tie the held-out prompts, as for the reward.
     measured = [run.series[name] for name in ("eval/kl", "kl/reference") if name in run.series]
     if kl := max(measured, key=max, default=None):

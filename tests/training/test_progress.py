@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fastppo.training import progress
-from fastppo.training.progress import ProgressDisplay, printable
+from fastppo.training.progress import ProgressDisplay, format_duration, format_number, printable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 METRICS = {
@@ -72,7 +72,7 @@ def test_plain_is_one_parseable_line_a_step(clock):
             display.update(step, METRICS)
     lines = [fields(line) for line in file.getvalue().splitlines()]
     assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"]
-    assert [line["left"] for line in lines] == ["5s", "2s", "0s"]
+    assert [line["left"] for line in lines] == ["0:00:05", "0:00:02", "0:00:00"]
     assert {line["step_time"] for line in lines} == {"2.50s"}
     assert lines[0]["reward"] == "0.412"
     assert float(lines[0]["kl"]) == 0.00021
@@ -109,11 +109,11 @@ def test_time_left_follows_the_recent_median(clock):
         for step in range(1, 101):
             clock.now += 120.0 if step == 1 or step % 10 == 0 else 4.0
             display.update(step, {})
-        assert fields(file.getvalue().splitlines()[-1])["left"] == "1h00m"  # 900 steps of 4 s
+        assert fields(file.getvalue().splitlines()[-1])["left"] == "1:00:00"  # 900 steps of 4 s
         for step in range(101, 131):
             clock.now += 1.0
             display.update(step, {})
-    assert fields(file.getvalue().splitlines()[-1])["left"] == "14m30s"  # 870 steps of 1 s
+    assert fields(file.getvalue().splitlines()[-1])["left"] == "0:14:30"  # 870 steps of 1 s
 
 
 def test_a_resumed_run_counts_from_its_step(clock):
@@ -122,7 +122,7 @@ def test_a_resumed_run_counts_from_its_step(clock):
         clock.now += 3.0
         display.update(91, METRICS)
     line = fields(file.getvalue().strip())
-    assert (line["step"], line["step_time"], line["left"]) == ("91/100", "3.00s", "27s")
+    assert (line["step"], line["step_time"], line["left"]) == ("91/100", "3.00s", "0:00:27")
 
 
 @pytest.mark.parametrize("width", [20, 39, 50, 79, 80, 100, 200])
@@ -140,8 +140,8 @@ def test_the_live_display_fits_the_terminal(width):
     for least, shown in {
         39: "reward 0.412",
         50: " left",
-        79: "KL 2.1e-04",
-        100: "entropy 2.500",
+        79: "KL 0.00021",
+        100: "entropy 2.5",
         200: "tokens/s 1413",
     }.items():
         assert (shown in line) == (width >= least)
@@ -155,8 +155,8 @@ def test_the_live_display_shows_everything_where_there_is_room(clock):
             display.update(step, METRICS | {"reward/mean": step / 32})
         display.phase("update 1/2")
     last = without_escapes(file.getvalue()).rstrip().replace("\r", "\n").split("\n")[-1]
-    metrics = "reward 1.000 KL 2.1e-04 entropy 2.500 clip 0.081 tokens/s 1413"
-    assert re.fullmatch(rf"step 32/40 ━+╸?╺?━+ {metrics} 16s left stopped +\d:\d\d:\d\d", last)
+    metrics = "reward 1 KL 0.00021 entropy 2.5 clip 0.081 tokens/s 1413"
+    assert re.fullmatch(rf"step 32/40 ━+╸?╺?━+ {metrics} 0:00:16 left stopped +\d:\d\d:\d\d", last)
 
 
 def test_messages_go_above_the_bar_as_plain_text():
@@ -304,6 +304,12 @@ def test_bad_steps_are_refused():
         ProgressDisplay(0)
     with pytest.raises(ValueError, match=r"start_step: expected 0 to total_steps \(5\), got 6"):
         ProgressDisplay(5, start_step=6)
+
+
+def test_durations_and_numbers_are_one_word():
+    assert [format_duration(t) for t in (None, 5.4, 3725, 400_000)] == ["-", "0:00:05", "1:02:05", "111:06:40"]
+    numbers = (None, 0.412, 0.00021, 123456.7, -float("inf"), 0.0, 1 / 3)
+    assert [format_number(x) for x in numbers] == ["-", "0.412", "0.00021", "123457", "-inf", "0", "0.3333"]
 
 
 def test_printable_leaves_text_alone():
