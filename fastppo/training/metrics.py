@@ -56,7 +56,16 @@ class MetricsLogger:
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
         if resume_step is not None and resume_step < 0:
             raise ValueError(f"resume_step: expected None or a step >= 0, got {resume_step}")
-        self._summary_writer, self._writer = _import_summary_writer() if tensorboard else None, None
+        self._new_writer, self._writer = None, None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"tensorboard: true needs the package tensorboard ({error}); "
+                    "pip install 'fastppo[train]', or set tensorboard: false"
+                ) from None
+            self._new_writer = SummaryWriter
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / METRICS_FILE
@@ -70,9 +79,9 @@ class MetricsLogger:
 
     def _open(self, purge_step: int | None) -> None:
         self._file = self._path.open("ab")
-        if self._summary_writer is not None:
+        if self._new_writer is not None:
             # TensorBoard hides what earlier event files hold at `purge_step` and later.
-            self._writer = self._summary_writer(str(self._path.with_name(TENSORBOARD_FOLDER)), purge_step=purge_step)
+            self._writer = self._new_writer(str(self._path.with_name(TENSORBOARD_FOLDER)), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics, and flush the file.
@@ -250,14 +259,3 @@ def _set_aside(output_dir: Path) -> Path | None:
         if (output_dir / name).exists():
             os.replace(output_dir / name, folder / name)
     return folder
-
-
-def _import_summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"tensorboard: true needs the package tensorboard ({error}); "
-            "pip install 'fastppo[train]', or set tensorboard: false"
-        ) from None
-    return SummaryWriter

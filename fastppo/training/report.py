@@ -139,8 +139,8 @@ class _Run:
 def write_report(output_dir: str | Path) -> Path:
     """Write ``output_dir/plots/*.png`` and ``output_dir/report.html``.
 
-    The page embeds its plots and styles; it has no script and fetches nothing.
-    Everything that a model, a data set or a person wrote is escaped.
+    The page embeds its plots and styles, has no script and fetches nothing. Everything that a model, a data set or a
+    person wrote is escaped.
 
     Args:
         output_dir: a run's folder with metrics.jsonl, config.yaml, samples/before.jsonl and samples/after.jsonl; each

@@ -409,12 +409,12 @@ def test_functions_that_cannot_be_found(tmp_path, monkeypatch):
         "mine.py:scores": r"no function 'scores' in mine\.py; did you mean 'score'",
         "mine.py:os": "no function 'os'",
         "absent.py:score": r"absent\.py: no such file",
-        "syntax.py:score": r"running syntax\.py raised SyntaxError",
-        "raises.py:score": r"running raises\.py raised ZeroDivisionError",
+        "syntax.py:score": r"loading syntax\.py raised SyntaxError",
+        "raises.py:score": r"loading raises\.py raised ZeroDivisionError",
         "absent_module:score": r"no module 'absent_module' is installed; for a file, write its path: absent_module\.py",
         "absent_module.sub:score": "no module 'absent_module.sub'",
-        "raises:score": "importing raises raised ZeroDivisionError",
-        "imports_more:score": "importing imports_more raised ModuleNotFoundError: .*a_module_that_is_absent",
+        "raises:score": "loading raises raised ZeroDivisionError",
+        "imports_more:score": "loading imports_more raised ModuleNotFoundError: .*a_module_that_is_absent",
     }
     for spec, message in wrong.items():
         with pytest.raises(RewardError, match=message) as caught:

@@ -190,19 +190,19 @@ class RewardFunctions:
 
     def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """The states of normalizers and multipliers by reward name, as JSON can hold them."""
-        return {
-            "normalizers": {name: normalizer.state_dict() for name, normalizer in self._normalizers.items()},
-            "multipliers": {name: multiplier.state_dict() for name, multiplier in self.multipliers.items()},
-        }
+        return {kind: {name: part.state_dict() for name, part in own.items()} for kind, own in self._parts()}
 
     def load_state_dict(self, state: dict[str, dict[str, dict[str, float]]]) -> None:
         """Restore `state`; raises RewardError if it belongs to other rewards."""
-        for kind, own in (("normalizers", self._normalizers), ("multipliers", self.multipliers)):
+        for kind, own in self._parts():
             saved = state[kind]
             if saved.keys() != own.keys():
                 raise RewardError(f"the saved run has {kind} of the rewards {sorted(saved)}, this one {sorted(own)}")
             for name, values in saved.items():
                 own[name].load_state_dict(values)
+
+    def _parts(self) -> list[tuple[str, dict[str, RunningNormalizer] | dict[str, LagrangeMultiplier]]]:
+        return [("normalizers", self._normalizers), ("multipliers", self.multipliers)]
 
 
 def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:

@@ -69,7 +69,7 @@ def find_function(name: str, spec: str) -> RewardFunction:
     if not where or not attribute:
         kinds = f"{', '.join(BUILT_IN)}, module:function or path/file.py:function"
         raise RewardError(f"reward {name!r}: {spec!r} is not {kinds}")
-    module = _from_file(name, Path(where).expanduser()) if where.endswith(".py") else _from_module(name, where)
+    module = _load_module(name, where)
     function = getattr(module, attribute, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -79,28 +79,26 @@ def find_function(name: str, spec: str) -> RewardFunction:
     return function
 
 
-def _from_module(name: str, module: str) -> ModuleType:
+def _load_module(name: str, where: str) -> ModuleType:
+    """Import a module by its name, or execute a .py file as one."""
     try:
-        return importlib.import_module(module)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise RewardError(
-                f"reward {name!r}: no module {module!r} is installed; for a file, write its path: {module}.py:..."
-            ) from None
-        raise RewardError(f"reward {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
-
-
-def _from_file(name: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RewardError(f"reward {name!r}: {path}: no such file")
-    # A key per path: two files of one name differ, and neither hides an installed module.
-    key = f"_fastppo_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(key, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module  # dataclasses and typing look their module up there
-    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise RewardError(f"reward {name!r}: {where}: no such file")
+        # A key per path: two files of one name differ, and neither hides an installed module.
+        key = f"_fastppo_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+        spec = importlib.util.spec_from_file_location(key, path)
+        # dataclasses and typing look the module up there.
+        module = sys.modules[key] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        return module
+    except RewardError:
+        raise
     except Exception as error:
-        del sys.modules[key]
-        raise RewardError(f"reward {name!r}: running {path} raised {type(error).__name__}: {error}") from error
-    return module
+        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
+            raise RewardError(
+                f"reward {name!r}: no module {where!r} is installed; for a file, write its path: {where}.py:..."
+            ) from None
+        raise RewardError(f"reward {name!r}: loading {where} raised {type(error).__name__}: {error}") from error
