@@ -150,7 +150,7 @@ def write_report(output_dir: str | Path) -> Path:
         The page's path.
 
     Raises:
-        FileNotFoundError: the folder holds nothing of a run.
+        FileNotFoundError: the folder has none of these.
     """
     output_dir = Path(output_dir)
     run = _load(output_dir)
@@ -275,7 +275,7 @@ def _draw_curves(axes: Axes, *, run: _Run, names: list[str]) -> None:
             if smooth:
                 axes.plot(steps, values, ".", color=line.get_color(), markersize=4, alpha=0.3, markeredgewidth=0)
     if len(names) > 1:
-        axes.legend()
+        axes.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(names) > 2 else {})
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     every = [value for name in names for value in run.series[name].values()]
     low, high = min(every), max(every)

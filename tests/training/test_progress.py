@@ -1,4 +1,4 @@
-"""What a person sees of a run: on a terminal, in a pipe, and when either goes away."""
+"""The progress display: on a terminal, in a pipe, and after either was closed."""
 
 import io
 import os

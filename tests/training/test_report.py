@@ -1,4 +1,4 @@
-"""The report: everything on one page, nothing from elsewhere, whatever a model wrote and however little is there."""
+"""The report: one self-contained page, with everything that others wrote escaped, also for incomplete runs."""
 
 import base64
 import importlib.resources

@@ -1,4 +1,4 @@
-"""Rewards: what is called with what, what is made of the results, and what is said of those that are none."""
+"""Rewards: how functions are called, how their results are combined, and how invalid ones are reported."""
 
 from __future__ import annotations
 
