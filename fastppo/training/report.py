@@ -8,9 +8,11 @@ changes is plotted, in the group that its first word belongs to (`_GROUPS`).
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import functools
 import importlib.metadata
+import importlib.resources
 import io
 import math
 import os
@@ -18,7 +20,7 @@ import platform
 import re
 import statistics
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,10 +95,8 @@ _TITLES = {
 
 _FAINT = "#69707d"
 _STYLE = {
-    "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
     "axes.grid": True,
-    "axes.linewidth": 0.8,
     "axes.prop_cycle": cycler(color=["#2a6fb5", "#c7621a", "#2f8a5b", "#7b57b3", "#a8892a"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -111,6 +111,7 @@ _STYLE = {
 }
 
 _Panel = tuple[str, Callable[[Axes], None]]  # title, what draws it
+_Row = dict[str, Any]  # of samples
 
 
 @dataclass
@@ -123,9 +124,9 @@ class _Run:
     nonfinite: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     steps: int = 0
     seconds: float = 0.0
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Any = None
     config_text: str = ""
-    samples: list[list[dict[str, Any]]] = field(default_factory=lambda: [[], []])
+    samples: list[list[_Row]] = field(default_factory=lambda: [[], []])
     """Before the first step, and the latest."""
     after_label: str = "After"
 
@@ -162,14 +163,11 @@ def write_report(output_dir: str | Path) -> Path:
     samples = _pair_samples(*run.samples)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": format_number, "printable": printable}
-    page = environment.get_template("report.html.j2").render(
+    template = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
         run=run,
         model=str(run.setting("model.name_or_path") or ""),
         algorithm=str(run.setting("algorithm") or "trained"),
@@ -215,11 +213,8 @@ def _load(output_dir: Path) -> _Run:
                 run.nonfinite[name] += 1
     if config.exists():
         run.config_text = config.read_text(encoding="utf-8", errors="replace")
-        try:
-            tree = yaml.safe_load(run.config_text)
-        except yaml.YAMLError:
-            tree = None  # then the text alone is shown
-        run.config = tree if isinstance(tree, dict) else {}
+        with contextlib.suppress(yaml.YAMLError):  # then the text alone is shown
+            run.config = yaml.safe_load(run.config_text)
     # step-000010 and the like: with their leading zeros, the latest sorts last.
     latest = "after" if "after" in samples else max((name for name in samples if name.startswith("step-")), default="")
     run.samples = [read_samples(output_dir, name) if name in samples else [] for name in ("before", latest)]
@@ -337,15 +332,12 @@ def _shorten(text: str) -> str:
 def _tiles(run: _Run) -> list[tuple[str, str, str]]:
     """The headline, as (label, value, note)."""
     tiles = []
-    rewards = {"eval/reward": "Reward, held-out prompts", "reward/mean": "Reward, training prompts"}
-    if metric := next((metric for metric in rewards if metric in run.series), None):
-        values = list(run.series[metric].items())
-        (first, start), (last, end) = values[0], values[-1]
-        if first == last:
-            tiles.append((rewards[metric], f"{end:.3f}", f"step {last}"))
-        else:
-            change = f"{end - start:+.3f} from step {first} to {last}"
-            tiles.append((rewards[metric], f"{start:.3f} → {end:.3f}", change))
+    for metric, label in (("eval/reward", "Reward, held-out prompts"), ("reward/mean", "Reward, training prompts")):
+        if metric in run.series and not tiles:
+            values = list(run.series[metric].items())
+            (first, start), (last, end) = values[0], values[-1]
+            change = f"{end - start:+.3f} from step {first} to {last}" if first < last else f"step {last}"
+            tiles.append((label, f"{start:.3f} → {end:.3f}" if first < last else f"{end:.3f}", change))
     # The later of the two; on a tie the held-out prompts, as for the reward.
     measured = [run.series[name] for name in ("eval/kl", "kl/reference") if name in run.series]
     if kl := max(measured, key=max, default=None):
@@ -359,15 +351,10 @@ def _tiles(run: _Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _pair_samples(
-    before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> list[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:
+def _pair_samples(before: list[_Row], after: list[_Row]) -> list[tuple[str, _Row | None, _Row | None]]:
     """(prompt, row before, row after), in order; completions of one prompt are paired in their order."""
-    waiting: dict[str, deque[dict[str, Any]]] = defaultdict(deque)
+    waiting: dict[str, list[_Row]] = defaultdict(list)
     for row in after:
         waiting[row["prompt"]].append(row)
-    pairs = []
-    for row in before:
-        partners = waiting[row["prompt"]]
-        pairs.append((row["prompt"], row, partners.popleft() if partners else None))
+    pairs = [(row["prompt"], row, waiting[row["prompt"]].pop(0) if waiting[row["prompt"]] else None) for row in before]
     return pairs + [(row["prompt"], None, row) for rows in waiting.values() for row in rows]
