@@ -1,17 +1,16 @@
-"""What a run leaves behind for a person to look at: metrics a line a step, TensorBoard curves, and samples.
+"""What a run writes for a person to look at: one line of metrics per step, TensorBoard curves, samples and alarms.
 
-Everything is strict JSON, one object a line. A run may be killed at any instant and resumed: the log then goes on as if
-it had never been killed.
+Everything is strict JSON, one object per line. A run may be killed at any instant and resumed; its log then continues
+as that of a run that was never killed.
 
-The names that the report (report.py) and the progress display (progress.py) know (any other is logged all the same):
+Metrics with a unit or a meaning that the name does not say; any others may be logged too:
 
-    reward/mean  reward/std  reward/<name of a reward>       eval/reward  eval/kl  eval/length (on held-out prompts)
-    kl/reference (nats a completion)  kl/coef                policy/entropy (nats a token)  policy/clip_fraction
-    policy/approx_kl (nats a token)  loss/policy  loss/value  value/explained_variance  completion/length (tokens)
-    text/distinct_1  text/distinct_2  text/repetition        policy/ratio_max  advantage/extreme
-    eval/perplexity  eval/perplexity_reference               eval/<name of a held-out reward>
-    grad_norm  lr  tokens_per_second  time/<phase> and time/step (seconds)
-    multiplier/<name of a constraint>  value/explained_variance/<name of a reward>
+    reward/mean, reward/std, reward/<name>     weighted sum of the rewards; each as its function returned it
+    eval/reward, eval/kl, eval/length, ...     the same on held-out prompts; eval/<name>_std and eval/num_prompts
+    kl/reference, kl/reference_per_token       nats per completion, nats per token
+    policy/entropy, policy/approx_kl           nats per token
+    completion/length                          tokens
+    time/<phase>, time/step                    seconds
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ ALARMS_FILE = "alarms.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 
-# What a run shows of itself; all of it moves together, so that a report never mixes two runs.
+# What is moved aside together, so that a report never mixes two runs.
 _SHOWN = (METRICS_FILE, ALARMS_FILE, TENSORBOARD_FOLDER, SAMPLES_FOLDER, "plots", "report.html")
 _SAMPLES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class MetricsLogger:
-    """Appends a JSON line a step to ``output_dir/metrics.jsonl`` and scalars to ``output_dir/tensorboard``.
+    """Appends one JSON line per step to ``output_dir/metrics.jsonl`` and scalars to ``output_dir/tensorboard``.
 
     Args:
-        output_dir: the run's folder; made if missing.
+        output_dir: the run's folder; created if missing.
         tensorboard: also write TensorBoard event files.
-        resume_step: None begins a run; metrics that an earlier one left in the folder are moved to ``earlier-<n>/``
-            (see `earlier_run`), never overwritten. An int goes on from the checkpoint of that step: later lines, which
-            a run wrote that was killed after its last checkpoint, and a torn last line are dropped.
+        resume_step: None starts a run: what an earlier one wrote is moved to ``earlier-<n>/``, never overwritten. An
+            int continues from the checkpoint of that step: later lines, which a run wrote that was killed after its
+            last checkpoint, and a torn last line are dropped.
 
     Raises:
-        ImportError: `tensorboard` is asked for but not installed.
+        ImportError: `tensorboard` is true but the package is not installed.
         ValueError: `resume_step` is negative.
     """
 
@@ -57,50 +56,53 @@ class MetricsLogger:
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
         if resume_step is not None and resume_step < 0:
             raise ValueError(f"resume_step: expected None or a step >= 0, got {resume_step}")
-        summary_writer = _import_summary_writer() if tensorboard else None
+        self._new_writer, self._writer = None, None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"tensorboard: true needs the package tensorboard ({error}); "
+                    "pip install 'fastppo[train]', or set tensorboard: false"
+                ) from None
+            self._new_writer = SummaryWriter
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / METRICS_FILE
-
+        self._path = output_dir / METRICS_FILE
+        self.earlier_run = _set_aside(output_dir) if resume_step is None else None
         elapsed = 0.0
-        self.earlier_run = None
-        if resume_step is None:
-            self.earlier_run = _set_aside(output_dir)
-        elif path.exists():
-            elapsed = _truncate(path, resume_step)
+        if self._path.exists():
+            _truncate(self._path, resume_step or 0)
+            elapsed = max((line.get("time", 0.0) for line in read_metrics(self._path)), default=0.0)
         self._start = time.monotonic() - elapsed
-        self._path, self._file = path, path.open("ab")
-        self._summary_writer, self._writer = summary_writer, None
-        self._open_tensorboard(purge_step=None if resume_step is None else resume_step + 1)
+        self._open(None if resume_step is None else resume_step + 1)
 
-    def _open_tensorboard(self, purge_step: int | None) -> None:
-        # TensorBoard hides what earlier event files hold at this step and later.
-        if self._summary_writer is not None:
-            folder = self._path.with_name(TENSORBOARD_FOLDER)
-            self._writer = self._summary_writer(str(folder), purge_step=purge_step)
+    def _open(self, purge_step: int | None) -> None:
+        self._file = self._path.open("ab")
+        if self._new_writer is not None:
+            # TensorBoard hides what earlier event files hold at `purge_step` and later.
+            self._writer = self._new_writer(str(self._path.with_name(TENSORBOARD_FOLDER)), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step's metrics; they are on their way to the disk when this returns.
+        """Append one step's metrics, and flush the file.
 
         Args:
-            step: the step they belong to (0: before the first).
-            metrics: name to number; anything `float` takes. NaN and Inf become null in the JSON line.
+            step: the step they belong to; 0 is before the first.
+            metrics: name to number, anything that `float` takes. NaN and infinities become null in the JSON line.
 
         Raises:
-            ValueError: a metric is called "step" or "time", which the line uses itself.
+            ValueError: a metric is called "step" or "time", which are keys of the line itself.
             TypeError: a metric is not a number.
         """
-        line: dict[str, Any] = {"step": int(step), "time": round(time.monotonic() - self._start, 3)}
         values = {}
         for name, value in metrics.items():
             if name in ("step", "time"):
-                raise ValueError(f"metrics: {name!r} is a name of the line itself; call the metric something else")
+                raise ValueError(f"metrics: {name!r} is a key of the line itself; call the metric something else")
             try:
                 values[name] = float(value)
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(f"metrics[{name!r}]: expected one number, got {type(value).__name__}") from None
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(_json_line(line))
+        self._file.write(_json_line({"step": int(step), "time": round(time.monotonic() - self._start, 3), **values}))
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
@@ -108,25 +110,16 @@ class MetricsLogger:
             self._writer.flush()
 
     def keep_aside(self, step: int, number: int) -> Path:
-        """Copy the lines later than `step` into ``abandoned-<number>.jsonl``, before `rewind` drops them.
-
-        Returns:
-            The file.
-        """
-        lines = [(line, _parse_metrics_line(line)) for line in self._path.read_bytes().split(b"\n")]
-        later = [line + b"\n" for line, values in lines if values is not None and values["step"] > step]
+        """Copy the lines later than `step`, before `rewind` drops them, to ``abandoned-<number>.jsonl``; returns it."""
         path = self._path.with_name(f"abandoned-{number}.jsonl")
-        atomic_write(path, b"".join(later))
+        atomic_write(path, b"".join(line for at, line in _lines_by_step(self._path) if at > step))
         return path
 
     def rewind(self, step: int) -> None:
         """Drop the lines later than `step`, as a resume does; the clock goes on."""
-        self._file.close()
+        self.close()
         _truncate(self._path, step)
-        self._file = self._path.open("ab")
-        if self._writer is not None:
-            self._writer.close()
-            self._open_tensorboard(purge_step=step + 1)
+        self._open(step + 1)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
@@ -144,91 +137,58 @@ class MetricsLogger:
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The lines of a metrics file, in order; "step" is an int and null reads as NaN.
 
-    A line that is not a whole JSON object, torn by a kill or a power cut, is passed over.
+    A line that a kill or a power cut tore is skipped.
     """
-    lines = (_parse_metrics_line(line) for line in Path(path).read_bytes().split(b"\n"))
-    return [
-        {name: math.nan if value is None else value for name, value in line.items()}
-        for line in lines
-        if line is not None
-    ]
+    return [line for line in _read_lines(path) if isinstance(line.get("step"), int)]
 
 
 def write_samples(output_dir: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write completions to ``output_dir/samples/<name>.jsonl``, whole or not at all.
+    """Write completions to ``output_dir/samples/<name>.jsonl`` atomically.
 
     Args:
         output_dir: the run's folder.
-        name: "before", "after" or "step-000010": of the policy before the first step, after the last, after step 10.
+        name: "before" the first step, "after" the last, or "step-000010" after step 10.
         rows: each {"prompt": str, "completion": str, "reward": float, "rewards": {reward name: float}}.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: `name` is not a plain file name, or a row lacks a key or has another.
+        ValueError: `name` is not a plain file name, or a row has other keys.
     """
     if not _SAMPLES_NAME.fullmatch(name):
         raise ValueError(f"name: expected letters, digits, '_', '.' and '-', such as 'before', got {name!r}")
-    lines = []
     for index, row in enumerate(rows):
         if set(row) != {"prompt", "completion", "reward", "rewards"}:
             raise ValueError(f"rows[{index}]: expected keys prompt, completion, reward and rewards, got {sorted(row)}")
-        line = {
-            "prompt": row["prompt"],
-            "completion": row["completion"],
-            "reward": _finite_or_none(row["reward"]),
-            "rewards": {key: _finite_or_none(value) for key, value in row["rewards"].items()},
-        }
-        lines.append(_json_line(line))
     path = Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl"
-    atomic_write(path, b"".join(lines))
+    atomic_write(path, b"".join(map(_json_line, rows)))
     return path
 
 
 def read_samples(output_dir: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows that `write_samples` wrote; a reward that was not finite reads as NaN."""
-    path = Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl"
-    rows = []
-    # Not splitlines(): text may hold U+2028 and other separators that JSON leaves as they are.
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if not line:
-            continue
-        row = json.loads(line)
-        row["reward"] = _nan_if_none(row["reward"])
-        row["rewards"] = {key: _nan_if_none(value) for key, value in row["rewards"].items()}
-        rows.append(row)
-    return rows
+    return _read_lines(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl")
 
 
 def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) -> Path:
-    """Write every alarm of a run so far to ``output_dir/alarms.jsonl``, whole or not at all.
-
-    Args:
-        output_dir: the run's folder.
-        alarms: each with the fields of `watch.Alarm`.
-
-    Returns:
-        The file.
-    """
+    """Write every alarm of the run so far, each with the fields of `watch.Alarm`, to ``output_dir/alarms.jsonl``."""
     path = Path(output_dir) / ALARMS_FILE
-    atomic_write(path, b"".join(_json_line({**alarm, "value": _finite_or_none(alarm["value"])}) for alarm in alarms))
+    atomic_write(path, b"".join(map(_json_line, alarms)))
     return path
 
 
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The alarms that `write_alarms` wrote; none if there is no such file. A value that was infinite reads as NaN."""
+    """The alarms that `write_alarms` wrote; [] without such a file. A value that was infinite reads as NaN."""
     path = Path(output_dir) / ALARMS_FILE
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    alarms = [json.loads(line) for line in lines if line]
-    return [{**alarm, "value": _nan_if_none(alarm["value"])} for alarm in alarms]
+    return _read_lines(path) if path.exists() else []
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write a file so that, after a kill or a power cut, either all of it is there or what was there before."""
+    """Write a file atomically: after a kill or a power cut it holds all of `data`, or what it held before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name: what a killed write left behind is overwritten by the next.
+    # One fixed name: the next write overwrites what a killed one left behind.
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
@@ -243,30 +203,45 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             os.close(folder)
 
 
-def _json_line(value: dict[str, Any]) -> bytes:
+def _finite(value: Any) -> Any:
+    """The value with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
     # Text stays readable, and a lone surrogate becomes backslash-u and four digits: just how JSON escapes it.
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _parse_metrics_line(line: bytes) -> dict[str, Any] | None:
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    """The object, with NaN for null; None for a line that is not a whole one."""
     try:
-        value = json.loads(line)
+        value = json.loads(
+            line, object_hook=lambda pairs: {key: math.nan if item is None else item for key, item in pairs.items()}
+        )
     except ValueError:
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+    return value if isinstance(value, dict) else None
 
 
-def _truncate(path: Path, last_step: int) -> float:
-    """Keep the whole lines up to `last_step`; returns the seconds the run had taken by then."""
-    kept, elapsed = [], 0.0
-    for line in path.read_bytes().split(b"\n"):
-        values = _parse_metrics_line(line)
-        if values is not None and values["step"] <= last_step:
-            kept.append(line + b"\n")
-            elapsed = max(elapsed, values.get("time") or 0.0)
-    atomic_write(path, b"".join(kept))
-    return elapsed
+def _read_lines(path: str | Path) -> list[dict[str, Any]]:
+    # Not splitlines(): text may hold U+2028 and other separators that JSON leaves as they are.
+    lines = map(_read_line, Path(path).read_bytes().split(b"\n"))
+    return [line for line in lines if line is not None]
+
+
+def _lines_by_step(path: Path) -> list[tuple[int, bytes]]:
+    """(step, line with its newline) of every whole line of a metrics file, byte for byte."""
+    lines = ((line, _read_line(line)) for line in path.read_bytes().split(b"\n"))
+    return [(values["step"], line + b"\n") for line, values in lines if values and isinstance(values.get("step"), int)]
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Keep the whole lines up to `last_step`."""
+    atomic_write(path, b"".join(line for step, line in _lines_by_step(path) if step <= last_step))
 
 
 def _set_aside(output_dir: Path) -> Path | None:
@@ -284,23 +259,3 @@ def _set_aside(output_dir: Path) -> Path | None:
         if (output_dir / name).exists():
             os.replace(output_dir / name, folder / name)
     return folder
-
-
-def _import_summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"tensorboard: true needs the package tensorboard ({error}); "
-            "pip install 'fastppo[train]', or set tensorboard: false"
-        ) from None
-    return SummaryWriter
-
-
-def _finite_or_none(value: float) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def _nan_if_none(value: float | None) -> float:
-    return math.nan if value is None else value

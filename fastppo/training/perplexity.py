@@ -1,4 +1,4 @@
-"""Perplexity on ordinary text: what a policy forgets of its language while it learns to please a reward."""
+"""Perplexity on ordinary text. It rises while a policy that is optimized for a reward forgets its language."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.training.data import DataError
 
 Hidden = Callable[[Tensor, Tensor, int], tuple[Tensor, LMHead]]
-"""f(sequences [B, P + T], attention_mask [B, P + T], T) -> (states that predict the last T tokens [B, T, D], head)."""
+"""f(sequences [B, P + T], attention_mask [B, P + T], T) -> (hidden states before the last T tokens [B, T, D], head)."""
 
 
 def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, *, context_length: int | None) -> list[list[int]]:
-    """Token ids of a file's texts, one a line; what is longer than the model's context is cut.
+    """Token ids of a file's texts, one per line, truncated to the model's context.
 
     Raises:
-        DataError: the file cannot be read, or holds no text of two tokens.
+        DataError: the file cannot be read, or no text has two tokens.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
@@ -30,10 +30,10 @@ def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, *, context_length:
         raise DataError(f"eval.perplexity: {path} cannot be read as text ({error})") from None
     texts = [line for line in lines if line.strip()]
     ids = [row[:context_length] for row in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
-    # The first token is only read: nothing predicts it.
-    if not any(len(row) > 1 for row in ids):
+    ids = [row for row in ids if len(row) > 1]  # nothing predicts the first token
+    if not ids:
         raise DataError(f"eval.perplexity: {path} holds no text of two tokens or more")
-    return [row for row in ids if len(row) > 1]
+    return ids
 
 
 @torch.no_grad()
@@ -46,19 +46,18 @@ def perplexity(
     device: torch.device,
     backend: str | None = None,
 ) -> float:
-    """exp(−mean log-probability of a token), over every token but each text's first, at temperature 1.
+    """exp(−mean log-probability), over all tokens but each text's first, at temperature 1.
 
     Args:
-        hidden: `PolicyModels.hidden` of the policy, or `reference_hidden`.
+        hidden: `PolicyModels.hidden` for the policy, or `PolicyModels.reference_hidden`.
         texts: token ids, at least two each.
-        pad: a token id to fill up with; never read.
-        batch_size: texts in a forward pass.
-        device: where the model is.
-        backend: of the operator.
+        pad: any token id, for padding.
+        batch_size: texts per forward pass.
+        device: device of the model.
+        backend: backend of `linear_logprob`.
     """
     total, count = 0.0, 0
-    # Texts of one length next to each other: less padding. The order has no other effect.
-    texts = sorted(texts, key=len)
+    texts = sorted(texts, key=len)  # texts of similar length share a batch: less padding
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]
         width = max(map(len, rows))
@@ -77,5 +76,4 @@ def perplexity(
         total += output.logprobs.double().sum().item()
         count += int(attention[:, 1:].sum())
     mean = -total / count
-    # A model that gives a token no probability at all has no finite perplexity.
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if mean < 700 else math.inf  # math.exp raises where a float overflows

@@ -182,9 +182,12 @@ class Scorer:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")
         metrics = {"eval/reward": named.pop("eval/mean"), "eval/reward_std": named.pop("eval/std"), **named}
-        metrics["eval/length"] = rollout.mask.sum(1).float().mean().item()
+        metrics["eval/num_prompts"] = len(prompts)
+        measured = {"eval/length": rollout.mask.sum(1).float()}
         if experience.kl is not None:
-            metrics["eval/kl"] = experience.kl.sum(1).mean().item()
+            measured["eval/kl"] = experience.kl.sum(1)
+        for name, values in measured.items():
+            metrics |= {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
         for name, values in held_out.items():
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:

@@ -59,7 +59,7 @@ from fastppo.training.report import write_report
 from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer
-from fastppo.training.watch import Alarm, Watch, gravest
+from fastppo.training.watch import Alarm, Watch, most_severe
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
@@ -323,7 +323,7 @@ class Trainer:
         return metrics | derived | {name: count for name, count in counts.items() if count}, alarms
 
     def _act(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> bool:
-        """Do the gravest thing that the alarms ask for, or only tell of them where the run is over.
+        """Carry out the most severe action of the alarms; only report them if the run is over.
 
         Returns:
             Whether the run was rolled back.
@@ -331,7 +331,7 @@ class Trainer:
         if not alarms:
             return False
         checkpoint = None
-        action, outcome = gravest(alarms), ""
+        action, outcome = most_severe(alarms), ""
         if over:
             action, outcome = "warn", "the run was over"
         elif action == "rollback":

@@ -1,14 +1,15 @@
-"""Watching a run for trouble: rules over its metrics, and the alarms they raise.
+"""Watch a run for trouble: rules over its metrics, and the alarms that they raise.
 
-    metrics of a step or an evaluation ──> what follows from them ──> every rule ──> alarms
+    metrics of a step or an evaluation ──> derived metrics ──> every rule ──> alarms
 
-A rule names a metric, bounds it, waits for `patience` observations in a row outside the bounds, and says what is then
-done. Nothing here acts: the trainer does. What is remembered is JSON and part of a checkpoint, so that a resumed run
-raises the alarms of one that was never stopped.
+A rule names a metric and its bounds, waits for `patience` observations in a row outside of them, and names an action.
+The trainer carries it out; nothing here acts. The state is JSON and part of a checkpoint, so that a resumed run raises
+the same alarms as one that was never stopped.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,8 @@ from typing import Any
 
 from fastppo.training.config import WatchConfig, WatchRule
 
-# What begins so is measured in evaluations, of which the first is that of the policy before any step.
-_EVAL = "eval/"
-# Below this KL (nats a completion) the reward's gain over its square root is noise over noise.
-_LEAST_KL = 0.1
+_EVAL = "eval/"  # metrics of evaluations, the first of which is before any step
+_LEAST_KL = 0.1  # nats per completion; below it, the reward's gain over the KL's square root is noise over noise
 
 DEFAULT_RULES = (
     WatchRule("kl/reference_per_token", above=1.0, patience=3),
@@ -35,12 +34,12 @@ DEFAULT_RULES = (
     WatchRule("value/explained_variance", below=-1.0, patience=20),
     WatchRule("eval/perplexity", above=0.5, relative=True),
 )
-"""What is watched unless `watch.defaults` is false. All of it only warns: what is trouble depends on the task."""
+"""The rules of every run unless `watch.defaults` is false. They only warn: what is trouble depends on the task."""
 
 
 @dataclass
 class Alarm:
-    """A rule that was broken for long enough."""
+    """A rule was broken `patience` times in a row."""
 
     step: int
     metric: str
@@ -48,9 +47,9 @@ class Alarm:
     reason: str
     """In words: the metric, its value and the bound."""
     action: str
-    """What the rule asks for: warn, lower_lr, rollback or stop."""
+    """The rule's action: warn, lower_lr, rollback or stop."""
     good_step: int
-    """The last step whose policy the rule had nothing to say against; a rollback goes no later than there."""
+    """The last step at which the metric was within its bounds; a rollback goes there or further back."""
     outcome: str = ""
     """What was done about it, in words; the trainer fills it in."""
 
@@ -61,40 +60,23 @@ class _RuleState:
     """Observations in a row outside the bounds."""
     good_step: int = 0
     warned: bool = False
-    """A warning is given once, until the metric has been inside the bounds again."""
-
-
-@dataclass
-class _Baseline:
-    """The mean of a metric's first observations."""
-
-    wanted: int
-    count: int = 0
-    mean: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        return self.count >= self.wanted
-
-    def update(self, value: float) -> None:
-        self.count += 1
-        self.mean += (value - self.mean) / self.count
+    """Whether a warning was given since the metric was last within the bounds."""
 
 
 class Watch:
-    """The rules of a run and what they remember.
+    """The rules of a run and their state.
 
     Args:
         config: the `watch` section of the configuration.
-        held_out: names of rewards that are evaluated and not trained on; each is watched for a fall.
+        held_out: names of the rewards that are logged but not optimized; each is watched for a fall.
     """
 
     alarms: list[Alarm]
     """Every alarm of the run, also of steps that were rolled back."""
     rollbacks: int
-    """How many there were."""
+    """Number of rollbacks."""
     lr_scale: float
-    """The product of all factors by which the learning rate was lowered."""
+    """Product of all factors that the learning rate was lowered by."""
 
     def __init__(self, config: WatchConfig, *, held_out: Sequence[str] = ()) -> None:
         self.config, self.held_out = config, list(held_out)
@@ -103,30 +85,28 @@ class Watch:
         if config.defaults:
             given = {rule.metric for rule in config.rules}
             fall = [WatchRule(f"{_EVAL}{name}_effect", below=-0.5) for name in self.held_out]
-            # A rule of the user's own on a metric takes the place of the default one.
+            # A rule of the configuration replaces the default one on the same metric.
             self.rules += [rule for rule in (*DEFAULT_RULES, *fall) if rule.metric not in given]
         self._states = {_key(rule): _RuleState() for rule in self.rules}
         compared = {rule.metric for rule in self.rules if rule.relative} | {"reward/mean"}
         compared |= {f"{_EVAL}{name}{part}" for name in self.held_out for part in ("", "_std")}
-        self._baselines = {
-            name: _Baseline(1 if name.startswith(_EVAL) else config.baseline_steps) for name in sorted(compared)
-        }
+        # A metric's first observations.
+        self._baselines = {name: {"count": 0, "mean": 0.0} for name in sorted(compared)}
         self._seen: set[str] = {"reward/gain_per_sqrt_kl"}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[Alarm]]:
-        """Take in the metrics of a step, or of the evaluation after it.
+        """Judge the metrics of a step, or of the evaluation after it.
 
         Args:
-            step: steps that are done. At 0, before the first, nothing is judged: what comes is there to compare with.
-            metrics: name to value. A rule whose metric is not among them, or is NaN, is left as it was.
+            step: steps that are done. At 0, before the first, values only enter the baselines.
+            metrics: name to value. A rule whose metric is missing or NaN keeps its state.
 
         Returns:
-            Metrics that follow from these and the first ones (see `_derive`), and the alarms raised; `alarms` keeps
-            them too.
+            Metrics derived from these and the first ones (see `_derive`), and the alarms raised, which `alarms` keeps.
         """
-        self._compare_with(metrics)
+        self._update_baselines(metrics)
         derived = self._derive(metrics)
-        self._compare_with(derived)
+        self._update_baselines(derived)
         self._seen.update(metrics, derived)
         raised = []
         for rule in self.rules:
@@ -136,40 +116,46 @@ class Watch:
         self.alarms += raised
         return derived, raised
 
-    def _compare_with(self, metrics: Mapping[str, float]) -> None:
+    def _update_baselines(self, metrics: Mapping[str, float]) -> None:
         for name, baseline in self._baselines.items():
-            if not baseline.complete and math.isfinite(metrics.get(name, math.nan)):
-                baseline.update(metrics[name])
+            if self._baseline(name) is None and math.isfinite(metrics.get(name, math.nan)):
+                baseline["count"] += 1
+                baseline["mean"] += (metrics[name] - baseline["mean"]) / baseline["count"]
+
+    def _baseline(self, name: str) -> float | None:
+        """The mean of a metric's first observations, once there are enough of them."""
+        wanted = 1 if name.startswith(_EVAL) else self.config.baseline_steps
+        return self._baselines[name]["mean"] if self._baselines[name]["count"] >= wanted else None
 
     def _derive(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What needs the run's beginning to be computed.
+        """Metrics that compare with the start of the run.
 
-        reward/gain_per_sqrt_kl: the reward gained since the first steps, by the square root of the KL to the reference
-        in nats a completion. Gains are near proportional to that root at first, and bend down as the reward is
-        overoptimized (Gao et al., 2022, arXiv:2210.10760).
+        reward/gain_per_sqrt_kl: the reward gained since the first steps, divided by the square root of the KL to the
+        reference in nats per completion. The gain is nearly proportional to that root at first, and less once the
+        reward is overoptimized (Gao et al., 2022, arXiv:2210.10760).
 
-        eval/<name>_effect: how far a held-out reward has moved since the first evaluation, in standard deviations of
-        its values there.
+        eval/<name>_effect: the change of a held-out reward since the first evaluation, in standard deviations of its
+        values there.
         """
         derived = {}
-        reward, kl, start = metrics.get("reward/mean"), metrics.get("kl/reference"), self._baselines["reward/mean"]
-        if reward is not None and kl is not None and kl > _LEAST_KL and start.complete:
-            derived["reward/gain_per_sqrt_kl"] = (reward - start.mean) / math.sqrt(kl)
-        for name in self.held_out:
-            mean, deviation = (self._baselines[f"{_EVAL}{name}{part}"] for part in ("", "_std"))
-            if f"{_EVAL}{name}" in metrics and mean.complete and deviation.complete:
-                # Where all values were the same at first, a change is measured as it is.
-                derived[f"{_EVAL}{name}_effect"] = (metrics[f"{_EVAL}{name}"] - mean.mean) / (deviation.mean or 1.0)
+        reward, kl, start = metrics.get("reward/mean"), metrics.get("kl/reference"), self._baseline("reward/mean")
+        if reward is not None and kl is not None and kl > _LEAST_KL and start is not None:
+            derived["reward/gain_per_sqrt_kl"] = (reward - start) / math.sqrt(kl)
+        for name in (f"{_EVAL}{reward}" for reward in self.held_out):
+            mean, deviation = self._baseline(name), self._baseline(f"{name}_std")
+            if name in metrics and mean is not None and deviation is not None:
+                # Where all values were equal at first, the change itself.
+                derived[f"{name}_effect"] = (metrics[name] - mean) / (deviation or 1.0)
         return derived
 
     def _judge(self, rule: WatchRule, step: int, value: float) -> list[Alarm]:
         state, compared, against = self._states[_key(rule)], value, ""
         if rule.relative:
-            baseline = self._baselines[rule.metric]
-            if not baseline.complete or baseline.mean == 0.0:
+            start = self._baseline(rule.metric)
+            if not start:  # not known yet, or zero, which nothing is a share of
                 return []
-            compared = (value - baseline.mean) / abs(baseline.mean)
-            against = f", {compared:+.0%} from {baseline.mean:.4g} at the start"
+            compared = (value - start) / abs(start)
+            against = f", {compared:+.0%} from {start:.4g} at the start"
         too_high = rule.above is not None and compared > rule.above
         too_low = rule.below is not None and compared < rule.below
         if not (too_high or too_low):
@@ -180,35 +166,32 @@ class Watch:
         state.broken += 1
         if state.broken < rule.patience or (rule.action == "warn" and state.warned):
             return []
-        # What was done gets as long to show as the trouble had.
+        # The action gets as many observations to show effect as the trouble had.
         state.broken, state.warned = 0, True
-        bound = rule.above if too_high else rule.below
-        reason = (
-            f"{rule.metric} {value:.4g}{against} is {'above' if too_high else 'below'} "
-            f"{f'{bound:+.0%}' if rule.relative else f'{bound:g}'}"
-        )
+        side, bound = ("above", rule.above) if too_high else ("below", rule.below)
+        reason = f"{rule.metric} {value:.4g}{against} is {side} {bound:{'+.0%' if rule.relative else 'g'}}"
         if rule.patience > 1:
             reason += f", {rule.patience} times in a row"
         return [Alarm(step, rule.metric, value, reason, rule.action, state.good_step)]
 
     @property
     def good_steps(self) -> set[int]:
-        """Of each of these a rollback may need the newest checkpoint that is no later; none without such rules."""
+        """Steps of which a rollback may need the newest checkpoint that is no later; none without such rules."""
         return {self._states[_key(rule)].good_step for rule in self.rules if rule.action == "rollback"}
 
     def unseen(self) -> list[str]:
-        """Metrics that the configuration's own rules name and that have not come yet."""
+        """Metrics that rules of the configuration name and that no step or evaluation has had yet."""
         return sorted({rule.metric for rule in self.config.rules} - self._seen)
 
     def rolled_back(self, before: dict[str, Any], factor: float) -> float:
-        """After an earlier state was loaded: take back what a rollback does not undo, and count it.
+        """Count a rollback, after the earlier state was loaded, and restore what a rollback does not undo.
 
         Args:
-            before: the state before the rollback; its alarms, rollbacks and learning rate's history stay.
-            factor: what this rollback multiplies the learning rate by.
+            before: the state before the rollback; its alarms, rollbacks and lowered learning rate are kept.
+            factor: factor by which this rollback lowers the learning rate.
 
         Returns:
-            What the learning rate of the earlier state is to be multiplied by for that.
+            Factor to multiply the earlier state's learning rate by.
         """
         earlier = self.lr_scale
         self.alarms = [Alarm(**alarm) for alarm in before["alarms"]]
@@ -216,24 +199,20 @@ class Watch:
         return self.lr_scale / earlier
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The state, as JSON can hold it."""
         return {
             "rules": {key: dataclasses.asdict(state) for key, state in self._states.items()},
-            "baselines": {
-                name: {"count": baseline.count, "mean": baseline.mean} for name, baseline in self._baselines.items()
-            },
+            "baselines": copy.deepcopy(self._baselines),
             "alarms": [dataclasses.asdict(alarm) for alarm in self.alarms],
             "rollbacks": self.rollbacks,
             "lr_scale": self.lr_scale,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Rules may have changed since: one that is new begins anew."""
-        for key in self._states:
-            self._states[key] = _RuleState(**state["rules"].get(key, {}))
+        """Restore `state`. Rules may have changed since: a new one starts anew."""
+        self._states = {key: _RuleState(**state["rules"].get(key, {})) for key in self._states}
         for name, baseline in self._baselines.items():
-            saved = state["baselines"].get(name, {"count": 0, "mean": 0.0})
-            baseline.count, baseline.mean = saved["count"], saved["mean"]
+            baseline.update(state["baselines"].get(name, {"count": 0, "mean": 0.0}))
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self.rollbacks, self.lr_scale = state["rollbacks"], state["lr_scale"]
 
@@ -242,6 +221,6 @@ def _key(rule: WatchRule) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(rule).items())
 
 
-def gravest(alarms: Sequence[Alarm]) -> str:
-    """The action that outweighs the others': warn < lower_lr < rollback < stop."""
+def most_severe(alarms: Sequence[Alarm]) -> str:
+    """The most severe action of the alarms: warn < lower_lr < rollback < stop."""
     return max((alarm.action for alarm in alarms), key=("warn", "lower_lr", "rollback", "stop").index)

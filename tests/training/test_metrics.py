@@ -1,4 +1,4 @@
-"""The log of a run: strict JSON, resumed to the line, and never lost."""
+"""The log of a run: strict JSON, exact after a resume, and durable."""
 
 import itertools
 import json

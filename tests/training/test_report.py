@@ -1,4 +1,4 @@
-"""The report: everything on one page, nothing from elsewhere, whatever a model wrote and however little is there."""
+"""The report: one self-contained page, with everything that others wrote escaped, also for incomplete runs."""
 
 import base64
 import importlib.resources
@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import fastppo
 from fastppo.training import report
 from fastppo.training.metrics import MetricsLogger, write_alarms, write_samples
 from fastppo.training.report import write_report
 
+TEMPLATE = importlib.resources.files("fastppo.training").joinpath("report.html.j2")
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>\"'&amp;"
 
 
@@ -72,10 +75,12 @@ def step_metrics(step: int) -> dict[str, float]:
         "policy/approx_kl": 0.01,
         "loss/value": 1000.0 / step**2,
         "value/explained_variance": 1 - 40 / step,
+        "reward/gain_per_sqrt_kl": random.random(),
+        "unheard/of": float(step),
         "completion/length": 20.0,
         "tokens_per_second": 400.0,
         "time/rollout": 1.0,
-        "time/update": 2.5,
+        "time/update": 0.1 * step,
         "time/step": 4.0,
         "lr": 1e-5 / step,
         "grad_norm": 1.0,
@@ -91,9 +96,13 @@ def step_metrics(step: int) -> dict[str, float]:
 def full(tmp_path_factory) -> Path:
     """A run that has everything, much of it hostile."""
     folder = tmp_path_factory.mktemp("runs") / "a <b>run"
-    lines = [(0, {"eval/reward": 0.125})]
+    held_out = {"eval/num_prompts": 16, "eval/reward_std": 0.5}
+    lines = [(0, {"eval/reward": 0.125, "eval/length": 21.0, **held_out})]
     lines += [(step, step_metrics(step)) for step in range(1, 61)]
-    lines += [(30, {"eval/reward": 0.25, f"eval/{HOSTILE}": 0.5, "eval/perplexity": 20.0}), (60, {"eval/reward": 0.75})]
+    lines += [
+        (30, {"eval/reward": 0.25, f"eval/{HOSTILE}": 0.5, "eval/perplexity": 20.0}),
+        (60, {"eval/reward": 0.75, "eval/perplexity": 21.0, **held_out}),
+    ]
     log(folder, lines)
     alarm = {"step": 41, "metric": HOSTILE, "value": float("inf"), "reason": f"{HOSTILE} is above 3"}
     alarm |= {"action": "rollback", "good_step": 39, "outcome": "rolled back to step 30"}
@@ -147,9 +156,9 @@ def test_what_others_wrote_is_text(full):
 def test_the_headline(full):
     text = " ".join(Page(full / "report.html").text.split())
     assert "Reward, held-out prompts 0.125 → 0.750 +0.625 from step 0 to 60" in text
-    assert "KL to the reference 0.600 nats/completion" in text
+    assert "KL to the reference 0.6 nats/completion" in text
     assert "Steps 60 of 60" in text
-    assert "Tokens/s 400.0 median" in text
+    assert "Tokens/s 400 median" in text
     assert "stopped early" not in text
 
 
@@ -157,14 +166,14 @@ def test_alarms_say_what_was_wrong_and_what_was_done(full, tmp_path):
     page = Page(full / "report.html")
     assert f"{HOSTILE} is above 3" in page.text
     assert "rolled back to step 30" in page.text
-    log(tmp_path, [(1, step_metrics(1))])
+    log(tmp_path, [(1, {"lr": 1.0})])
     assert "Alarms" not in Page(write_report(tmp_path)).text
 
 
 def test_samples_stand_side_by_side_by_prompt(full):
     text = Page(full / "report.html").text
     samples = " ".join(text[text.index("Samples") : text.index("Details")].split())
-    order = ["Before", "After", "one", "onerror", "reward 0.100", "second of one", "reward 0.000", "reward nan",
+    order = ["Before", "After", "one", "onerror", "reward 0.1", "second of one", "reward 0", "reward nan",
              "</td></table>", "only before", "(empty)", "–", "only after", "–", "late"]  # fmt: skip
     position = 0
     for word in order:
@@ -183,34 +192,78 @@ def test_versions_and_configuration(full):
     assert "max_new_tokens: 24" in text
 
 
-def test_plots_are_images_of_one_size_on_disk_and_in_the_page(full):
-    names = {path.name for path in (full / "plots").iterdir()}
-    expected = {
-        "reward",
-        "reward_parts",
-        "kl",
-        "entropy",
-        "value",
-        "clipping",
-        "length",
-        "throughput",
-        "time",
-        "optimizer",
-        "frontier",
-        "held_out",
-        "perplexity",
-        "text",
-        "extremes",
+def test_plots_on_disk_are_those_of_the_page_in_its_order(full):
+    expected = ["reward_kl", "eval", "rewards", "kl", "policy", "value", "completions", "optimizer", "speed", "other"]
+    assert {path.name for path in (full / "plots").iterdir()} == {f"{name}.png" for name in expected}
+    page = Page(full / "report.html")
+    images = page.images()
+    assert {image.shape[1] for image in images} == {images[0].shape[1]}
+    for name, image in zip(expected, images, strict=True):
+        np.testing.assert_array_equal(matplotlib.image.imread(full / "plots" / f"{name}.png"), image)
+    # A dark screen inverts them, to the color of the card they are on.
+    assert "img { filter: invert(0.9) hue-rotate(180deg); }" in page.style
+    assert images[0][0, 0, :3].min() == 1.0
+    assert "--card: #1a1a1a" in page.style
+
+
+def test_every_group_says_what_is_healthy(full):
+    page = Page(full / "report.html")
+    assert page.source.count('<p class="faint healthy">') == len(list((full / "plots").iterdir()))
+    assert all(f'"{name}": (' in TEMPLATE.read_text() for name in report._GROUPS)
+
+
+def test_metrics_are_grouped_by_prefix_and_held_out_values_are_drawn_beside_their_twin(full):
+    groups = {name: dict(panels) for name, panels in report._panels(report._load(full)).items()}
+    assert list(groups["reward_kl"]) == ["Reward", "KL to the reference, nats per completion"]
+    assert {name: set(panels) for name, panels in list(groups.items())[1:]} == {
+        "eval": {"eval/perplexity"},
+        "rewards": {"reward/sentiment", f"reward/{HOSTILE}"},  # not the gain per KL, nor the constant deviation
+        "kl": {"kl/coef", "reward/gain_per_sqrt_kl", "Reward against KL"},
+        "policy": {"policy/entropy, nats per token"},
+        "value": {"loss/value", "value/explained_variance"},
+        "completions": {"completion/length, tokens", "text/repetition"},
+        "optimizer": {"lr"},
+        "speed": {"Seconds by phase"},
+        "other": {"unheard/of"},
     }
-    assert names == {f"{name}.png" for name in expected}
-    images = Page(full / "report.html").images()
-    assert len(images) == 2 * len(names)
-    assert {image.shape for image in images} == {images[0].shape}
-    # Dark first, then light, plot by plot: the corner is background.
-    assert all(image[0, 0, :3].max() < 0.2 for image in images[0::2])
-    assert all(image[0, 0, :3].min() == 1.0 for image in images[1::2])
-    on_disk = matplotlib.image.imread(full / "plots" / "reward.png")
-    np.testing.assert_array_equal(on_disk, images[1])
+    for group, title, names in (
+        ("reward_kl", "Reward", ["reward/mean", "eval/reward"]),
+        ("completions", "completion/length, tokens", ["completion/length", "eval/length"]),
+        ("rewards", f"reward/{HOSTILE}", [f"reward/{HOSTILE}", f"eval/{HOSTILE}"]),
+    ):
+        assert groups[group][title].keywords["names"] == names
+
+
+def test_held_out_points_have_bars_of_one_standard_error(full):
+    axes = Figure().add_subplot()
+    report._draw_curves(axes, run=report._load(full), names=["reward/mean", "eval/reward"])
+    [container] = axes.containers
+    bars = [np.array(segment)[:, 1].tolist() for segment in container.lines[2][0].get_segments() if len(segment)]
+    assert bars == [pytest.approx([mean - 0.5 / 4, mean + 0.5 / 4]) for mean in (0.125, 0.75)]
+    assert container.lines[0].get_xdata().tolist() == [0, 30, 60]  # the point between has no deviation, so no bar
+    assert container.lines[0].get_linestyle() == "None"
+
+
+def test_a_logarithmic_axis_has_plain_labels(full):
+    figure = Figure()
+    axes = figure.add_subplot()
+    report._draw_curves(axes, run=report._load(full), names=["loss/value"])
+    figure.draw_without_rendering()
+    assert axes.get_yscale() == "log"
+    assert {"1", "10", "100"} <= {label.get_text() for label in axes.get_yticklabels()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10])
+def test_rows_of_panels_are_as_wide_as_the_image_and_none_stands_alone(count, monkeypatch):
+    drawn = []
+    panels = [(str(i), lambda axes: drawn.append(axes.get_subplotspec())) for i in range(count)]
+    report._png(panels, 1.0)
+    rows = defaultdict(list)
+    for spec in drawn:
+        rows[spec.rowspan.start].append((spec.colspan.start, spec.colspan.stop))
+    for row in rows.values():
+        assert [row[0][0], *(stop for _, stop in row)] == [*(start for start, _ in row), 6]
+        assert len(row) > 1 or count == 1
 
 
 def test_a_run_of_one_step(tmp_path):
@@ -219,8 +272,8 @@ def test_a_run_of_one_step(tmp_path):
     text = " ".join(Page(write_report(tmp_path)).text.split())
     assert "Reward, held-out prompts 0.500 step 0" in text
     assert "Steps 1 of 8" in text
-    assert "Written after step 1 of 8: the run was stopped early or still goes on." in text
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward.png"]
+    assert "Written after step 1 of 8: the run was stopped early or is still going on." in text
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward_kl.png"]
 
 
 def test_nonfinite_values_are_left_out_and_named(tmp_path):
@@ -228,7 +281,7 @@ def test_nonfinite_values_are_left_out_and_named(tmp_path):
     log(tmp_path, [(1, {"policy/entropy": 2.0, "loss/value": nan}), (2, {"policy/entropy": inf, "loss/value": nan})])
     page = Page(write_report(tmp_path))
     assert "left out of the plots: loss/value (2), policy/entropy (1)." in page.text
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"entropy"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"policy"}
 
 
 @pytest.mark.parametrize(
@@ -264,20 +317,20 @@ def test_reward_names_that_mean_something_to_a_plotting_library(tmp_path):
     names = [r"$\frac$", "$x_{", "_hidden", "%d {0}", "a" * 200, "\n", "長さ"]
     log(tmp_path, [(step, {f"reward/{name}": 0.5 * step for name in names}) for step in (1, 2)])
     page = Page(write_report(tmp_path))
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"reward_parts"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"rewards"}
     assert "長さ" in page.text
 
 
 def test_multipliers_and_critics_of_single_rewards_have_curves(tmp_path):
-    lines = [(n, {f"multiplier/{HOSTILE}": 0.1 * n, "value/explained_variance/a": 0.5}) for n in (1, 2)]
+    lines = [(n, {f"multiplier/{HOSTILE}": 0.1 * n, "value/explained_variance/a": 0.5 * n}) for n in (1, 2)]
     log(tmp_path, lines)
-    plots = {plot.name: plot for plot in report._plots(report._load(tmp_path))}
-    shown = {
-        curve.label for name in ("reward_parts", "value") for panel in plots[name].panels for curve in panel.curves
-    }
-    assert {HOSTILE, "a"} <= shown
+    groups = report._panels(report._load(tmp_path))
+    assert [[title for title, _ in groups[name]] for name in ("rewards", "value")] == [
+        [f"multiplier/{HOSTILE}"],
+        ["value/explained_variance/a"],
+    ]
     write_report(tmp_path)
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"reward_parts", "value"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"rewards", "value"}
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
@@ -310,15 +363,6 @@ def test_the_callers_matplotlib_stays_as_it_is(tmp_path):
         assert dict(matplotlib.rcParams) == settings
 
 
-def test_time_of_rare_phases_is_spread_over_all_steps_and_the_rest_is_shown(tmp_path):
-    lines = [(step, {"time/rollout": 1.0, "time/step": 2.0}) for step in range(1, 5)]
-    lines[3][1]["time/evaluate"] = 2.0
-    log(tmp_path, lines)
-    seconds = report._seconds_by_phase(report._load(tmp_path))
-    assert seconds == pytest.approx({"rollout": 1.0, "evaluate": 0.5, "other": 0.5})
-    assert next(iter(seconds)) == "rollout"
-
-
 @pytest.mark.parametrize("n", [40, 41, 83, 200, 1001])
 def test_the_smoothed_curve_is_the_moving_mean(n):
     values = np.array([random.gauss(1e3) for _ in range(n)])
@@ -328,4 +372,4 @@ def test_the_smoothed_curve_is_the_moving_mean(n):
 
 
 def test_the_template_is_where_the_installed_package_looks_for_it():
-    assert importlib.resources.files("fastppo.training").joinpath("report.html.j2").is_file()
+    assert TEMPLATE.is_file()

@@ -1,4 +1,4 @@
-"""Rewards: what is called with what, what is made of the results, and what is said of those that are none."""
+"""Rewards: how functions are called, how their results are combined, and how invalid ones are reported."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_results_of_many_kinds(result):
         ([1, "2", 3], "gave '2' for completion 1"),
         ([1, 2, None], "gave None for completion 2"),
         ([1, 1j, 2], "gave 1j for completion 1"),
-        ([1, 10**400, 2], "expected a number"),
+        ([1, 10**400, 2], "expected a finite number"),
         (torch.ones(3, 2), r"gave \[1\.0, 1\.0\] for completion 0"),
         ([1, torch.ones(2), 2], "for completion 1"),
     ],
@@ -409,12 +409,12 @@ def test_functions_that_cannot_be_found(tmp_path, monkeypatch):
         "mine.py:scores": r"no function 'scores' in mine\.py; did you mean 'score'",
         "mine.py:os": "no function 'os'",
         "absent.py:score": r"absent\.py: no such file",
-        "syntax.py:score": r"running syntax\.py raised SyntaxError",
-        "raises.py:score": r"running raises\.py raised ZeroDivisionError",
+        "syntax.py:score": r"loading syntax\.py raised SyntaxError",
+        "raises.py:score": r"loading raises\.py raised ZeroDivisionError",
         "absent_module:score": r"no module 'absent_module' is installed; for a file, write its path: absent_module\.py",
         "absent_module.sub:score": "no module 'absent_module.sub'",
-        "raises:score": "importing raises raised ZeroDivisionError",
-        "imports_more:score": "importing imports_more failed .*a_module_that_is_absent",
+        "raises:score": "loading raises raised ZeroDivisionError",
+        "imports_more:score": "loading imports_more raised ModuleNotFoundError: .*a_module_that_is_absent",
     }
     for spec, message in wrong.items():
         with pytest.raises(RewardError, match=message) as caught:

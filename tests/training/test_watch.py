@@ -1,4 +1,4 @@
-"""The watch: every rule fires on a history that breaks it and keeps silent on one that doesn't."""
+"""The watch: every rule fires on a history that breaks it, and is silent on one that does not."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_relative_bounds_are_of_the_first_steps_and_work_for_negative_values():
     assert steps_of(watch, "x", [-1.0, -3.0, -2.0, 0.1, -3.0, -3.1]) == [4, 6]  # the start is -2: allowed is -3 to 0
     assert "+105% from -2 at the start is above +100%" in watch.alarms[0].reason
     zero = only(metric="x", above=1.0, relative=True)
-    assert steps_of(zero, "x", [0.0, 0.0, 5.0]) == []  # no share of nothing
+    assert steps_of(zero, "x", [0.0, 0.0, 5.0]) == []  # there is no share of zero
 
 
 def test_own_rules_replace_the_default_ones_on_their_metric():

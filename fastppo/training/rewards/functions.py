@@ -1,0 +1,297 @@
+"""Call named, weighted reward functions as TRL does, check what they return, and sum it.
+
+    prompts, completions, columns ── each function ──> raw [B] ── optional normalizer ──> · weight ── sum ──> total [B]
+
+A function returns one number per completion or one per token. The weight of a constraint is its Lagrange multiplier.
+
+A reward is the one place where the user's own code runs inside a training step, so an error names the reward, the line
+of its code and the completion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import linecache
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.algorithms.lagrangian import LagrangeMultiplier
+
+RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
+"""f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
+arguments that its signature names, or all of them if it takes ``**kwargs``. It returns B numbers, or B lists with one
+number for every token of completion_ids."""
+
+
+class RewardError(ValueError):
+    """A reward cannot be loaded, or raised an exception, or returned something invalid; the message names it."""
+
+
+class RewardOutput(NamedTuple):
+    """Rewards of a batch, float32."""
+
+    total: Tensor
+    """[B], the weighted sum of `objectives`. Per-token rewards are not in it."""
+    objectives: Tensor
+    """[B, K], one column per reward, normalized where the configuration asks for it; 0 for a per-token reward."""
+    weights: dict[str, float]
+    """The K rewards' names and their weights in this batch."""
+    by_name: dict[str, Tensor]
+    """[B] each, as the function returned them: neither normalized nor weighted, so that curves stay comparable. The
+    sum over tokens for a per-token reward."""
+    token_objectives: Tensor | None = None
+    """[B, T, K], per-token rewards, 0 elsewhere; None if no function returned any."""
+
+
+@dataclass
+class Reward:
+    """One reward of `RewardFunctions`."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    normalize: bool = False
+    multiplier: LagrangeMultiplier | None = None
+    """For a constraint; its value replaces `weight`."""
+
+
+class RunningNormalizer:
+    """Running mean and standard deviation of all values seen (Welford, 1962; merged by batch, Chan et al., 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add values [B], float64."""
+        count = values.numel()
+        if count == 0:
+            return
+        mean = values.mean().item()
+        delta, total = mean - self.mean, self.count + count
+        self.m2 += (values - mean).square().sum().item() + delta * delta * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(values − mean) / standard deviation [B]; values − mean while all values seen are equal."""
+        if self.count == 0:
+            return values
+        deviation = math.sqrt(self.m2 / self.count)
+        # A smaller deviation is rounding error, and dividing by it would amplify that to rewards of size one.
+        if deviation <= 1e-8 * max(1.0, abs(self.mean)):
+            deviation = 1.0
+        return (values - self.mean) / deviation
+
+    def state_dict(self) -> dict[str, float]:
+        """The statistics, as JSON can hold them without loss."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+
+
+class RewardFunctions:
+    """Several rewards as one.
+
+    Args:
+        rewards: at least one, with different names.
+        device: device that results are moved to.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], *, device: torch.device | str = "cpu") -> None:
+        names = [reward.name for reward in rewards]
+        if not names or len(set(names)) < len(names):
+            raise RewardError(f"rewards: expected at least one, each with a name of its own, got {names}")
+        for reward in rewards:
+            if not callable(reward.function):
+                raise RewardError(f"reward {reward.name!r}: {reward.function!r} cannot be called")
+            if not math.isfinite(reward.weight):
+                raise RewardError(f"reward {reward.name!r}: its weight must be finite, got {reward.weight}")
+        self.rewards, self.device = list(rewards), device
+        self.multipliers = {reward.name: reward.multiplier for reward in rewards if reward.multiplier}
+        self._normalizers = {reward.name: RunningNormalizer() for reward in rewards if reward.normalize}
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        columns: dict[str, list],
+        *,
+        completion_ids: list[list[int]] | None = None,
+        update: bool = True,
+    ) -> RewardOutput:
+        """Score a batch.
+
+        Args:
+            prompts: B texts.
+            completions: B texts.
+            columns: the prompts' other columns, B values each.
+            completion_ids: B lists of the completions' tokens, EOS included; per-token rewards need them.
+            update: update the running normalizers before they are applied, and the multipliers after. False for
+                evaluation.
+
+        Raises:
+            RewardError: a function raised, or returned something other than B finite numbers.
+        """
+        given = {"completions": completions, **columns}
+        if completion_ids is not None:
+            given = {"completion_ids": completion_ids} | given
+        for name, values in given.items():
+            if len(values) != len(prompts):
+                raise ValueError(f"{name} has {len(values)} values, but there are {len(prompts)} prompts")
+        # Call every function before any normalizer is updated: a failing step changes no state.
+        raw = {reward.name: _call(reward, {"prompts": prompts, **given}) for reward in self.rewards}
+        by_token = {name: values for name, values in raw.items() if values.dim() == 2}
+        for name in by_token.keys() & self._normalizers.keys():
+            raise RewardError(f"reward {name!r}: normalize is for rewards of whole completions")
+        raw |= {name: values.sum(1) for name, values in by_token.items()}
+        whole = raw | {name: torch.zeros_like(raw[name]) for name in by_token}
+        for name, normalizer in self._normalizers.items():
+            if update:
+                normalizer.update(whole[name])
+            whole[name] = normalizer(whole[name])
+        weights = {r.name: r.multiplier.value if r.multiplier else r.weight for r in self.rewards}
+        total = sum(weight * whole[name] for name, weight in weights.items())
+        if not total.abs().le(torch.finfo(torch.float32).max).all():
+            raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
+        if update:
+            for name, multiplier in self.multipliers.items():
+                multiplier.update(raw[name].mean().item())
+
+        def result(values: Tensor) -> Tensor:
+            return values.to(self.device, torch.float32)
+
+        token_objectives = None
+        if by_token:
+            zeros = torch.zeros_like(next(iter(by_token.values())))
+            token_objectives = result(torch.stack([by_token.get(name, zeros) for name in raw], dim=2))
+        by_name = {name: result(values) for name, values in raw.items()}
+        objectives = result(torch.stack(list(whole.values()), dim=1))
+        return RewardOutput(result(total), objectives, weights, by_name, token_objectives)
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Check that the prompts have every column that a function requires, before the first rollout.
+
+        Raises:
+            RewardError: a column is missing; the message names it and the nearest name there is.
+        """
+        offered = ["prompts", "completions", "completion_ids", *names]
+        for reward in self.rewards:
+            _accepted(reward, offered)
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The states of normalizers and multipliers by reward name, as JSON can hold them."""
+        return {kind: {name: part.state_dict() for name, part in own.items()} for kind, own in self._parts()}
+
+    def load_state_dict(self, state: dict[str, dict[str, dict[str, float]]]) -> None:
+        """Restore `state`; raises RewardError if it belongs to other rewards."""
+        for kind, own in self._parts():
+            saved = state[kind]
+            if saved.keys() != own.keys():
+                raise RewardError(f"the saved run has {kind} of the rewards {sorted(saved)}, this one {sorted(own)}")
+            for name, values in saved.items():
+                own[name].load_state_dict(values)
+
+    def _parts(self) -> list[tuple[str, dict[str, RunningNormalizer] | dict[str, LagrangeMultiplier]]]:
+        return [("normalizers", self._normalizers), ("multipliers", self.multipliers)]
+
+
+def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:
+    """Raw rewards [B], or per token [B, T], float64 on the CPU."""
+    accepted = _accepted(reward, list(arguments))
+    try:
+        result = reward.function(**{name: arguments[name] for name in accepted})
+    except Exception as error:
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error}{_line_of(reward.function, error)}"
+        ) from error
+    return _checked(reward.name, result, arguments["completions"], arguments.get("completion_ids"))
+
+
+def _accepted(reward: Reward, offered: list[str]) -> list[str]:
+    """The offered arguments that the function takes; raises RewardError if it requires another."""
+    try:
+        parameters = inspect.signature(reward.function).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return [name for name in offered if name in ("prompts", "completions")]
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for p in parameters:
+        required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if required and p.name not in by_name.intersection(offered):
+            near = difflib.get_close_matches(p.name, offered, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it can have {', '.join(offered)}, by name"
+            raise RewardError(f"reward {reward.name!r}: its function needs {p.name!r}; {hint}")
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return [name for name in offered if takes_all or name in by_name]
+
+
+def _checked(name: str, result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
+    """The returned numbers as [B], or as [B, T] where each is a list as long as its completion."""
+    if result is None:
+        raise RewardError(f"reward {name!r} returned None, expected {len(completions)} numbers")
+    if hasattr(result, "tolist"):  # a tensor or array
+        result = result.tolist()
+    if isinstance(result, str | bytes | dict) or not isinstance(result, Iterable):
+        raise RewardError(f"reward {name!r} returned {type(result).__name__}, expected a list of numbers")
+    given = list(result)
+    if len(given) != len(completions):
+        raise RewardError(f"reward {name!r} returned {len(given)} numbers for {len(completions)} completions")
+
+    def number(item: Any, index: int, what: str = "") -> float:
+        value = _number(item)
+        if value is None:
+            raise RewardError(f"reward {name!r} gave {item!r:.60} {what}{at(index)}, expected a finite number")
+        return value
+
+    def at(index: int) -> str:
+        text = completions[index]
+        return f"for completion {index}, {text if len(text) <= 60 else text[:57] + '...'!r}"
+
+    if completion_ids is None or not any(_is_list(item) for item in given):
+        return torch.tensor([number(item, index) for index, item in enumerate(given)], dtype=torch.float64)
+    values = torch.zeros(len(given), max(map(len, completion_ids)), dtype=torch.float64)
+    for index, (row, ids) in enumerate(zip(given, completion_ids, strict=True)):
+        if not _is_list(row) or len(row) != len(ids):
+            raise RewardError(
+                f"reward {name!r} gave {row!r:.60} {at(index)}, expected {len(ids)} numbers, one for every token of "
+                "completion_ids"
+            )
+        row = [number(item, index, "to a token ") for item in row]
+        values[index, : len(ids)] = torch.tensor(row, dtype=torch.float64)
+    return values
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 1
+
+
+def _number(item: Any) -> float | None:
+    """The item as a float; None if it is no number, or none that float32 can hold."""
+    try:
+        if hasattr(item, "item"):  # a scalar of an array library
+            item = item.item()
+        value = float(item) if isinstance(item, numbers.Real) else math.nan
+    except (ValueError, RuntimeError, OverflowError):  # several elements, or an integer too large for a float
+        return None
+    return value if abs(value) <= torch.finfo(torch.float32).max else None
+
+
+def _line_of(function: Any, error: BaseException) -> str:
+    """The last line of the function's own file that the error passed through, as ` (file.py, line 3: code)`."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    own = code and code.co_filename
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
+    if not lines:
+        return ""
+    text = linecache.getline(own, lines[-1]).strip()
+    return f" ({Path(own).name}, line {lines[-1]}{': ' + text if text else ''})"

@@ -1,0 +1,104 @@
+"""From the configuration's `rewards` to functions and models."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastppo.algorithms.lagrangian import LagrangeMultiplier
+from fastppo.models.config import ModelConfig
+from fastppo.training.config import RewardConfig
+from fastppo.training.rewards.builtin import BUILT_IN
+from fastppo.training.rewards.functions import Reward, RewardError, RewardFunction, RewardFunctions
+from fastppo.training.rewards.model import ModelReward
+
+
+def build_rewards(
+    configs: Sequence[RewardConfig | RewardFunction],
+    *,
+    device: torch.device | str = "cpu",
+    model_defaults: ModelConfig | None = None,
+) -> RewardFunctions:
+    """Build the rewards of a configuration.
+
+    Args:
+        configs: entries of `config.rewards`, or Python functions (weight 1, named by their ``__name__``).
+        device: device that reward models run on and results are moved to.
+        model_defaults: its dtype and permissions hold for reward models; float32 and no permissions if not given.
+
+    Raises:
+        RewardError: a function or model cannot be found or loaded.
+    """
+    rewards = []
+    for config in configs:
+        if callable(config):
+            rewards.append(Reward(getattr(config, "__name__", type(config).__name__), config))
+            continue
+        if config.function is not None:
+            function = find_function(config.name, config.function)
+        else:
+            function = ModelReward(config, device=device, defaults=model_defaults or ModelConfig())
+        multiplier = None
+        if config.threshold is not None:
+            multiplier = LagrangeMultiplier(config.weight, config.threshold, config.multiplier_learning_rate)
+        rewards.append(Reward(config.name, function, config.weight, config.normalize, multiplier))
+    return RewardFunctions(rewards, device=device)
+
+
+def find_function(name: str, spec: str) -> RewardFunction:
+    """Find the function of reward `name`.
+
+    Args:
+        name: the reward's name, for error messages.
+        spec: a key of `BUILT_IN`, ``module:function`` or ``path/file.py:function``. The module or file is executed.
+
+    Raises:
+        RewardError: there is no such function.
+    """
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](name)
+    where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
+        kinds = f"{', '.join(BUILT_IN)}, module:function or path/file.py:function"
+        raise RewardError(f"reward {name!r}: {spec!r} is not {kinds}")
+    module = _load_module(name, where)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, functions, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(functions) or 'none'}"
+        raise RewardError(f"reward {name!r}: no function {attribute!r} in {where}; {hint}")
+    return function
+
+
+def _load_module(name: str, where: str) -> ModuleType:
+    """Import a module by its name, or execute a .py file as one."""
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise RewardError(f"reward {name!r}: {where}: no such file")
+        # A key per path: two files of one name differ, and neither hides an installed module.
+        key = f"_fastppo_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+        spec = importlib.util.spec_from_file_location(key, path)
+        # dataclasses and typing look the module up there.
+        module = sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except RewardError:
+        raise
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
+            raise RewardError(
+                f"reward {name!r}: no module {where!r} is installed; for a file, write its path: {where}.py:..."
+            ) from None
+        raise RewardError(f"reward {name!r}: loading {where} raised {type(error).__name__}: {error}") from error
