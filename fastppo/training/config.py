@@ -438,7 +438,6 @@ _CONDITIONAL_KEYS = (
     ("cliprange_value", "a value function", _has_critic),
     ("lam", "GAE", lambda section: _has_critic(section) and getattr(section, "n_steps", None) is None),
     ("scale_rewards", "grpo", _is_grpo),
-    ("preconditioner_probes", "preconditioner: diagonal", lambda section: section.preconditioner == "diagonal"),
     ("held_out_fraction", "step_size: held_out", lambda section: section.step_size == "held_out"),
     ("kl_target", "kl_controller: adaptive", lambda section: section.kl_controller == "adaptive"),
     ("kl_horizon", "kl_controller: adaptive or linear", lambda section: section.kl_controller != "fixed"),
@@ -464,7 +463,7 @@ def _check_algorithm(config: Config, name: str, section: AlgorithmConfig) -> Non
     if section.kl_controller == "linear" and config.model.reference == "none":
         raise ConfigError(f"{name}.kl_controller: there is no KL to weigh when model.reference is none")
     if section.multi_objective_aggregation == "normalize_then_sum":
-        shaped = [key for key in ("missing_eos_penalty", "length_penalty", "reward_clip") if getattr(section, key)]
+        shaped = ["missing_eos_penalty"] if section.missing_eos_penalty else []
         if section.kl_coef and section.kl_in == "reward":
             shaped.append("kl_in: reward")
         if shaped:

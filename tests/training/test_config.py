@@ -90,8 +90,8 @@ def test_round_trip(tmp_path):
             "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
         ),
         (
-            ["--ppo.multi_objective_aggregation", "normalize_then_sum", "--ppo.kl_coef", "0", "--ppo.reward_clip", "1"],
-            "leaves no place for ppo.reward_clip",
+            ["--ppo.multi_objective_aggregation=normalize_then_sum", "--ppo.kl_coef=0", "--ppo.missing_eos_penalty=1"],
+            "leaves no place for ppo.missing_eos_penalty",
         ),
         (["--rewards.0.threshold", "1"], "rewards: at least one must be an objective, without a threshold"),
         (["--rewards.0.threshold", "1", "--rewards.0.weight", "-1"], "rewards.0.weight: where a multiplier starts"),
@@ -135,7 +135,7 @@ def test_a_section_that_was_set_can_be_dropped(tmp_path):
 def test_every_key_is_explained_where_it_was_inherited():
     help_of = {key.name: key.help for key in documented_keys()}
     for section in ("ppo", "reinforce", "actor_critic"):
-        assert "KL penalty shapes" in help_of[f"{section}.kl_in"]
+        assert "Subtract the KL penalty" in help_of[f"{section}.kl_in"]
     assert "as in their papers" in help_of["ppo.whiten_advantages"]
 
 
