@@ -1,8 +1,8 @@
-"""A token MDP small enough to know everything about: all completions are enumerated, in float64.
+"""A token MDP small enough for exact answers: all completions are enumerated, in float64.
 
     state = prompt and prefix      policy = softmax(features[state] Wᵀ)      reward = a table over whole completions
 
-The policy is presented as hidden states and a head, so the very algorithms that train language models run on it.
+The policy has hidden states and a head, so the algorithms that train language models run on it unchanged.
 With depth 1 it is a contextual bandit.
 """
 
@@ -24,7 +24,7 @@ from fastppo.training.config import Config, build_config
 
 
 def fresh_seed() -> int:
-    """From torch's global generator, which the test seeded."""
+    """A seed from torch's global generator."""
     return int(torch.randint(2**63 - 1, ()))
 
 

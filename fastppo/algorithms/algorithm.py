@@ -17,10 +17,10 @@ from torch import Tensor
 from fastppo.algorithms.config import AlgorithmConfig, SeparateCriticConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, StepOutput
-from fastppo.algorithms.operators import head_arguments
 from fastppo.models.head import LMHead
 from fastppo.ops.gae import gae
 from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
+from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_ppo_loss import linear_ppo_loss
 from fastppo.ops.outputs import PPOLossOutput
 from fastppo.ops.value_loss import value_loss
@@ -165,7 +165,7 @@ class Algorithm:
             values: [b, T], current; None without a critic.
             ref_head: the reference's head where the loss has an exact KL, else None.
         """
-        no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is never below 0 nor above inf
+        no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is between 0 and inf
         arguments = self.loss_arguments(batch, hidden, head, ref_head)
         policy = linear_ppo_loss(advantages=batch.advantages, **no_clip, **arguments)
         return self.add_value_loss(StepOutput(policy.loss, policy_metrics(policy)), batch, values)
@@ -243,7 +243,7 @@ class Algorithm:
 
 
 class PolicyThenCritic(Algorithm):
-    """Algorithms that move the policy by a step of their own, then fit the critic by first-order epochs; with GAE."""
+    """Algorithms that move the policy by `improve_policy`, then fit the critic by first-order epochs; with GAE."""
 
     config: SeparateCriticConfig
 
@@ -260,6 +260,38 @@ class PolicyThenCritic(Algorithm):
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
         """Move the policy alone; returns metrics."""
         raise NotImplementedError
+
+    def loss(
+        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
+    ) -> StepOutput:
+        """−r A alone; see `Algorithm.loss` for the arguments."""
+        return super().loss(batch, hidden, head, None, ref_head)
+
+
+def head_arguments(head: LMHead, temperature: float, backend: str | None) -> dict[str, Any]:
+    """How a head makes logits of hidden states: keyword arguments that all operators take."""
+    return {
+        "weight": head.weight,
+        "bias": head.bias,
+        "temperature": temperature,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "backend": backend,
+    }
+
+
+def kl_from(
+    old: tuple[Tensor, LMHead], new: tuple[Tensor, LMHead], mask: Tensor, temperature: float, backend: str | None
+) -> Tensor:
+    """KL(π_old ‖ π_new) [b, T] over the whole vocabulary, in nats, 0 on padding; differentiable in `new`.
+
+    Args:
+        old, new: states [b, T, D] of the same tokens, and the head, of either policy.
+        mask: [b, T] bool, True for a sampled token.
+    """
+    (old_hidden, old_head), (hidden, head) = old, new
+    reference = {"ref_hidden": old_hidden, "ref_weight": old_head.weight, "ref_bias": old_head.bias}
+    return linear_kl(hidden, kind="forward", mask=mask, **reference, **head_arguments(head, temperature, backend))
 
 
 def policy_metrics(policy: PPOLossOutput) -> dict[str, Tensor]:

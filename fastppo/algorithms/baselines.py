@@ -20,13 +20,12 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def subtract_baseline(
     returns: Tensor, mask: Tensor, groups: Tensor | None, baseline: str, scale_rewards: str = "group"
 ) -> Tensor:
-    """Advantages [B, T] from rewards to go [B, T], minus a baseline of whole completions' returns.
+    """Advantages [B, T]: rewards to go, minus a baseline of whole completions' returns.
 
-    If there is only a reward at the end and γ = 1, all tokens of a completion have the same advantage, as in the
-    papers; otherwise a token's advantage is its reward to go minus the baseline of a whole completion.
+    With one reward at the end and γ = 1 all tokens of a completion have the same advantage, as in the papers.
 
     Args:
-        returns: rewards to go; a completion's first is its return.
+        returns: [B, T] rewards to go; a completion's first is its return.
         mask: [B, T] bool.
         groups: [B] int64, equal for completions of the same prompt; needed for rloo and grpo.
         baseline: none, batch-mean, rloo or grpo.
@@ -54,15 +53,9 @@ def subtract_baseline(
 
 
 def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
-    """[B]: the mean of the *other* completions of the same group, which is independent of the completion, so the
-    gradient stays unbiased (RLOO: Kool et al., 2019; Ahmadian et al., 2024, arXiv:2402.14740).
+    """[B]: the mean return of the *other* completions of the group; ValueError for a group of one.
 
-    Args:
-        returns: [B], of each completion.
-        groups: [B] int64, equal for completions of the same prompt.
-
-    Raises:
-        ValueError: a group of one.
+    It does not depend on the completion, so the gradient is unbiased (RLOO: Kool et al., 2019; Ahmadian et al., 2024).
     """
     total, count = _sums(returns, groups)
     if (count < 2).any():

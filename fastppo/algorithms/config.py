@@ -1,4 +1,4 @@
-"""The algorithms' sections of the configuration. Keys that several sections share are written once, in a base class."""
+"""The algorithms' sections of the configuration; keys that several of them share are written once, in a base class."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class AlgorithmConfig:
     kl_coef_final: NonNegativeFloat = 0.0
     """Last value of the linear schedule."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """Advantages of the rewards' weighted sum, or the weighted sum of each reward's own (GDPO; Liu et al., 2026)."""
+    """Advantages of the rewards' weighted sum, or a weighted sum of each reward's own (GDPO; Liu et al., 2026)."""
     reference_refresh_steps: NonNegativeInt = 0
     """Copy the policy into the reference every so many steps; 0 keeps the policy of the start."""
     missing_eos_penalty: NonNegativeFloat | None = None
@@ -64,34 +64,28 @@ class AlgorithmConfig:
         return math.ceil(num_sequences / (self.num_mini_batches * self.gradient_accumulation_steps))
 
 
+# Policy and critic learn from one loss.
 @dataclass(config=STRICT)
 class JointCriticConfig(AlgorithmConfig):
-    """Policy and critic learn from one loss."""
-
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
 
 
 @dataclass(config=STRICT)
 class GroupScaleConfig(AlgorithmConfig):
-    """Completions are compared with the other completions of their prompt, as GRPO does."""
-
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What `grpo` divides by: the standard deviation of the prompt's completions, of the batch, or nothing."""
 
 
 @dataclass(config=STRICT)
 class GAEConfig(AlgorithmConfig):
-    """Advantages by GAE."""
-
     lam: UnitFloat = 0.95
     """GAE's weight of longer returns (Schulman et al., 2016)."""
 
 
+# The critic is fitted by itself, after the policy's step.
 @dataclass(config=STRICT)
 class SeparateCriticConfig(GAEConfig):
-    """The critic is fitted by itself, after the policy's step."""
-
     num_value_epochs: PositiveInt = 4
     """First-order epochs of the critic at `optim.value_learning_rate`."""
 

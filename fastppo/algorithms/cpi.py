@@ -1,7 +1,7 @@
 """Conservative policy iteration (Kakade & Langford, 2002, "Approximately optimal approximate reinforcement learning").
 
     π'      an approximately greedy policy: first-order epochs from π on E_{s, a ~ π}[π'(a|s)/π(a|s) · A(s, a)] without
-            a clip, so that it tends to the best sampled action of every state
+            a clip (`PolicyThenCritic.loss`), so that it tends to the best sampled action of every state
     α       its share: from the paper's lower bound on the improvement, or searched for on held-out sequences
     π ← (1 − α) π + α π'    at every state; distilled into one network by epochs on
             (1 − α) KL(π ‖ π_θ) + α KL(π' ‖ π_θ) = KL((1 − α) π + α π' ‖ π_θ) + a constant
@@ -18,11 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import PolicyThenCritic
+from fastppo.algorithms.algorithm import PolicyThenCritic, head_arguments, kl_from
 from fastppo.algorithms.config import CPIConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
-from fastppo.algorithms.operators import head_arguments, kl_from
 from fastppo.algorithms.second_order.vectors import Vector
 from fastppo.models.head import LMHead
 from fastppo.ops.linear_logprob import linear_logprob
@@ -77,19 +76,13 @@ class ConservativePolicyIteration(PolicyThenCritic):
         learner.policy.load(start)
         return before
 
-    def loss(
-        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
-    ) -> StepOutput:
-        """The greedy policy's loss −r A, unclipped; see `Algorithm.loss` for the arguments."""
-        return super().loss(batch, hidden, head, None, ref_head)
-
     def distillation_loss(self, old_head: LMHead, greedy_head: LMHead, alpha: float) -> Loss:
         """KL((1 − α) π + α π' ‖ π_θ) up to a constant, with the states of π and π' from the experience."""
 
         def loss(batch: Experience, hidden: Tensor, head: LMHead, values, ref_head) -> StepOutput:
-            now = (hidden, head, batch.mask, self.temperature, self.backend)
-            kl_old = kl_from(batch.old_hidden, old_head, *now).sum() / batch.mask.sum()
-            kl_greedy = kl_from(batch.target_hidden, greedy_head, *now).sum() / batch.mask.sum()
+            new = ((hidden, head), batch.mask, self.temperature, self.backend)
+            kl_old = kl_from((batch.old_hidden, old_head), *new).sum() / batch.mask.sum()
+            kl_greedy = kl_from((batch.target_hidden, greedy_head), *new).sum() / batch.mask.sum()
             metrics = {"policy/kl": kl_old.detach(), "cpi/kl_from_greedy": kl_greedy.detach()}
             return StepOutput((1.0 - alpha) * kl_old + alpha * kl_greedy, metrics)
 
@@ -118,11 +111,9 @@ class ConservativePolicyIteration(PolicyThenCritic):
 
 
 def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
-    """E_{s ~ π, a ~ π'} A(s, a) − E_{s, a ~ π} A(s, a); the second term is 0 for the true A, and noise for an estimate.
+    """E_{s ~ π, a ~ π'} A(s, a) − E_{s, a ~ π} A(s, a), of ratios π'(a|s) / π(a|s) and advantages, [B, T] each.
 
-    Args:
-        ratios: [B, T], π'(a|s) / π(a|s).
-        advantages: [B, T]; mask: [B, T] bool.
+    The second term is 0 for the true A, and noise for an estimate.
     """
     return ((ratios - 1.0) * advantages)[mask].mean().item()
 
@@ -130,11 +121,10 @@ def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
 def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: float) -> float:
     """The α that maximizes the improvement which Kakade & Langford's theorem 4.1 guarantees.
 
-    After t tokens a mixture that follows π' with probability α has left π with probability 1 − (1 − α)^t ≤ α t, and
-    only then can it lose, at most 2ε a token, ε = max_s |E_{a ~ π'} A(s, a)|. Over a horizon of T tokens it gains at
-    least α T 𝔸 − α² ε T (T − 1), with 𝔸 the mean policy advantage; the maximum is at α = 𝔸 / (2 ε (T − 1)). (The
-    paper's (1 − γ)𝔸 / 4R is the same for T = 1/(1 − γ), up to a factor.) ε is estimated by the largest sampled |A|, as
-    the paper uses R.
+    After t tokens the mixture has left π with probability 1 − (1 − α)^t ≤ α t; then it can lose at most 2ε a token,
+    ε = max_s |E_{a ~ π'} A(s, a)|. Over T tokens it gains at least α T 𝔸 − α² ε T (T − 1), with 𝔸 the mean policy
+    advantage; the maximum is at α = 𝔸 / (2 ε (T − 1)). (The paper's (1 − γ)𝔸 / 4R is the same for T = 1/(1 − γ), up to
+    a factor.) ε is estimated by the largest sampled |A|, as the paper uses R.
 
     Args:
         ratios, advantages: [B, T]; mask: [B, T] bool.

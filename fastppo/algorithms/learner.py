@@ -250,11 +250,7 @@ class Learner:
             self.optimizer.state.pop(parameter, None)
 
     def skip_nonfinite(self, what: str) -> None:
-        """Raise, or warn that an optimizer step is skipped, as `on_nonfinite` says.
-
-        Raises:
-            NonFiniteError: with `on_nonfinite="stop"`.
-        """
+        """Raise NonFiniteError, or warn that an optimizer step is skipped, as `on_nonfinite` says."""
         if self.on_nonfinite == "stop":
             raise NonFiniteError(f"{self.where}, {what}")
         self._warn(f"{self.where}, {what}; this optimizer step is skipped")

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import PolicyThenCritic
+from fastppo.algorithms.algorithm import PolicyThenCritic, kl_from
 from fastppo.algorithms.config import NPGConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
-from fastppo.algorithms.operators import kl_from
 from fastppo.algorithms.second_order.conjugate_gradient import conjugate_gradient
 from fastppo.algorithms.second_order.fisher import PolicyFisher
 from fastppo.algorithms.second_order.vectors import Vector, axpy_, dot, moved, norm
@@ -76,25 +75,15 @@ class NaturalPolicyGradient(PolicyThenCritic):
             "policy/step_fraction": taken,
         }
 
-    def natural_gradient(
-        self, learner: Learner, experience: Experience, g: Vector
-    ) -> tuple[Vector, float, dict[str, float]]:
-        """Solve for the natural gradient.
-
-        Returns:
-            x; the scale for which the step scale · x has KL δ to second order, 0 without curvature; metrics.
+    def natural_gradient(self, learner: Learner, experience: Experience, g: Vector) -> tuple[Vector, float, dict]:
+        """x = (F + λI)⁻¹ g; the scale for which the KL of scale · x is δ, 0 if xᵀF x is 0; metrics of the solver.
 
         Raises:
             FloatingPointError: the gradient or a Fisher-vector product is not finite.
         """
         config = self.config
-        fisher = PolicyFisher(
-            learner.policy,
-            list(learner.micro_batches(self._fisher_sample(experience))),
-            method=config.fisher_method,
-            temperature=self.temperature,
-            backend=self.backend,
-        )
+        batches = list(learner.micro_batches(self._fisher_sample(experience)))
+        fisher = PolicyFisher(learner.policy, batches, config.fisher_method, self.temperature, self.backend)
 
         def damped(v: Vector) -> Vector:
             product = fisher(v)
@@ -106,19 +95,13 @@ class NaturalPolicyGradient(PolicyThenCritic):
         # xᵀF x, not xᵀ(F + λI)x: the damping must not shorten the step.
         curvature = dot(solved.x, fisher(solved.x)) if solved.iterations else 0.0
         scale = math.sqrt(2.0 * config.max_kl / curvature) if curvature > 0.0 else 0.0
-        metrics = {
-            "policy/grad_norm": norm(g),
-            "cg/iterations": float(solved.iterations),
-            "cg/residual": solved.relative_residual,
-        }
-        return solved.x, scale, metrics
+        metrics = {"cg/iterations": float(solved.iterations), "cg/residual": solved.relative_residual}
+        return solved.x, scale, metrics | {"policy/grad_norm": norm(g)}
 
     def choose(self, evaluate: Callable[[float], Trial], expected_improvement: float) -> tuple[float, Trial]:
         """The fraction of the step to take, and its measured effect. Here: the whole step.
 
-        Args:
-            evaluate: fraction -> Trial.
-            expected_improvement: of L by the whole step, to first order.
+        `expected_improvement` is that of L by the whole step, to first order.
         """
         return 1.0, evaluate(1.0)
 
@@ -126,7 +109,7 @@ class NaturalPolicyGradient(PolicyThenCritic):
         self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
     ) -> StepOutput:
         """−L, with entropy bonus and KL penalty; see `Algorithm.loss` for the arguments."""
-        loss, metrics = super().loss(batch, hidden, head, None, ref_head)
+        loss, metrics = super().loss(batch, hidden, head, values, ref_head)
         return StepOutput(loss, metrics | {"loss/surrogate": loss.detach()})
 
     def trial_loss(self, old_head: LMHead) -> Loss:
@@ -134,7 +117,7 @@ class NaturalPolicyGradient(PolicyThenCritic):
 
         def loss(batch: Experience, hidden: Tensor, head: LMHead, values: None, ref_head: LMHead | None) -> StepOutput:
             value, metrics = self.loss(batch, hidden, head, values, ref_head)
-            kl = kl_from(batch.old_hidden, old_head, hidden, head, batch.mask, self.temperature, self.backend)
+            kl = kl_from((batch.old_hidden, old_head), (hidden, head), batch.mask, self.temperature, self.backend)
             return StepOutput(value, metrics | {"policy/kl": kl.sum() / batch.mask.sum()})
 
         return loss

@@ -36,8 +36,8 @@ def test_it_solves_what_a_direct_solver_solves():
     kept = joined(given).clone()
     out = conjugate_gradient(lambda v: split(a @ joined(v), sizes), given, max_iterations=60, relative_tolerance=1e-12)
     torch.testing.assert_close(joined(out.x), torch.linalg.solve(a, b), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(joined(out.residual), b - a @ joined(out.x), rtol=0, atol=1e-9)
     assert out.relative_residual <= 1e-12
+    assert (b - a @ joined(out.x)).norm() <= 1e-11 * b.norm()
     assert torch.equal(joined(given), kept)
 
 

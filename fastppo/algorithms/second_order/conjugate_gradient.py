@@ -17,8 +17,6 @@ from fastppo.algorithms.second_order.vectors import Vector, axpy_, dot
 
 class ConjugateGradientOutput(NamedTuple):
     x: Vector
-    residual: Vector
-    """b − A x, by its recurrence."""
     iterations: int
     """Products with A."""
     relative_residual: float
@@ -29,9 +27,7 @@ class ConjugateGradientOutput(NamedTuple):
 def conjugate_gradient(
     product: Callable[[Vector], Vector], b: Vector, *, max_iterations: int, relative_tolerance: float = 0.0
 ) -> ConjugateGradientOutput:
-    """Solve A x = b for a symmetric positive definite A.
-
-    All vectors have the dtypes of `b`.
+    """Solve A x = b for a symmetric positive definite A, with all vectors in the dtypes of `b`.
 
     Args:
         product: v -> A v.
@@ -40,8 +36,8 @@ def conjugate_gradient(
         relative_tolerance: stop once ‖b − A x‖ ≤ relative_tolerance · ‖b‖.
 
     Returns:
-        ConjugateGradientOutput. If the tolerance was not reached, x is still a direction of ascent: each iterate
-        minimizes ½ xᵀA x − bᵀx over a growing subspace that contains b.
+        x, a direction of ascent even before the tolerance is reached: each iterate minimizes ½ xᵀA x − bᵀx over a
+        growing subspace that contains b.
 
     Raises:
         FloatingPointError: b or a product is not finite.
@@ -68,4 +64,4 @@ def conjugate_gradient(
         rr, rr_before = dot(r, r), rr
         # p ← r + (rr / rr_before) p keeps the directions A-conjugate.
         p = {name: tensor.add(p[name], alpha=rr / rr_before) for name, tensor in r.items()}
-    return ConjugateGradientOutput(x, r, iteration, rr**0.5 / size if size else 0.0)
+    return ConjugateGradientOutput(x, iteration, rr**0.5 / size if size else 0.0)

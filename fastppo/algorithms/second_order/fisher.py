@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastppo.algorithms.algorithm import head_arguments, kl_from
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Policy
-from fastppo.algorithms.operators import head_arguments, kl_from
 from fastppo.algorithms.second_order.vectors import Vector, moved, norm
 from fastppo.models.head import LMHead
 from fastppo.ops.fisher_vector_product import fisher_vector_product
@@ -39,8 +39,8 @@ class PolicyFisher:
     Args:
         policy: its parameters are θ; they are not changed.
         batches: the sequences, in parts that fit in memory.
-        method: see above. gauss_newton costs about two forward passes and one forward and backward pass;
-            finite_difference costs two forward and backward passes.
+        method: gauss_newton costs about two forward passes and one forward and backward pass; finite_difference two
+            forward and backward passes.
         temperature: of sampling; divides the logits.
         backend: of the operators; None chooses by device.
 
@@ -53,7 +53,6 @@ class PolicyFisher:
         self,
         policy: Policy,
         batches: Sequence[Experience],
-        *,
         method: Literal["gauss_newton", "finite_difference"] = "gauss_newton",
         temperature: float = 1.0,
         backend: str | None = None,
@@ -121,9 +120,9 @@ class PolicyFisher:
         """ε, and ∇KL(π_old ‖ π) at θ + εv.
 
         ε is chosen so that log-probabilities change by about s = 3·∛(machine epsilon), where the truncation error s²
-        and the rounding error, machine epsilon / s, are of one size. The length of εv says little: along the policy
-        gradient a step of 1e-4 ‖θ‖ can change a policy completely, while most directions change nothing. A step's KL
-        is about ½s², so ε is searched for by its KL, starting from the length that the last direction needed.
+        and the rounding error, machine epsilon / s, are of one size. The length of εv does not tell: 1e-4 ‖θ‖ along the
+        policy gradient can change a policy completely, while most directions change nothing. But a step's KL is about
+        ½s², so ε is searched for by its KL, starting from the length that the last direction needed.
         """
         resolution = max(torch.finfo(p.dtype).eps for p in parameters.values())
         if resolution > 1e-5:
@@ -148,7 +147,7 @@ class PolicyFisher:
         for batch, old in zip(self.batches, self._old, strict=True):
             leaves = {name: p.requires_grad_() for name, p in parameters.items()}
             hidden, head = self.policy.hidden(batch, leaves)
-            kl = kl_from(*old, hidden, head, batch.mask, self.temperature, self.backend).sum()
+            kl = kl_from(old, (hidden, head), batch.mask, self.temperature, self.backend).sum()
             value += kl.item() / self.num_tokens
             self._add_gradients(total, leaves, [(kl, torch.ones_like(kl))])
         return total, value
