@@ -201,7 +201,7 @@ class _NaNGradient(torch.autograd.Function):
 
 
 def spoilt(algorithm, experience, row, where):
-    """The algorithm's loss, but for the micro-batch with sequence `row`, whose loss or gradient is not finite."""
+    """The algorithm's loss, whose value, reported loss or gradient is not finite where sequence `row` is."""
     worst = experience.sequences[row]
 
     def loss(batch, *given):
@@ -209,6 +209,8 @@ def spoilt(algorithm, experience, row, where):
         if (batch.sequences == worst).all(1).any():
             if where == "gradient":
                 value = _NaNGradient.apply(value)
+            elif where == "loss":
+                metrics = metrics | {"loss/policy": torch.tensor(math.nan)}
             else:
                 value = value * (math.nan if where == "nan" else math.inf)
                 metrics = metrics | {"loss/policy": value.detach()}
@@ -217,7 +219,7 @@ def spoilt(algorithm, experience, row, where):
     return loss
 
 
-@pytest.mark.parametrize("where", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("where", ["nan", "inf", "loss", "gradient"])
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_one_bad_micro_batch_touches_neither_parameters_nor_optimizer(where, on_nonfinite):
     _, algorithm, learner, experience = world(optimizer=torch.optim.Adam)
@@ -229,7 +231,7 @@ def test_one_bad_micro_batch_touches_neither_parameters_nor_optimizer(where, on_
     assert len(state) > 0
     descend = partial(learner.descend, experience, spoilt(algorithm, experience, 3, where))
     if on_nonfinite == "stop":
-        with pytest.raises(NonFiniteError, match=r"step 8, epoch 1: not finite \(.*first non-finite gradient in "):
+        with pytest.raises(NonFiniteError, match=r"step 8, epoch 1: not finite \(loss/policy"):
             descend(num_epochs=2)
     else:
         metrics = descend(num_epochs=2)
@@ -238,6 +240,7 @@ def test_one_bad_micro_batch_touches_neither_parameters_nor_optimizer(where, on_
         assert len(told) == 2
         assert "step 8, epoch 2: not finite" in told[1]
         assert "this optimizer step is skipped" in told[1]
+        assert ("first non-finite gradient in " in told[1]) == (where != "loss")
     assert unchanged(before, learner)
     assert not learner.changed
     assert all(torch.equal(a, b) for a, b in zip(state, state_of(learner.optimizer), strict=True))
