@@ -1,12 +1,12 @@
-"""The algorithms beside each other on one task: held-out reward against KL to the reference, and against wall-clock.
+"""Compare the algorithms on one task: held-out reward against KL to the reference, and against wall-clock time.
 
     python benchmarks/compare_algorithms.py --minutes 4 --output benchmarks/results/algorithms     # .json and .png
-    python benchmarks/compare_algorithms.py --tiny --steps 6                                     # in seconds, to try it
+    python benchmarks/compare_algorithms.py --tiny --steps 6                                     # seconds, a dry run
 
 Every algorithm trains on the task of examples/sentiment.yaml, from the same policy, with the same prompts in the same
-order and the same number of completions a step, until `--minutes` of training or `--steps` steps are over; what differs
-is in CONTENDERS. Time is that of the steps alone: loading, evaluations and checkpoints are not counted. A run that was
-stopped goes on where it was when the script is started again with the same `--work`.
+order and the same number of completions a step, for `--minutes` of training or `--steps` steps; CONTENDERS lists what
+differs. Only the time of steps counts, not that of loading, evaluations and checkpoints. Started again with the same
+`--work`, the script resumes a run that was stopped.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from fastppo.training.trainer import Trainer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sentiment.yaml"
 
-# The section of an algorithm begins anew: the example's own `ppo` section is dropped first. All share its penalty on
-# the KL, with a fixed coefficient, so that no controller stands between an algorithm and its path.
+# The example's own `ppo` section is dropped. All algorithms have the same KL penalty with a fixed coefficient, so that
+# no KL controller affects the comparison.
 COMMON = {"kl_coef": 0.05}
-# 32 completions go through the model 16 at a time in either case.
+# In all cases 16 of the 32 completions go through the model at a time.
 STEPS = {"num_mini_batches": 2}
 NATURAL = {"gradient_accumulation_steps": 2, "max_kl": 0.02, "cg_iterations": 4, "fisher_fraction": 0.25}
 CRITIC = {"num_value_epochs": 2, "lam": 1.0}
@@ -54,13 +54,13 @@ COLORS = ("#2a6fb5", "#c7621a", "#2f8a5b", "#7b57b3", "#a8892a")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="of training, for each algorithm")
-    parser.add_argument("--steps", type=int, default=1000, help="at most so many for each")
+    parser.add_argument("--minutes", type=float, help="minutes of training of each algorithm")
+    parser.add_argument("--steps", type=int, default=1000, help="maximum number of steps of each algorithm")
     parser.add_argument("--eval-every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="comma-separated labels; default: all")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model and task: what the script does, fast")
-    parser.add_argument("--work", type=Path, help="folder of the runs; default: a new one, deleted at the end")
+    parser.add_argument("--tiny", action="store_true", help="a dry run with a tiny random model and task")
+    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary one")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps == 1000:
@@ -76,7 +76,7 @@ def main() -> None:
         for label in labels:
             print(f"== {label}", flush=True)
             results[label] = run(label, work, arguments)
-            gc.collect()  # the models of the one before
+            gc.collect()  # frees the previous models
     machine["load_average_after"] = os.getloadavg()[0]
 
     print_table(results)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def run(label: str, work: Path, arguments: argparse.Namespace) -> dict:
-    """Train one contender, or what is left of it, and return its path."""
+    """Train one contender, or resume it, and return its path."""
     folder = work / "".join(letter if letter.isalnum() else "-" for letter in label.lower())
     config = make_config(label, folder, arguments)
     trainer = Trainer(config, resume=True)
@@ -102,7 +102,7 @@ def run(label: str, work: Path, arguments: argparse.Namespace) -> dict:
     )
     if not trainer.progress.over():
         trainer.train()
-    # Stopped by the clock, it was not evaluated at its end.
+    # A run that the clock stopped has no evaluation at its end.
     last, _ = trainer.scorer.evaluate(trainer.data.eval[: config.eval.num_prompts])
     return path_of(folder, last) | {"settings": vars(config.algorithm_config), "steps": trainer.step}
 
@@ -131,7 +131,7 @@ def make_config(label: str, folder: Path, arguments: argparse.Namespace) -> Conf
 
 
 def tiny_task(folder: Path) -> Path:
-    """The configuration of a tiny task, made once; all contenders share the model."""
+    """The configuration of a tiny task; all contenders share its model."""
     import sys
 
     sys.path.insert(0, str(EXAMPLE.parent))
@@ -144,7 +144,7 @@ def tiny_task(folder: Path) -> Path:
 
 
 class StopWatch(ProgressDisplay):
-    """One plain line a step; asks the trainer to stop, as Ctrl-C does, once the steps have taken long enough."""
+    """Prints one line a step; stops the trainer, as Ctrl-C does, once the steps have taken `minutes`."""
 
     def __init__(self, total_steps: int, step: int, seconds: float, minutes: float | None) -> None:
         super().__init__(total_steps, start_step=step, enabled=False)
@@ -157,7 +157,7 @@ class StopWatch(ProgressDisplay):
             signal.raise_signal(signal.SIGINT)
 
     def over(self) -> bool:
-        """Whether training has had its time."""
+        """Whether the time is up."""
         return self._limit is not None and self._seconds >= self._limit
 
 
@@ -168,7 +168,7 @@ def seconds_done(folder: Path, step: int) -> float:
 
 
 def path_of(folder: Path, last: dict[str, float]) -> dict[str, list]:
-    """Step, seconds of training, KL and reward: of every step on training prompts, of evaluations on held-out ones."""
+    """Step, seconds of training, KL and reward: of steps on training prompts, and of evaluations on held-out ones."""
     training, held_out, seconds = [], [], 0.0
     for row in read_metrics(folder / "metrics.jsonl"):
         if "time/step" in row:

@@ -1,15 +1,16 @@
-"""A token MDP small enough to know everything about: all completions are enumerated, in float64.
+"""A token MDP small enough for exact answers: all completions are enumerated, in float64.
 
     state = prompt and prefix      policy = softmax(features[state] Wᵀ)      reward = a table over whole completions
 
-The policy is presented as hidden states and a head, so the very algorithms that train language models run on it.
+The policy has hidden states and a head, so the algorithms that train language models run on it unchanged.
 With depth 1 it is a contextual bandit.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,13 @@ from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.algorithm import Algorithm
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner
+from fastppo.models.head import LMHead
 from fastppo.training.config import Config, build_config
 
 
-class Head(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
+def fresh_seed() -> int:
+    """A seed from torch's global generator."""
+    return int(torch.randint(2**63 - 1, ()))
 
 
 class Tree:
@@ -39,7 +39,7 @@ class Tree:
     ) -> None:
         self.prompts, self.vocab, self.depth, self.eos = prompts, vocab, depth, eos
         self.generator = torch.Generator()
-        self.generator.manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
+        self.generator.manual_seed(fresh_seed() if seed is None else seed)
         axes = [torch.arange(prompts), *[torch.arange(vocab)] * depth]
         self.sequences = torch.cartesian_prod(*axes)  # [M, 1 + depth]
         self.mask = self._mask(self.sequences)
@@ -165,9 +165,9 @@ class TabularModels:
 
     def hidden(
         self, sequences: Tensor, attention_mask: Tensor, length: int, parameters: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Head]:
+    ) -> tuple[Tensor, LMHead]:
         own = self._all() | (parameters or {})
-        return own["features"][self.tree.states(sequences)], Head(own["head"])
+        return own["features"][self.tree.states(sequences)], LMHead(own["head"], None, 1.0, None)
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
         return None if self.value is None else self.value[self.tree.states(sequences)]
@@ -175,8 +175,8 @@ class TabularModels:
     def reference_logits(self) -> Tensor:
         return self.logits(self.reference)
 
-    def reference_head(self) -> Head:
-        return Head(self.reference["head"])
+    def reference_head(self) -> LMHead:
+        return LMHead(self.reference["head"], None, 1.0, None)
 
     def autocast(self):
         return contextlib.nullcontext()
@@ -248,7 +248,15 @@ def make_learner(
     algorithm = ALGORITHMS[config.algorithm](config.algorithm_config)
     parameters = [*models.policy_parameters().values(), *models.value_parameters().values()]
     optimizer = optimizer or torch.optim.SGD(parameters, lr=lr)
-    return algorithm, Learner(config, models, optimizer, algorithm.part_weight)
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    return algorithm, Learner(
+        models,
+        optimizer,
+        partial(algorithm.part_weight, max_new_tokens=config.rollout.max_new_tokens),
+        num_mini_batches=config.algorithm_config.num_mini_batches,
+        micro_batch_size=config.algorithm_config.micro_batch_size(sequences),
+        max_grad_norm=config.optim.max_grad_norm,
+    )
 
 
 def rollout(tree: Tree, models: TabularModels, algorithm: Algorithm, count: int) -> Experience:

@@ -1,130 +1,51 @@
-"""What the algorithms share: shaped rewards, advantages, the KL controller; and what they may do with the models.
+"""What the algorithms share: shaped rewards, advantages, the KL controller, the critic's loss.
 
     scores [B], KL [B, T] ── shape_rewards ──> rewards [B, T] ── advantages_and_returns ──> advantages, returns [B, T]
     update(learner, experience): epochs of mini-batches of `loss`, or a step of the algorithm's own
 
-An algorithm is a subclass that overrides what it does otherwise. It sees the models only through a `Learner`.
+An algorithm is a subclass that overrides where it differs. It reaches the models only through a `Learner`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastppo.algorithms.config import AlgorithmConfig, SeparateCriticConfig
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.learner import Learner, StepOutput
+from fastppo.models.head import LMHead
 from fastppo.ops.gae import gae
 from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
+from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_ppo_loss import linear_ppo_loss
+from fastppo.ops.outputs import PPOLossOutput
 from fastppo.ops.value_loss import value_loss
 from fastppo.ops.whiten import whiten
-
-
-class Head(Protocol):
-    """What turns hidden states into logits; `fastppo.models.LMHead` is one."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
-class StepOutput(NamedTuple):
-    """loss: scalar, differentiable. metrics: detached 0-dim tensors."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-Loss = Callable[[Experience, Tensor, Head, "Tensor | None", "Head | None"], StepOutput]
-"""loss(batch, hidden [b, T, D], head, values [b, T] or None, ref_head or None); see `Algorithm.loss`."""
-
-
-class Policy(Protocol):
-    """The policy as a function of its trained parameters (all of them, or its adapters)."""
-
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters themselves, by name."""
-
-    def hidden(self, batch: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Head]:
-        """The states [b, T, D] that predict `batch.targets`, and the head.
-
-        Args:
-            parameters: used in place of the policy's own, all or some of them, differentiably in both modes.
-        """
-
-    def autocast(self) -> AbstractContextManager:
-        """The precision in which the head's products are meant to be made."""
-
-    def load(self, parameters: dict[str, Tensor]) -> None:
-        """Copy these values into the policy's own parameters."""
-
-
-class Learner(Protocol):
-    """What an algorithm may do with the models; `fastppo.algorithms.learner.Learner` is one."""
-
-    policy: Policy
-
-    def descend(
-        self,
-        experience: Experience,
-        loss: Loss,
-        *,
-        num_epochs: int,
-        num_mini_batches: int,
-        target_kl: float | None = None,
-    ) -> dict[str, float]:
-        """Optimizer steps on policy and critic: epochs of mini-batches, stopped once policy/approx_kl > target_kl.
-
-        Returns:
-            Means over the steps of what the loss reports, and grad_norm.
-        """
-
-    def descend_values(
-        self,
-        experience: Experience,
-        loss: Callable[[Experience, Tensor], StepOutput],
-        *,
-        num_epochs: int,
-        num_mini_batches: int,
-    ) -> dict[str, float]:
-        """The same on the critic alone; loss(batch, values [b, T])."""
-
-    def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The gradient of a loss in the policy's parameters, and its metrics; nothing moves. `values` is None."""
-
-    def measure(
-        self, experience: Experience, loss: Loss, parameters: dict[str, Tensor] | None = None
-    ) -> dict[str, float]:
-        """What a loss reports of the policy, by its own or other parameters. `values` is None."""
-
-    def micro_batches(self, experience: Experience) -> Iterator[Experience]:
-        """Parts that fit one forward and backward pass, in order."""
-
-    def forget_policy_moments(self) -> None:
-        """Start the optimizer anew for the policy: its next steps have another goal than those before."""
-
-    def skip_nonfinite(self, what: str) -> None:
-        """Something is not finite and the step cannot be made: stop the run, or say so and go on, as configured."""
 
 
 class Algorithm:
     """How advantages are estimated and how the parameters move.
 
     Args:
-        config: an `AlgorithmConfig` of the algorithm's kind, or anything with its fields.
-        temperature: of the sampler; divides the logits everywhere.
+        config: the algorithm's section of the configuration.
+        temperature: of sampling; divides the logits everywhere.
         backend: of the operators; None chooses by device.
     """
 
+    config: AlgorithmConfig
+
     needs_values = True
     """Whether there is a critic; without one `experience.old_values` and `.returns` stay None."""
+    update_starts_with_scored_pass = True
+    """Whether `update` begins with a pass, with gradients, of the policy that scored the experience."""
+    normalizes_advantages = False
+    """Whether `advantages_and_returns` gives advantages whose scale does not depend on the rewards' scale."""
 
-    def __init__(self, config: Any, *, temperature: float = 1.0, backend: str | None = None) -> None:
+    def __init__(self, config: AlgorithmConfig, *, temperature: float = 1.0, backend: str | None = None) -> None:
         self.config = config
         self.temperature = temperature
         self.backend = backend
@@ -136,19 +57,16 @@ class Algorithm:
 
     @property
     def whitens_advantages(self) -> bool:
-        """Whether the batch's advantages are brought to mean 0 and deviation 1."""
+        """Whether the batch's advantages are scaled to mean 0 and standard deviation 1."""
         return self.config.whiten_advantages
 
-    @property
-    def normalizes_advantages(self) -> bool:
-        """Whether `advantages_and_returns` gives advantages of one scale, whatever the rewards' is."""
-        return False
+    # Advantages
 
     def estimate_advantages(self, experience: Experience) -> dict[str, Tensor]:
-        """Fill in `experience.advantages` and `.returns`; returns metrics of them.
+        """Fill in `experience.advantages` and `.returns`; returns their metrics.
 
         Raises:
-            ValueError: the experience lacks something that the configuration asks for.
+            ValueError: the experience lacks a field that the configuration needs.
         """
         self._check(experience)
         mask = experience.mask
@@ -175,17 +93,16 @@ class Algorithm:
                 raise ValueError(f"experience.{name}: needed, since {reason}")
 
     def _advantages_by_objective(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Σ_k w_k A_k with each objective's advantages normalized first, so that no reward's scale drowns another's
-        (GDPO: Liu et al., 2026, arXiv:2601.05242, there for groups)."""
+        """Σ_k w_k A_k with each objective's advantages normalized first, so that the scale of one reward does not hide
+        the others (GDPO: Liu et al., 2026, arXiv:2601.05242, there for groups)."""
         mask, by_token = experience.mask, experience.objective_token_scores
         values = experience.old_values if self.needs_values else None  # [B, T, K]
         total, returns, metrics = torch.zeros_like(experience.old_logprobs), [], {}
         for k, (name, weight) in enumerate(experience.objectives.items()):
             rewards = torch.zeros_like(total) if by_token is None else by_token[..., k].to(total.dtype)
             rewards = self._whitened(_add_at_end(rewards, experience.objective_scores[:, k], mask), mask)
-            advantages, targets = self.advantages_and_returns(
-                rewards, None if values is None else values[..., k], experience
-            )
+            old_values = None if values is None else values[..., k]
+            advantages, targets = self.advantages_and_returns(rewards, old_values, experience)
             returns.append(targets)
             if mask.any():
                 metrics[f"advantage/std/{name}"] = advantages[mask].std(correction=0)
@@ -198,10 +115,10 @@ class Algorithm:
         return whiten(rewards, mask=mask, shift_mean=False) if self.config.whiten_rewards else rewards
 
     def shape_rewards(self, experience: Experience) -> Tensor:
-        """[B, T]: rewards by token less the KL penalty, and the score, less its penalties, on the last token.
+        """[B, T]: per-token rewards minus the KL penalty; the score minus its penalty is added at the last token.
 
-        The per-token view with the KL in the reward is that of Ziegler et al., 2019 (arXiv:1909.08593) and Ouyang et
-        al., 2022 (arXiv:2203.02155).
+        The KL penalty in the per-token reward follows Ziegler et al., 2019 (arXiv:1909.08593) and Ouyang et al., 2022
+        (arXiv:2203.02155).
         """
         config, mask = self.config, experience.mask
         rewards = torch.zeros_like(experience.old_logprobs)
@@ -210,10 +127,6 @@ class Algorithm:
         scores = experience.scores.to(rewards.dtype)
         if config.missing_eos_penalty is not None:
             scores = scores - config.missing_eos_penalty * (~experience.ended).to(rewards.dtype)
-        if config.length_penalty:
-            scores = scores - config.length_penalty * mask.sum(1).to(rewards.dtype)
-        if config.reward_clip is not None:
-            scores = scores.clamp(-config.reward_clip, config.reward_clip)
         if experience.objective_token_scores is not None:
             weights = rewards.new_tensor(list(experience.objectives.values()))
             rewards += (experience.objective_token_scores * weights).sum(2)
@@ -222,86 +135,83 @@ class Algorithm:
     def advantages_and_returns(
         self, rewards: Tensor, values: Tensor | None, experience: Experience
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T] each, from per-token rewards [B, T] and the critic's values [B, T]; by default GAE."""
-        return gae(rewards, values, gamma=self.config.gamma, lam=self.config.lam, mask=experience.mask)
+        """Advantages [B, T] and the critic's targets [B, T] (None without a critic).
+
+        Args:
+            rewards: [B, T], per token, from `shape_rewards`.
+            values: [B, T], the critic's at rollout time; None without a critic.
+            experience: the sequences.
+        """
+        raise NotImplementedError
+
+    # Updates
 
     def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        """Move the parameters; returns metrics. By default one epoch of first-order steps on `loss`."""
-        return learner.descend(experience, self.loss, num_epochs=1, num_mini_batches=self.config.num_mini_batches)
+        """Move the parameters; returns metrics. Here: one epoch of first-order steps on `loss`."""
+        return learner.descend(experience, self.loss, num_epochs=1)
 
     def loss(
-        self, batch: Experience, hidden: Tensor, head: Head, values: Tensor | None, ref_head: Head | None
+        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
     ) -> StepOutput:
-        """The loss of a (micro-)batch of b sequences under the current parameters.
+        """The loss of a micro-batch of b sequences under the current parameters.
+
+        Here: −r A + vf_coef · value loss, with r = π(a|s) / π_old(a|s) unclipped. At r = 1 its gradient is the policy
+        gradient, that of −A log π.
 
         Args:
             batch: with advantages, and with returns where there is a critic.
             hidden: [b, T, D], the states that predict `batch.targets`.
-            head: the policy's lm_head; ref_head: the reference's, where the loss has an exact KL.
+            head: the policy's head.
             values: [b, T], current; None without a critic.
+            ref_head: the reference's head where the loss has an exact KL, else None.
         """
-        raise NotImplementedError
+        no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is between 0 and inf
+        arguments = self.loss_arguments(batch, hidden, head, ref_head)
+        policy = linear_ppo_loss(advantages=batch.advantages, **no_clip, **arguments)
+        return self.add_value_loss(StepOutput(policy.loss, policy_metrics(policy)), batch, values)
 
-    def policy_gradient_loss(
-        self, batch: Experience, hidden: Tensor, head: Head, ref_head: Head | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """−r A without a clip: its gradient at r = 1 is the policy gradient, that of −A log π."""
-        loss, metrics = self.surrogate_loss(batch, hidden, head, ref_head, clip_low=1.0, clip_high=math.inf)
-        del metrics["policy/clip_fraction"]
-        return loss, metrics
+    def add_value_loss(self, policy: StepOutput, batch: Experience, values: Tensor | None) -> StepOutput:
+        """The policy's loss + vf_coef · the critic's, where there is one."""
+        if values is None:
+            return policy
+        critic = self.value_loss(batch, values)
+        return StepOutput(policy.loss + self.config.vf_coef * critic.loss, policy.metrics | critic.metrics)
 
-    def surrogate_loss(
-        self, batch: Experience, hidden: Tensor, head: Head, ref_head: Head | None, **clip: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy's loss with entropy bonus and KL penalty, and its metrics.
-
-        Args:
-            clip: clip_low, clip_high, dual_clip, ratio_level of `linear_ppo_loss`; for the rest see `loss`.
-        """
+    def loss_arguments(
+        self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None
+    ) -> dict[str, Any]:
+        """Arguments of `linear_ppo_loss` but for advantages and clip: the tokens, how the head makes logits, entropy
+        bonus, KL penalty, averaging."""
         config = self.config
         penalized = config.kl_in == "loss" and self.kl_controller.value != 0.0
         exact = penalized and config.kl_estimator == "exact"
-        policy = linear_ppo_loss(
-            hidden,
-            head.weight,
-            batch.targets,
-            batch.old_logprobs,
-            batch.advantages,
-            mask=batch.mask,
-            **clip,
-            ref_logprobs=batch.ref_logprobs,
-            ref_hidden=batch.ref_hidden if exact else None,
-            ref_weight=ref_head.weight if exact else None,
-            ref_bias=ref_head.bias if exact else None,
-            kl_coef=self.kl_controller.value if penalized else 0.0,
-            kl_estimator=config.kl_estimator,
-            entropy_coef=config.entropy_coef,
-            loss_agg=config.loss_agg,
-            bias=head.bias,
-            temperature=self.temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            backend=self.backend,
-        )
-        reported = ("entropy", "approx_kl", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max")
-        metrics = {f"policy/{name}": policy.metrics[name] for name in reported}
-        return policy.loss, {"loss/policy": policy.metrics["policy_loss"], **metrics}
+        return {
+            "hidden": hidden,
+            **head_arguments(head, self.temperature, self.backend),
+            "targets": batch.targets,
+            "old_logprobs": batch.old_logprobs,
+            "mask": batch.mask,
+            "entropy_coef": config.entropy_coef,
+            "loss_agg": config.loss_agg,
+            "kl_coef": self.kl_controller.value if penalized else 0.0,
+            "kl_estimator": config.kl_estimator,
+            "ref_logprobs": batch.ref_logprobs,
+            "ref_hidden": batch.ref_hidden if exact else None,
+            "ref_weight": ref_head.weight if exact else None,
+            "ref_bias": ref_head.bias if exact else None,
+        }
 
     def value_loss(self, batch: Experience, values: Tensor) -> StepOutput:
-        """The critic's regression on `batch.returns`; with a value for each objective, the mean of their losses."""
-        given = (values, batch.returns, batch.old_values)
-        columns = zip(*(x.unbind(2) if values.dim() == 3 else (x,) for x in given), strict=True)
-        critics = [
-            value_loss(
-                column,
-                returns,
-                old_values=old_values,
-                mask=batch.mask,
-                cliprange_value=self.config.cliprange_value,
-                loss_agg=self.config.loss_agg,
-            )
-            for column, returns, old_values in columns
-        ]
+        """½ (V − R)², clipped as configured; with a value for each objective, the mean of their losses.
+
+        Args:
+            batch: b sequences with returns.
+            values: [b, T] or [b, T, K], current.
+        """
+        columns = [x.unbind(2) if values.dim() == 3 else (x,) for x in (values, batch.returns, batch.old_values)]
+        config = self.config
+        options = {"mask": batch.mask, "cliprange_value": config.cliprange_value, "loss_agg": config.loss_agg}
+        critics = [value_loss(v, r, old_values=old, **options) for v, r, old in zip(*columns, strict=True)]
         loss = sum(critic.loss for critic in critics) / len(critics)
         metrics = {"loss/value": loss.detach()}
         for name in ("clip_fraction", "explained_variance"):
@@ -312,9 +222,9 @@ class Algorithm:
         return StepOutput(loss, metrics)
 
     def part_weight(self, part: Experience, whole: Experience, max_new_tokens: int) -> float:
-        """What the loss of a micro-batch counts in that of its mini-batch, so that both give the same gradient.
+        """Weight of a micro-batch's loss in that of its mini-batch, so that the gradients add up to the mini-batch's.
 
-        Token means count tokens, sequence means count sequences that have one.
+        Token means count tokens; sequence means count the sequences that have a token.
         """
         if self.config.loss_agg == "token-mean":
             return part.token_share(whole)
@@ -325,11 +235,69 @@ class Algorithm:
         return weight
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps, as JSON can hold it."""
+        """State for a checkpoint, serializable as JSON."""
         return {"kl_controller": self.kl_controller.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.kl_controller.load_state_dict(state["kl_controller"])
+
+
+class PolicyThenCritic(Algorithm):
+    """Algorithms that move the policy by `improve_policy`, then fit the critic by first-order epochs; with GAE."""
+
+    config: SeparateCriticConfig
+
+    update_starts_with_scored_pass = False
+
+    def advantages_and_returns(self, rewards: Tensor, values: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
+        return gae(rewards, values, gamma=self.config.gamma, lam=self.config.lam, mask=experience.mask)
+
+    def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
+        metrics = self.improve_policy(learner, experience)
+        num_epochs = self.config.num_value_epochs
+        return metrics | learner.descend_values(experience, self.value_loss, num_epochs=num_epochs)
+
+    def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
+        """Move the policy alone; returns metrics."""
+        raise NotImplementedError
+
+    def loss(
+        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
+    ) -> StepOutput:
+        """−r A alone; see `Algorithm.loss` for the arguments."""
+        return super().loss(batch, hidden, head, None, ref_head)
+
+
+def head_arguments(head: LMHead, temperature: float, backend: str | None) -> dict[str, Any]:
+    """How a head makes logits of hidden states: keyword arguments that all operators take."""
+    return {
+        "weight": head.weight,
+        "bias": head.bias,
+        "temperature": temperature,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "backend": backend,
+    }
+
+
+def kl_from(
+    old: tuple[Tensor, LMHead], new: tuple[Tensor, LMHead], mask: Tensor, temperature: float, backend: str | None
+) -> Tensor:
+    """KL(π_old ‖ π_new) [b, T] over the whole vocabulary, in nats, 0 on padding; differentiable in `new`.
+
+    Args:
+        old, new: states [b, T, D] of the same tokens, and the head, of either policy.
+        mask: [b, T] bool, True for a sampled token.
+    """
+    (old_hidden, old_head), (hidden, head) = old, new
+    reference = {"ref_hidden": old_hidden, "ref_weight": old_head.weight, "ref_bias": old_head.bias}
+    return linear_kl(hidden, kind="forward", mask=mask, **reference, **head_arguments(head, temperature, backend))
+
+
+def policy_metrics(policy: PPOLossOutput) -> dict[str, Tensor]:
+    """Metrics of `linear_ppo_loss`, by the names they are logged under, that mean the same with and without a clip."""
+    reported = ("entropy", "approx_kl", "ratio_mean", "ratio_min", "ratio_max")
+    return {"loss/policy": policy.metrics["policy_loss"]} | {f"policy/{n}": policy.metrics[n] for n in reported}
 
 
 def _add_at_end(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:

@@ -1,22 +1,16 @@
-"""Constraints: keep a reward's mean above a threshold by the multiplier that makes doing so worth it.
+"""Constraints: keep a reward's mean above a threshold by a Lagrange multiplier.
 
     maximize E[R]  subject to  E[C] ≥ d       →       max over the policy, min over λ ≥ 0, of  E[R] + λ (E[C] − d)
 
-The policy climbs R + λ C; after each batch λ descends its own side of the game (Altman, 1999; as in PPO-Lagrangian, Ray
-et al., 2019, and Safe RLHF, Dai et al., 2024, arXiv:2310.12773).
+The policy maximizes R + λ C; λ is updated after each batch (Altman, 1999; PPO-Lagrangian: Ray et al., 2019; Safe RLHF:
+Dai et al., 2024, arXiv:2310.12773).
 """
 
 from __future__ import annotations
 
 
 class LagrangeMultiplier:
-    """λ ← max(0, λ + learning_rate · (threshold − mean)).
-
-    Args:
-        value: where λ starts, at least 0.
-        threshold: d, what the mean shall not be below.
-        learning_rate: of the dual ascent.
-    """
+    """λ, from `value` (at least 0) on, for the constraint that a mean is at least `threshold`."""
 
     def __init__(self, value: float, threshold: float, learning_rate: float) -> None:
         if not value >= 0:
@@ -24,7 +18,7 @@ class LagrangeMultiplier:
         self.value, self.threshold, self.learning_rate = value, threshold, learning_rate
 
     def update(self, mean: float) -> None:
-        """Rise while the constraint is violated, fall while it is not."""
+        """λ ← max(0, λ + learning_rate · (threshold − mean))."""
         self.value = max(0.0, self.value + self.learning_rate * (self.threshold - mean))
 
     def state_dict(self) -> dict[str, float]:

@@ -1,60 +1,76 @@
-"""How parameters move: epochs of mini-batches, gradients accumulated in parts, non-finite ones caught before a step.
+"""How parameters move: mini-batches, gradient accumulation, optimizer steps, checks for NaN and Inf.
 
     experience ── shuffled, split ──> mini-batches ── split ──> micro-batches ── loss, backward ──> gradients ── step
 
-What an algorithm asks of the models goes through here; it never sees a transformers model.
+An algorithm reaches the models only through `Learner` and its `Policy`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import Head, Loss, StepOutput
 from fastppo.algorithms.experience import Experience
-from fastppo.models.policy_models import PolicyModels
-from fastppo.training.config import Config
+from fastppo.models.head import LMHead
+
+if TYPE_CHECKING:  # importing it loads transformers, which `fastppo keys` does not need
+    from fastppo.models.policy_models import PolicyModels
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or Inf in a loss or gradient, caught before the optimizer step that it would have spoilt."""
+    """A NaN or Inf in a loss or gradient, found before the optimizer step."""
+
+
+class StepOutput(NamedTuple):
+    """loss: scalar, differentiable. metrics: detached 0-dim tensors."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+Loss = Callable[[Experience, Tensor, LMHead, "Tensor | None", "LMHead | None"], StepOutput]
+"""loss(batch, hidden [b, T, D], head, values [b, T] or None, ref_head or None); see `Algorithm.loss`."""
+ValueLoss = Callable[[Experience, Tensor], StepOutput]
+"""loss(batch, values [b, T])"""
+Evaluate = Callable[[Experience], StepOutput]
 
 
 class Policy:
-    """The policy of `models` as a function of its trained parameters."""
+    """The policy of `models` as a function of its trained parameters; `on_change` is called before these change."""
 
-    def __init__(self, models: PolicyModels, changes: Callable[[], None]) -> None:
-        self._models, self._changes = models, changes
+    def __init__(self, models: PolicyModels, on_change: Callable[[], None] = lambda: None) -> None:
+        self._models, self._on_change = models, on_change
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is trained, by name: all of the policy, or its adapters."""
+        """The trained parameters by name: the whole policy, or its adapters."""
         return self._models.policy_parameters()
 
-    def hidden(self, batch: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Head]:
-        """The states [b, T, D] that predict `batch.targets`, and the head; see `fastppo.algorithms.algorithm.Policy`.
+    def hidden(self, batch: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
+        """The states [b, T, D] that predict `batch.targets`, and the head.
 
-        With `parameters` the model is called through `torch.func.functional_call`, so derivatives of either mode pass
-        through them, and a tied head follows its embedding. Checkpointed activations would be computed again from the
-        policy's own parameters, so there are none then.
+        `parameters` replace some or all of the policy's own. Forward- and reverse-mode derivatives pass through them,
+        and a tied head follows its embedding. Gradient checkpointing is then off: it would recompute activations from
+        the policy's own parameters.
         """
         arguments = (batch.sequences, batch.attention_mask, batch.mask.shape[1])
         with self._models.autocast(), self._models.training(parameters is None):
             return self._models.hidden(*arguments, parameters=parameters)
 
     def autocast(self) -> AbstractContextManager:
-        """The precision in which the head's products are meant to be made."""
+        """The precision in which products with the head run."""
         return self._models.autocast()
 
     @torch.no_grad()
     def load(self, parameters: dict[str, Tensor]) -> None:
-        """Copy these values into the policy."""
-        self._changes()
+        """Copy values into the policy's parameters of these names."""
+        self._on_change()
         own = self.parameters()
         for name, value in parameters.items():
             own[name].copy_(value)
@@ -64,91 +80,88 @@ class Learner:
     """The models of a run, their optimizer, and the ways to move them.
 
     Args:
-        config: the whole run.
         models: policy and critic.
         optimizer: over the parameters of both.
-        part_weight: an algorithm's `part_weight`.
-        phase, warn: tell a person what is being done, and what was skipped.
+        part_weight: (micro-batch, mini-batch) -> weight of the one's loss in the other's; see `Algorithm.part_weight`.
+        num_mini_batches: optimizer steps in an epoch.
+        micro_batch_size: sequences in one forward and backward pass.
+        max_grad_norm: clip the gradient's global norm to this; None does not clip.
+        on_nonfinite: raise at a NaN or Inf, or skip that optimizer step.
+        phase: called with a short text when a new phase of the update begins.
+        warn: called with a message when an optimizer step is skipped.
     """
 
     def __init__(
         self,
-        config: Config,
         models: PolicyModels,
         optimizer: torch.optim.Optimizer,
-        part_weight: Callable[[Experience, Experience, int], float],
+        part_weight: Callable[[Experience, Experience], float],
         *,
+        num_mini_batches: int,
+        micro_batch_size: int,
+        max_grad_norm: float | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
         phase: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.config, self.models, self.optimizer = config, models, optimizer
-        self.policy = Policy(models, self._changes)
+        self.models, self.optimizer = models, optimizer
+        self.num_mini_batches, self.micro_batch_size = num_mini_batches, micro_batch_size
+        self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
+        self.policy = Policy(models, self._on_change)
         self.where = ""
-        """Where the run stands, for messages."""
+        """Where the run stands, such as `step 3`; messages begin with it."""
         self.changed = False
-        """Whether parameters have been changed since this was last set to False."""
+        """Whether parameters have changed since this was last set to False."""
         self._part_weight, self._phase, self._warn = part_weight, phase, warn
 
-    def _changes(self) -> None:
+    def _on_change(self) -> None:
         self.changed = True
 
     def parameters(self) -> dict[str, Tensor]:
-        """Everything that is trained, the critic's under `value.`."""
+        """All trained parameters; the critic's names begin with `value.`."""
         values = {f"value.{name}": parameter for name, parameter in self.models.value_parameters().items()}
         return values | self.models.policy_parameters()
 
     def micro_batches(self, experience: Experience) -> Iterator[Experience]:
-        """Parts that fit one forward and backward pass, in order."""
-        for rows in torch.arange(len(experience)).split(micro_batch_size(self.config)):
+        """Parts of at most `micro_batch_size` sequences, in order."""
+        for rows in torch.arange(len(experience)).split(self.micro_batch_size):
             yield experience.select(rows.to(self.models.device))
 
     def descend(
-        self,
-        experience: Experience,
-        loss: Loss,
-        *,
-        num_epochs: int,
-        num_mini_batches: int,
-        target_kl: float | None = None,
+        self, experience: Experience, loss: Loss, *, num_epochs: int, target_kl: float | None = None
     ) -> dict[str, float]:
         """Epochs of mini-batches over one rollout, on policy and critic together.
 
         Args:
             experience: B sequences with advantages.
-            loss: an algorithm's loss, called for a micro-batch at a time.
-            num_epochs: times every sequence is seen.
-            num_mini_batches: optimizer steps in an epoch.
-            target_kl: end before a step for which policy/approx_kl exceeds this (nats a token).
+            loss: called on micro-batches.
+            num_epochs: passes over the sequences, each in a new order.
+            target_kl: stop before an optimizer step whose policy/approx_kl exceeds this (nats a token).
 
         Returns:
-            Over the optimizer steps: means, extremes of `_min` and `_max`, and how many were skipped.
+            Metrics over the optimizer steps: means, extremes of `_min` and `_max`, and the number of skipped steps.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite, with `on_nonfinite: stop`.
+            NonFiniteError: a loss or gradient is not finite, with `on_nonfinite="stop"`.
         """
-        return self._epochs(experience, partial(self.backward, loss), num_epochs, num_mini_batches, target_kl)
+        evaluate = partial(self.evaluate, loss, with_values=True)
+        return self._epochs(experience, evaluate, num_epochs, target_kl)
 
-    def descend_values(
-        self,
-        experience: Experience,
-        loss: Callable[[Experience, Tensor], StepOutput],
-        *,
-        num_epochs: int,
-        num_mini_batches: int,
-    ) -> dict[str, float]:
-        """As `descend`, on the critic alone: the policy, a shared backbone included, gets no gradient."""
-        return self._epochs(experience, partial(self.backward_values, loss), num_epochs, num_mini_batches, None)
+    def descend_values(self, experience: Experience, loss: ValueLoss, *, num_epochs: int) -> dict[str, float]:
+        """As `descend`, on the critic alone; a shared backbone gets no gradient."""
+
+        def evaluate(batch: Experience) -> StepOutput:
+            with self.models.autocast():
+                with torch.no_grad():
+                    hidden, _ = self.policy.hidden(batch)
+                return loss(batch, self.models.values(hidden, batch.sequences, batch.attention_mask))
+
+        return self._epochs(experience, evaluate, num_epochs, None)
 
     def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The gradient of a loss, by the names of the policy's parameters, and its metrics; nothing moves."""
-
-        def backward(batch: Experience, weight: float) -> dict[str, Tensor]:
-            value, metrics = self._policy_loss(loss, batch, None)
-            (weight * value).backward()
-            return metrics
-
+        """The gradient of a loss by the names of the policy's parameters, and the metrics. `values` is None."""
         self._phase("gradient")
-        metrics = self.accumulate_gradients(experience, backward)
+        metrics = self.accumulate(experience, partial(self.evaluate, loss))
         parameters = self.policy.parameters()
         gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,55 +171,50 @@ class Learner:
     def measure(
         self, experience: Experience, loss: Loss, parameters: dict[str, Tensor] | None = None
     ) -> dict[str, float]:
-        """What a loss reports of the policy, by its own or other parameters."""
-        return self.accumulate_gradients(
-            experience, lambda batch, _: self._policy_loss(loss, batch, parameters).metrics
-        )
+        """The metrics of a loss under the policy's own or other parameters. `values` is None."""
+        return self.accumulate(experience, partial(self.evaluate, loss, parameters=parameters))
 
-    def _policy_loss(self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None) -> StepOutput:
+    @torch.no_grad()
+    def snapshot(self, experience: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
+        """The states [B, T, D] under the policy's own or other parameters, and the head, which is not copied."""
+        outputs = [self.policy.hidden(batch, parameters) for batch in self.micro_batches(experience)]
+        return torch.cat([hidden for hidden, _ in outputs]), outputs[0][1]
+
+    def evaluate(
+        self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None = None, with_values: bool = False
+    ) -> StepOutput:
+        """A loss on one micro-batch, under the policy's own or other parameters."""
         with self.models.autocast():
             hidden, head = self.policy.hidden(batch, parameters)
+            values = self.models.values(hidden, batch.sequences, batch.attention_mask) if with_values else None
             ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
-            return loss(batch, hidden, head, None, ref_head)
+            return loss(batch, hidden, head, values, ref_head)
 
-    def backward(self, loss: Loss, batch: Experience, weight: float) -> dict[str, Tensor]:
-        """Add the gradients of weight · loss of a micro-batch; returns the loss's metrics."""
-        with self.models.autocast():
-            hidden, head = self.policy.hidden(batch)
-            values = self.models.values(hidden, batch.sequences, batch.attention_mask)
-            ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
-            value, metrics = loss(batch, hidden, head, values, ref_head)
-        (weight * value).backward()
-        return metrics
-
-    def backward_values(
-        self, loss: Callable[[Experience, Tensor], StepOutput], batch: Experience, weight: float
-    ) -> dict[str, Tensor]:
-        """As `backward`, for the critic's parameters alone."""
-        with self.models.autocast():
-            with torch.no_grad():
-                hidden, _ = self.policy.hidden(batch)
-            values = self.models.values(hidden, batch.sequences, batch.attention_mask)
-            value, metrics = loss(batch, values)
-        (weight * value).backward()
-        return metrics
+    def accumulate(self, mini_batch: Experience, evaluate: Evaluate) -> dict[str, float]:
+        """Metrics of `evaluate`, a loss, over micro-batches; where gradients are enabled, also sum up its gradients."""
+        collected: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for batch in self.micro_batches(mini_batch):
+            weight, share = self._part_weight(batch, mini_batch), batch.token_share(mini_batch)
+            if share == 0.0:
+                continue
+            loss, metrics = evaluate(batch)
+            if torch.is_grad_enabled():
+                (weight * loss).backward()
+            for name, value in metrics.items():
+                collected[name].append((value.item(), weight if name.startswith("loss/") else share))
+        return {name: _fold(name, *zip(*pairs, strict=True)) for name, pairs in collected.items()}
 
     def _epochs(
-        self,
-        experience: Experience,
-        backward: Callable[[Experience, float], dict[str, Tensor]],
-        num_epochs: int,
-        num_mini_batches: int,
-        target_kl: float | None,
+        self, experience: Experience, evaluate: Evaluate, num_epochs: int, target_kl: float | None
     ) -> dict[str, float]:
         history: dict[str, list[float]] = defaultdict(list)
         with self.models.training():
             for epoch in range(num_epochs):
                 self._phase(f"update {epoch + 1}/{num_epochs}")
                 order = torch.randperm(len(experience))
-                for rows in order.tensor_split(num_mini_batches):
+                for rows in order.tensor_split(self.num_mini_batches):
                     mini_batch = experience.select(rows.to(self.models.device))
-                    metrics = self.accumulate_gradients(mini_batch, backward)
+                    metrics = self.accumulate(mini_batch, evaluate)
                     for name, value in metrics.items():
                         history[name].append(value)
                     if target_kl is not None and metrics["policy/approx_kl"] > target_kl:
@@ -215,88 +223,49 @@ class Learner:
                     self._optimizer_step(history, epoch)
         return _summary(history) | ({"policy/stopped_early": 0.0} if target_kl is not None else {})
 
-    def accumulate_gradients(
-        self, mini_batch: Experience, backward: Callable[[Experience, float], dict[str, Tensor]]
-    ) -> dict[str, float]:
-        """Gradients of one mini-batch's loss, a micro-batch at a time. Returns its metrics.
-
-        Args:
-            backward: backward(batch, weight) adds the gradients of weight · loss of a micro-batch and returns metrics.
-        """
-        totals: dict[str, float] = defaultdict(float)
-        for batch in self.micro_batches(mini_batch):
-            weight = self._part_weight(batch, mini_batch, self.config.rollout.max_new_tokens)
-            share = batch.token_share(mini_batch)
-            if share == 0.0:
-                continue
-            for name, value in backward(batch, weight).items():
-                _fold(totals, name, value.item(), weight if name.startswith("loss/") else share)
-        return totals
-
     def _optimizer_step(self, history: dict[str, list[float]], epoch: int) -> None:
-        """Clip and step, unless a loss or gradient is not finite: then stop or skip, as configured."""
+        """Clip and step; where a loss or gradient is not finite, stop or skip."""
         parameters = list(self.parameters().values())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         losses = {name: values[-1] for name, values in history.items() if name.startswith("loss/")}
         if math.isfinite(norm) and all(math.isfinite(value) for value in losses.values()):
-            if self.config.optim.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.max_grad_norm, norm)
-            self._changes()
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+            self._on_change()
             self.optimizer.step()
             history["grad_norm"].append(norm.item())
         else:
-            self.skip_nonfinite(self._nonfinite_report(losses, norm.item(), epoch))
+            names = self.parameters().items()
+            first = next((n for n, p in names if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            gradient = f", first non-finite gradient in {first}" if first else ""
+            self.skip_nonfinite(f"epoch {epoch + 1}: not finite ({shown}, gradient norm {norm.item():.4g}{gradient})")
             history["skipped"].append(1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def forget_policy_moments(self) -> None:
-        """Start the optimizer anew for the policy: its next steps have another goal than those before."""
+        """Drop the optimizer's state of the policy, before it descends on another loss."""
         for parameter in self.policy.parameters().values():
             self.optimizer.state.pop(parameter, None)
 
     def skip_nonfinite(self, what: str) -> None:
-        """Something is not finite: stop the run, or tell a person that a step is skipped, as configured.
-
-        Raises:
-            NonFiniteError: with `on_nonfinite: stop`.
-        """
-        if self.config.on_nonfinite == "stop":
+        """Raise NonFiniteError, or warn that an optimizer step is skipped, as `on_nonfinite` says."""
+        if self.on_nonfinite == "stop":
             raise NonFiniteError(f"{self.where}, {what}")
         self._warn(f"{self.where}, {what}; this optimizer step is skipped")
 
-    def _nonfinite_report(self, losses: dict[str, float], norm: float, epoch: int) -> str:
-        names = self.parameters().items()
-        first = next((n for n, p in names if p.grad is not None and not torch.isfinite(p.grad).all()), None)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        gradient = f", first non-finite gradient in {first}" if first else ""
-        return f"epoch {epoch + 1}: not finite ({shown}, gradient norm {norm:.4g}{gradient})"
 
-
-def micro_batch_size(config: Config) -> int:
-    """Sequences in one forward (and backward) pass."""
-    sequences = config.rollout.num_prompts * config.rollout.num_generations
-    algorithm = config.algorithm_config
-    return math.ceil(sequences / (algorithm.num_mini_batches * algorithm.gradient_accumulation_steps))
-
-
-def _fold(totals: dict[str, float], name: str, value: float, weight: float) -> None:
-    """Extremes keep the extreme, everything else the weighted mean."""
+def _fold(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
+    """The extreme of a metric that is named `_max` or `_min`, the weighted sum of any other."""
     if name.endswith("_max"):
-        totals[name] = max(totals.get(name, value), value)
-    elif name.endswith("_min"):
-        totals[name] = min(totals.get(name, value), value)
-    else:
-        totals[name] += weight * value
+        return max(values)
+    if name.endswith("_min"):
+        return min(values)
+    return sum(weight * value for value, weight in zip(values, weights, strict=True))
 
 
 def _summary(history: dict[str, list[float]]) -> dict[str, float]:
-    """Over a step's optimizer steps: extremes of extremes, counts of skips, means of the rest."""
-    reduce = {"_max": max, "_min": min}
-    summary = {}
-    for name, values in history.items():
-        if name == "skipped":
-            summary["policy/skipped_steps"] = sum(values)
-        else:
-            summary[name] = reduce.get(name[-4:], lambda v: sum(v) / len(v))(values)
-    return summary
+    """Over optimizer steps: means, extremes, and the number of skipped steps."""
+    skipped = {"policy/skipped_steps": sum(history.pop("skipped"))} if "skipped" in history else {}
+    return {name: _fold(name, values, [1 / len(values)] * len(values)) for name, values in history.items()} | skipped

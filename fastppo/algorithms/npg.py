@@ -1,11 +1,11 @@
 """Natural policy gradient (Kakade, 2001, "A natural policy gradient", NIPS 14), with a step of a given KL.
 
-    L(θ) = E_{s, a ~ π_old} [π(a|s) / π_old(a|s) · A(s, a)]     its gradient g at θ_old is the policy gradient
+    L(θ) = E_{s, a ~ π_old}[π(a|s) / π_old(a|s) · A(s, a)]       its gradient g at θ_old is the policy gradient
     x = (F + λI)⁻¹ g                                             conjugate gradients, from products with F alone
-    θ ← θ_old + sqrt(2δ / xᵀF x) · x                             so that to second order KL(π_old ‖ π) = δ
+    θ ← θ_old + sqrt(2δ / xᵀF x) · x                             so that KL(π_old ‖ π) = δ to second order
 
-Kakade's step size is a constant; one of constant KL (Rajeswaran et al., 2017, arXiv:1703.02660) needs no tuning to the
-scale of the rewards. TRPO (`fastppo.algorithms.trpo`) is this with a line search.
+Kakade's step size is a constant; a constant KL (Rajeswaran et al., 2017, arXiv:1703.02660) does not need to be tuned to
+the scale of the rewards. TRPO (`fastppo.algorithms.trpo`) adds a line search.
 """
 
 from __future__ import annotations
@@ -18,127 +18,106 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import Head, Learner, Loss, StepOutput
+from fastppo.algorithms.algorithm import PolicyThenCritic, kl_from
+from fastppo.algorithms.config import NPGConfig
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.policy_then_critic import PolicyThenCritic
-from fastppo.algorithms.preconditioner import fisher_diagonal
+from fastppo.algorithms.learner import Learner, Loss, StepOutput
 from fastppo.algorithms.second_order.conjugate_gradient import conjugate_gradient
 from fastppo.algorithms.second_order.fisher import PolicyFisher
-from fastppo.algorithms.second_order.line_search import Trial
-from fastppo.algorithms.second_order.policy_kl import kl_from, snapshot
 from fastppo.algorithms.second_order.vectors import Vector, axpy_, dot, moved, norm
+from fastppo.models.head import LMHead
 
 
-class NaturalStep(NamedTuple):
-    """The step of KL δ, as far as a quadratic model goes."""
+class Trial(NamedTuple):
+    """A step's measured effect."""
 
-    direction: Vector
-    """x, in the vectors' dtype and on their device."""
-    scale: float
-    """θ moves by scale · x; 0 where there is nowhere to go."""
-    expected_improvement: float
-    """Of L, to first order: scale · gᵀx."""
-    metrics: dict[str, float]
+    improvement: float
+    """L(θ) − L(θ_old)."""
+    kl: float
+    """Mean KL(π_old ‖ π) over the whole vocabulary, in nats a token."""
 
 
 class NaturalPolicyGradient(PolicyThenCritic):
-    """See `fastppo.training.config.NPGConfig` for its options."""
+    """One step of the policy along the natural gradient; then the critic is fitted."""
+
+    config: NPGConfig
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        """One step of the policy, which changes at the very end or not at all: trials have parameters of their own."""
-        old_hidden, old_head = snapshot(learner, experience)
+        """One step of the policy. Trials use parameters of their own; the policy's change at the end, or not at all."""
+        old_hidden, old_head = learner.snapshot(experience)
         experience = dataclasses.replace(experience, old_hidden=old_hidden)
         gradient, metrics = learner.gradient(experience, self.loss)
+        ascent = {name: tensor.neg_() for name, tensor in gradient.items()}  # g: the loss is −L
         try:
-            step = self.natural_step(learner, experience, gradient)
+            x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
         except FloatingPointError as error:
             learner.skip_nonfinite(str(error))
             return metrics | {"policy/skipped_steps": 1.0}
 
         def parameters_at(fraction: float) -> Vector:
-            return moved(learner.policy.parameters(), fraction * step.scale, step.direction)
+            return moved(learner.policy.parameters(), fraction * scale, x)
 
         def evaluate(fraction: float) -> Trial:
             measured = learner.measure(experience, self.trial_loss(old_head), parameters_at(fraction))
             return Trial(metrics["loss/surrogate"] - measured["loss/surrogate"], measured["policy/kl"])
 
-        taken, trial = self.choose(evaluate, step) if step.scale else (0.0, Trial(0.0, 0.0))
+        expected_improvement = scale * dot(ascent, x)
+        taken, trial = self.choose(evaluate, expected_improvement) if scale else (0.0, Trial(0.0, 0.0))
         if not math.isfinite(trial.improvement + trial.kl):
             learner.skip_nonfinite(f"after the natural gradient's step: surrogate or KL not finite ({trial})")
         elif taken:
             learner.policy.load(parameters_at(taken))
         return {
             **metrics,
-            **step.metrics,
+            **solver_metrics,
             "policy/kl": trial.kl,
             "policy/improvement": trial.improvement,
             "policy/step_fraction": taken,
         }
 
-    def natural_step(self, learner: Learner, experience: Experience, gradient: Vector) -> NaturalStep:
-        """Solve for the natural gradient and scale it, given the gradient of the loss, whose memory is used.
+    def natural_gradient(self, learner: Learner, experience: Experience, g: Vector) -> tuple[Vector, float, dict]:
+        """x = (F + λI)⁻¹ g; the scale for which the KL of scale · x is δ, 0 if xᵀF x is 0; metrics of the solver.
 
         Raises:
             FloatingPointError: the gradient or a Fisher-vector product is not finite.
         """
-        config, policy = self.config, learner.policy
+        config = self.config
         batches = list(learner.micro_batches(self._fisher_sample(experience)))
-        operators = {"temperature": self.temperature, "backend": self.backend}
-        fisher = PolicyFisher(policy, batches, method=config.fisher_method, **operators)
-        diagonal = None
-        if config.preconditioner == "diagonal":
-            # With the exponent of Martens, 2010, section 4.7: the estimate is noisy, and F is not diagonal.
-            probed = fisher_diagonal(policy, batches, num_probes=config.preconditioner_probes, **operators)
-            diagonal = self._as_vectors({n: d.add_(config.damping).pow_(0.75) for n, d in probed.items()})
+        fisher = PolicyFisher(learner.policy, batches, config.fisher_method, self.temperature, self.backend)
 
         def damped(v: Vector) -> Vector:
             product = fisher(v)
             axpy_(product, config.damping, v)
             return product
 
-        ascent = self._as_vectors({name: tensor.neg_() for name, tensor in gradient.items()})
-        solved = conjugate_gradient(
-            damped,
-            ascent,
-            max_iterations=config.cg_iterations,
-            relative_tolerance=config.cg_tolerance,
-            diagonal=diagonal,
-        )
-        # Of F, not of F + λI, so that the damping does not shorten the step.
+        limits = {"max_iterations": config.cg_iterations, "relative_tolerance": config.cg_tolerance}
+        solved = conjugate_gradient(damped, g, **limits)
+        # xᵀF x, not xᵀ(F + λI)x: the damping must not shorten the step.
         curvature = dot(solved.x, fisher(solved.x)) if solved.iterations else 0.0
         scale = math.sqrt(2.0 * config.max_kl / curvature) if curvature > 0.0 else 0.0
-        metrics = {
-            "policy/grad_norm": norm(ascent),
-            "cg/iterations": float(solved.iterations),
-            "cg/residual": solved.relative_residual,
-        }
-        return NaturalStep(solved.x, scale, scale * dot(ascent, solved.x), metrics)
+        metrics = {"cg/iterations": float(solved.iterations), "cg/residual": solved.relative_residual}
+        return solved.x, scale, metrics | {"policy/grad_norm": norm(g)}
 
-    def choose(self, evaluate: Callable[[float], Trial], step: NaturalStep) -> tuple[float, Trial]:
-        """What fraction of the step is taken, and what it does: here the whole."""
+    def choose(self, evaluate: Callable[[float], Trial], expected_improvement: float) -> tuple[float, Trial]:
+        """The fraction of the step to take, and its measured effect. Here: the whole step.
+
+        `expected_improvement` is that of L by the whole step, to first order.
+        """
         return 1.0, evaluate(1.0)
 
     def loss(
-        self, batch: Experience, hidden: Tensor, head: Head, values: Tensor | None, ref_head: Head | None
+        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
     ) -> StepOutput:
-        """−L, less the entropy bonus, plus the KL penalty; see `Algorithm.loss` for the arguments."""
-        loss, metrics = self.policy_gradient_loss(batch, hidden, head, ref_head)
+        """−L, with entropy bonus and KL penalty; see `Algorithm.loss` for the arguments."""
+        loss, metrics = super().loss(batch, hidden, head, values, ref_head)
         return StepOutput(loss, metrics | {"loss/surrogate": loss.detach()})
 
-    def trial_loss(self, old_head: Head) -> Loss:
-        """The same with the mean KL to the policy that sampled, whose states the experience holds."""
+    def trial_loss(self, old_head: LMHead) -> Loss:
+        """`loss`, and the mean KL to the policy that sampled, whose states are in the experience."""
 
-        def loss(batch: Experience, hidden: Tensor, head: Head, values: None, ref_head: Head | None) -> StepOutput:
+        def loss(batch: Experience, hidden: Tensor, head: LMHead, values: None, ref_head: LMHead | None) -> StepOutput:
             value, metrics = self.loss(batch, hidden, head, values, ref_head)
-            kl = kl_from(
-                batch.old_hidden,
-                old_head,
-                hidden,
-                head,
-                mask=batch.mask,
-                temperature=self.temperature,
-                backend=self.backend,
-            )
+            kl = kl_from((batch.old_hidden, old_head), (hidden, head), batch.mask, self.temperature, self.backend)
             return StepOutput(value, metrics | {"policy/kl": kl.sum() / batch.mask.sum()})
 
         return loss
@@ -149,10 +128,3 @@ class NaturalPolicyGradient(PolicyThenCritic):
             return experience
         count = math.ceil(self.config.fisher_fraction * len(experience))
         return experience.select(torch.randperm(len(experience))[:count].sort().values.to(experience.mask.device))
-
-    def _as_vectors(self, vector: Vector) -> Vector:
-        """In the dtype and on the device that the configuration keeps vectors in."""
-        config = self.config
-        dtype = None if config.vector_dtype == "auto" else getattr(torch, config.vector_dtype)
-        device = "cpu" if config.vector_device == "cpu" else None
-        return {name: tensor.to(device=device or tensor.device, dtype=dtype) for name, tensor in vector.items()}

@@ -1,24 +1,44 @@
 """Proximal policy optimization of a language model (Schulman et al., 2017, arXiv:1707.06347).
 
-scores [B], kl [B, T]        ->  per-token rewards: −kl_coef · kl, and the score on the last token
-rewards, values [B, T]       ->  GAE advantages and returns, advantages whitened over the batch
-epochs of mini-batches       ->  clipped policy loss + vf_coef · clipped value loss
+    r_t = π(a_t|s_t) / π_old(a_t|s_t)                                     the ratio to the policy that sampled
+    A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r'_t + γ V(s_{t+1}) − V(s_t)       GAE (Schulman et al., 2016, arXiv:1506.02438)
+    L_policy = −min(r A, clip(r, 1 − clip_low, 1 + clip_high) A)          eq. 7; two bounds: DAPO (arXiv:2503.14476)
+    L_value = ½ max((V − R)², (clip(V, V_old − c, V_old + c) − R)²),      R = A + V_old;  Baselines' clipped value loss
+    loss = L_policy − entropy_coef · H[π] + vf_coef · L_value             eq. 9
+
+with r' the reward of a token: the score at the last token, minus kl_coef · KL(π_old ‖ π_ref) at every token
+(`Algorithm.shape_rewards`). Each rollout is used for `num_ppo_epochs` epochs of shuffled mini-batches.
+
+Details, each an option of `fastppo.algorithms.config.PPOConfig`:
+
+    dual_clip                 −max(min(r A, clip(r) A), dual_clip · A) where A < 0: Ye et al., 2020 (arXiv:1912.09729)
+    ratio_level               one ratio a sequence: GSPO, Zheng et al., 2025 (arXiv:2507.18071)
+    adv_estimator             without a critic: GRPO (arXiv:2402.03300), RLOO (2402.14740), REINFORCE++ (2501.03262)
+    whiten_advantages         over the batch, as OpenAI Baselines does
+    target_kl                 early stop of the epochs at this approx_kl, as OpenAI Spinning Up does
+    importance_sampling_cap   truncated importance weights between two engines: Ionides, 2008; Yao et al., 2025
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from torch import Tensor
 
-from fastppo.algorithms.algorithm import Algorithm, Head, Learner, StepOutput
+from fastppo.algorithms.algorithm import Algorithm, policy_metrics
 from fastppo.algorithms.baselines import reward_to_go, subtract_baseline
+from fastppo.algorithms.config import PPOConfig
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.learner import Learner, StepOutput
+from fastppo.models.head import LMHead
+from fastppo.ops.gae import gae
+from fastppo.ops.linear_ppo_loss import linear_ppo_loss
 
 
 class PPO(Algorithm):
-    """See `fastppo.training.config.PPOConfig` for its options."""
+    """Proximal policy optimization: epochs of −min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) on each rollout."""
+
+    config: PPOConfig
 
     @property
     def needs_values(self) -> bool:
@@ -27,7 +47,7 @@ class PPO(Algorithm):
 
     @property
     def whitens_advantages(self) -> bool:
-        """If it is not said, as the papers have it."""
+        """As configured; if not given, as in the estimator's paper."""
         config = self.config
         if config.whiten_advantages is not None:
             return config.whiten_advantages
@@ -41,58 +61,45 @@ class PPO(Algorithm):
     def advantages_and_returns(
         self, rewards: Tensor, values: Tensor | None, experience: Experience
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T] by the configured estimator, and the critic's targets where there is one."""
-        config = self.config
+        """[B, T] by the configured estimator, and the critic's targets; see `Algorithm.advantages_and_returns`."""
+        config, mask = self.config, experience.mask
         if config.adv_estimator == "gae":
-            return super().advantages_and_returns(rewards, values, experience)
-        # REINFORCE++ is rewards to go, whitened over the batch.
+            return gae(rewards, values, gamma=config.gamma, lam=config.lam, mask=mask)
+        # REINFORCE++ has no baseline; it whitens the rewards to go over the batch.
         baseline = "none" if config.adv_estimator == "reinforce_plus_plus" else config.adv_estimator
-        returns = reward_to_go(rewards, experience.mask, config.gamma)
-        return subtract_baseline(
-            returns, experience.mask, experience.groups, baseline=baseline, scale_rewards=config.scale_rewards
-        ), None
+        returns = reward_to_go(rewards, mask, config.gamma)
+        return subtract_baseline(returns, mask, experience.groups, baseline, config.scale_rewards), None
 
     def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        """Epochs of mini-batches over one rollout, ended early once the policy is too far from the one that sampled."""
-        return learner.descend(
-            experience,
-            self.loss,
-            num_epochs=self.config.num_ppo_epochs,
-            num_mini_batches=self.config.num_mini_batches,
-            target_kl=self.config.target_kl,
-        )
+        """Epochs of mini-batches over one rollout, ended early at `target_kl`."""
+        config = self.config
+        return learner.descend(experience, self.loss, num_epochs=config.num_ppo_epochs, target_kl=config.target_kl)
 
     def loss(
-        self, batch: Experience, hidden: Tensor, head: Head, values: Tensor | None, ref_head: Head | None
+        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
     ) -> StepOutput:
-        """Clipped policy loss, plus the critic's; see `Algorithm.loss` for the arguments."""
+        """L_policy − entropy_coef · H + vf_coef · L_value; see `Algorithm.loss` for the arguments."""
         config = self.config
-        weights = {}
+        advantages, metrics = batch.advantages, {}
         if config.importance_sampling_cap is not None:
-            batch, weights = self._weighted(batch)
-        loss, metrics = self.surrogate_loss(
-            batch,
-            hidden,
-            head,
-            ref_head,
+            advantages, metrics = self._importance_weighted(batch)
+        policy = linear_ppo_loss(
+            advantages=advantages,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             ratio_level=config.ratio_level,
+            **self.loss_arguments(batch, hidden, head, ref_head),
         )
-        metrics |= weights
-        if values is None:
-            return StepOutput(loss, metrics)
-        critic = self.value_loss(batch, values)
-        return StepOutput(loss + config.vf_coef * critic.loss, metrics | critic.metrics)
+        metrics |= policy_metrics(policy) | {"policy/clip_fraction": policy.metrics["clip_fraction"]}
+        return self.add_value_loss(StepOutput(policy.loss, metrics), batch, values)
 
-    def _weighted(self, batch: Experience) -> tuple[Experience, dict[str, Tensor]]:
-        """The batch with each token's advantage times w = min(π_old / π_sampler, cap), and metrics of w.
+    def _importance_weighted(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantages times w = min(π_old / π_sampler, cap) [b, T], and metrics of w.
 
-        Truncated importance sampling (Ionides, 2008; for engines that disagree: Yao et al., 2025) weighs the surrogate.
-        With w ≥ 0 it may as well weigh the advantage: min(r A, clip(r) A), and the dual clip max(·, c A) for A < 0, are
-        positively homogeneous in A, so value, gradient and which token is clipped come out the same. KL and entropy
-        terms have no advantage in them and stay as they are.
+        Truncated importance sampling weighs the surrogate. Weighing the advantage is the same, as w ≥ 0:
+        min(r A, clip(r) A), and max(·, c A) for A < 0, are positively homogeneous in A, so value, gradient and which
+        tokens are clipped agree. KL and entropy terms contain no advantage and are not weighted.
         """
         if batch.rollout_logprobs is None:
             raise ValueError("rollout_logprobs: needed for importance_sampling_cap")
@@ -100,8 +107,7 @@ class PPO(Algorithm):
         log_weights = (batch.old_logprobs - batch.rollout_logprobs).masked_fill(~mask, 0.0)
         weights = log_weights.clamp(max=math.log(cap)).exp()
         tokens = mask.sum().clamp(min=1)
-        metrics = {
+        return batch.advantages * weights, {
             "policy/importance_weight": (weights * mask).sum() / tokens,
             "policy/importance_capped": ((log_weights > math.log(cap)) & mask).sum() / tokens,
         }
-        return dataclasses.replace(batch, advantages=batch.advantages * weights), metrics

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.learner import micro_batch_size
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
@@ -41,6 +40,8 @@ class Scorer:
         self, config: Config, tokenizer: PreTrainedTokenizerBase, models: PolicyModels, rewards: RewardFunctions
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
+        sequences = config.rollout.num_prompts * config.rollout.num_generations
+        self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self.held_out = self._texts = None
         if config.eval.rewards:
             self.held_out = build_rewards(config.eval.rewards, device=models.device, model_defaults=config.model)
@@ -81,7 +82,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, rollout: Rollout, rewards: RewardOutput, *, update_follows: bool = True) -> Experience:
         """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model."""
-        all_rows = torch.arange(len(rewards.total)).split(micro_batch_size(self.config))
+        all_rows = torch.arange(len(rewards.total)).split(self.micro_batch_size)
         # An update in one part begins with this very pass. More parts would not fit in memory at once.
         keep = update_follows and len(all_rows) == 1 and not self.config.model.gradient_checkpointing
         parts = [
@@ -212,7 +213,7 @@ class Scorer:
                 hidden,
                 self._texts,
                 pad=self.tokenizer.pad_token_id,
-                batch_size=micro_batch_size(self.config),
+                batch_size=self.micro_batch_size,
                 device=self.models.device,
                 backend=self.config.backend_name,
             )

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,13 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, self.policy_parameters.values(), self.value_parameters.values())
         self.scheduler = build_scheduler(config.optim, self.optimizer, config.total_steps)
         self.learner = Learner(
-            config,
             self.models,
             self.optimizer,
-            self.algorithm.part_weight,
+            partial(self.algorithm.part_weight, max_new_tokens=config.rollout.max_new_tokens),
+            num_mini_batches=config.algorithm_config.num_mini_batches,
+            micro_batch_size=self.scorer.micro_batch_size,
+            max_grad_norm=config.optim.max_grad_norm,
+            on_nonfinite=config.on_nonfinite,
             phase=lambda text: self.progress.phase(text),
             warn=lambda text: self.progress.print(text),
         )

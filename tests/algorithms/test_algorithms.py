@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tabular import TabularModels, Tree, make_config, make_learner, needs_values
+from tabular import TabularModels, Tree, fresh_seed, make_config, make_learner, needs_values
 
 from fastppo.algorithms.actor_critic import n_step_advantages
 from fastppo.algorithms.baselines import group_deviation, group_mean, leave_one_out, reward_to_go
@@ -45,7 +45,7 @@ def test_gradient_estimates_converge_to_the_exact_gradient(name):
     with torch.no_grad():  # elsewhere than the reference, but where no token is rare: standard errors need many of each
         models.weight.mul_(0.3).add_(0.3 * torch.sin(torch.arange(models.weight.numel())).view(models.weight.shape))
     assert tree.probabilities(models.logits()).min() > 0.02
-    tree.generator.seed()  # the problem is always the same, its samples are fresh
+    tree.generator.manual_seed(fresh_seed())  # the problem is always the same, its samples are fresh
     logits = models.logits()
     objective = tree.objective(logits) - kl_coef * tree.kl(logits, models.reference_logits())
     (exact,) = torch.autograd.grad(factor(size) * objective, models.weight)
@@ -55,7 +55,7 @@ def test_gradient_estimates_converge_to_the_exact_gradient(name):
         experience = models.experience(tree.sample(logits, size, groups_of=4), groups_of=4)
         algorithm.estimate_advantages(experience)
         models.weight.grad = None
-        learner.accumulate_gradients(experience, partial(learner.backward, algorithm.loss))
+        learner.accumulate(experience, partial(learner.evaluate, algorithm.loss, with_values=True))
         samples.append(-models.weight.grad)
     samples = torch.stack(samples)
     error = (samples.mean(0) - exact).abs()
@@ -88,7 +88,7 @@ def test_the_optimum_is_reached(name, depth):
     with torch.no_grad():
         for parameter in parameters:
             parameter.zero_()
-    tree.generator.seed()
+    tree.generator.manual_seed(fresh_seed())
     algorithm, learner = make_learner(models, config, torch.optim.Adam(parameters, lr=0.1))
     start, best = tree.objective(models.logits()).item(), tree.best()
     for _ in range(80):
@@ -106,7 +106,7 @@ def test_ppo_is_the_algorithm_of_the_paper():
     config = make_config(
         "ppo", size, 3, groups_of=2, num_ppo_epochs=2, num_mini_batches=3, gradient_accumulation_steps=2,
         gamma=0.9, lam=0.8, kl_coef=0.2, entropy_coef=0.03, dual_clip=1.5, clip_low=0.1, clip_high=0.3, vf_coef=0.7,
-        missing_eos_penalty=0.3, length_penalty=0.05, reward_clip=0.8,
+        missing_eos_penalty=0.3,
     )  # fmt: skip
     config.optim.max_grad_norm = 0.5
     own = [models.features, models.weight, models.value]
@@ -144,9 +144,7 @@ def plain_ppo_step(tree, parameters, optimizer, reference, sequences, mask):
     with torch.no_grad():
         old, _, old_values = look(torch.arange(count))
         ref = reference[states].log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        score = tree_reward(tree, sequences) - 0.05 * mask.double().sum(1)
-        score -= 0.3 * (~((tokens == 0) & mask).any(1)).double()
-        score = score.clamp(-0.8, 0.8)
+        score = tree_reward(tree, sequences) - 0.3 * (~((tokens == 0) & mask).any(1)).double()
         advantages, returns = torch.zeros_like(old), torch.zeros_like(old)
         for i in range(count):
             length = int(mask[i].sum())
@@ -203,7 +201,7 @@ def test_truncated_importance_weights_weigh_the_surrogate(ratio_level, dual_clip
         algorithm.loss(
             dataclasses.replace(experience, rollout_logprobs=None), *models.hidden(*inputs(experience)), 0, 0
         )
-    metrics = learner.accumulate_gradients(experience, partial(learner.backward, algorithm.loss))
+    metrics = learner.accumulate(experience, partial(learner.evaluate, algorithm.loss, with_values=True))
     ours, models.weight.grad = models.weight.grad, None
 
     weight = (experience.old_logprobs - experience.rollout_logprobs).exp().clamp(max=1.4)
@@ -232,14 +230,13 @@ def inputs(experience):
 def test_the_critic_can_be_trained_alone():
     tree = Tree(depth=3, eos=True)
     models = TabularModels(tree, features=4)
-    algorithm, learner = make_learner(models, make_config("ppo", 16, 3, cliprange_value=None), lr=2.0)
+    algorithm, learner = make_learner(
+        models, make_config("ppo", 16, 3, cliprange_value=None, num_mini_batches=2), lr=2.0
+    )
     policy = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
     experience = models.experience(tree.sample(models.logits(), 16))
     algorithm.estimate_advantages(experience)
-    losses = [
-        learner.descend_values(experience, algorithm.value_loss, num_epochs=10, num_mini_batches=2)["loss/value"]
-        for _ in range(2)
-    ]
+    losses = [learner.descend_values(experience, algorithm.value_loss, num_epochs=10)["loss/value"] for _ in range(2)]
     assert losses[1] < losses[0]
     assert all(torch.equal(p, policy[name]) for name, p in models.policy_parameters().items())
 
@@ -333,7 +330,7 @@ def test_normalized_objectives_do_not_drown_each_other(estimator):
             assert {"advantage/std/a", "advantage/std/b"} <= metrics.keys()
             if estimator == "gae":
                 assert experience.returns.shape == (24, 3, 2)
-                losses = learner.accumulate_gradients(experience, partial(learner.backward, algorithm.loss))
+                losses = learner.accumulate(experience, partial(learner.evaluate, algorithm.loss, with_values=True))
                 assert {"value/explained_variance/a", "value/explained_variance/b"} <= losses.keys()
         return experience.advantages
 

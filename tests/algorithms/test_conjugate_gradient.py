@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from fastppo.algorithms.config import TRPOConfig
 from fastppo.algorithms.second_order.conjugate_gradient import conjugate_gradient
-from fastppo.algorithms.second_order.line_search import Trial, backtrack
+from fastppo.algorithms.trpo import TRPO, Trial
 
 
 def split(vector, sizes):
@@ -35,8 +36,8 @@ def test_it_solves_what_a_direct_solver_solves():
     kept = joined(given).clone()
     out = conjugate_gradient(lambda v: split(a @ joined(v), sizes), given, max_iterations=60, relative_tolerance=1e-12)
     torch.testing.assert_close(joined(out.x), torch.linalg.solve(a, b), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(joined(out.residual), b - a @ joined(out.x), rtol=0, atol=1e-9)
     assert out.relative_residual <= 1e-12
+    assert (b - a @ joined(out.x)).norm() <= 1e-11 * b.norm()
     assert torch.equal(joined(given), kept)
 
 
@@ -56,23 +57,6 @@ def test_the_stop_is_relative_to_the_right_hand_side():
         residual = (scale * b - a @ joined(out.x)).norm() / (scale * b).norm()
         assert residual <= 0.1 * (1 + 1e-6)
         assert 0 < out.iterations < 500
-
-
-def test_a_diagonal_removes_bad_scaling():
-    """With A = D^½ B D^½ the diagonal D leaves the well-conditioned B to be solved."""
-    a, b, sizes = problem(40, 3.0)
-    scale = torch.logspace(-3, 3, 40, dtype=torch.float64)[torch.randperm(40)]
-    a = scale[:, None] * a * scale
-    exact = torch.linalg.solve(a, b)
-
-    def error(diagonal):
-        out = conjugate_gradient(
-            lambda v: split(a @ joined(v), sizes), split(b, sizes), max_iterations=25, diagonal=diagonal
-        )
-        difference = joined(out.x) - exact
-        return (difference @ a @ difference / (exact @ a @ exact)).sqrt().item()
-
-    assert error(split(scale**2, sizes)) < 1e-4 < error(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,29 +105,32 @@ def search(trials, **options):
         seen.append(fraction)
         return Trial(*trials[len(seen) - 1])
 
-    arguments = {"max_kl": 0.1, "expected_improvement": 1.0, "max_trials": len(trials)} | options
-    return backtrack(evaluate, **arguments), seen
+    config = TRPOConfig(max_kl=0.1, line_search_steps=len(trials), **options)
+    return TRPO(config).choose(evaluate, expected_improvement=1.0), seen
 
 
 def test_the_first_good_fraction_is_taken():
     nan = float("nan")
-    found, seen = search([(-1.0, 0.05), (nan, 0.05), (1.0, nan), (1.0, 0.9), (0.5, 0.1), (9.0, 0.0)], shrink=0.5)
+    found, seen = search(
+        [(-1.0, 0.05), (nan, 0.05), (1.0, nan), (1.0, 0.9), (0.5, 0.1), (9.0, 0.0)], line_search_shrink=0.5
+    )
     assert seen == pytest.approx([1.0, 0.5, 0.25, 0.125, 0.125 * 0.95 / 3.0])
-    assert found == (seen[-1], (0.5, 0.1), 5)
+    assert found == (seen[-1], (0.5, 0.1))
+    assert len(seen) == 5
 
 
 def test_a_step_that_is_only_a_little_too_long_is_only_shortened_a_little():
     found, _ = search([(1.0, 0.1001), (1.0, 0.09)])
-    assert found.fraction == pytest.approx(0.95, abs=0.001)
+    assert found[0] == pytest.approx(0.95, abs=0.001)
 
 
 def test_too_little_of_what_was_expected_is_not_enough():
-    found, _ = search([(0.09, 0.0), (0.05, 0.0)], accept_ratio=0.1, shrink=0.5)
-    assert found.fraction == 0.5  # half a step need only bring half as much
-    assert search([(0.0, 0.0)], accept_ratio=0.0)[0] is None  # no rise at all is never enough
+    found, _ = search([(0.09, 0.0), (0.05, 0.0)], accept_ratio=0.1, line_search_shrink=0.5)
+    assert found[0] == 0.5  # half a step need only bring half as much
+    assert search([(0.0, 0.0)], accept_ratio=0.0)[0] == (0.0, (0.0, 0.0))  # no rise at all is never enough
 
 
 def test_a_search_that_fails_says_so():
-    found, seen = search([(-1.0, 0.2)] * 4, shrink=0.8)
-    assert found is None
+    found, seen = search([(-1.0, 0.2)] * 4, line_search_shrink=0.8)
+    assert found == (0.0, (0.0, 0.0))
     assert seen == pytest.approx([1.0, 0.8, 0.64, 0.512])

@@ -9,7 +9,6 @@ import torch
 from tabular import TabularModels, Tree, make_config, make_learner, rollout, rollout_without_luck
 
 from fastppo.algorithms.cpi import bound_step_size, held_out_step_size
-from fastppo.algorithms.second_order.policy_kl import snapshot
 
 
 def world(*, tree=None, features=None, sequences=64, lr=0.2, **options):
@@ -62,8 +61,8 @@ def test_the_distillation_gradient_is_that_of_the_kl_from_the_mixture():
     experience = models.experience(torch.arange(len(tree.sequences)))
     old = {name: torch.randn_like(p) for name, p in models.policy_parameters().items()}
     greedy = {name: torch.randn_like(p) for name, p in models.policy_parameters().items()}
-    experience.old_hidden, old_head = snapshot(learner, experience, old)
-    experience.target_hidden, greedy_head = snapshot(learner, experience, greedy)
+    experience.old_hidden, old_head = learner.snapshot(experience, old)
+    experience.target_hidden, greedy_head = learner.snapshot(experience, greedy)
     gradient, _ = learner.gradient(experience, algorithm.distillation_loss(old_head, greedy_head, 0.3))
     mixture = 0.7 * models.logits(old).softmax(-1) + 0.3 * models.logits(greedy).softmax(-1)
     kl = (mixture * (mixture.log() - models.logits().log_softmax(-1))).sum(-1)

@@ -55,7 +55,7 @@ def dense_step(tree, models, experience, *, damping, max_kl):
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"preconditioner": "diagonal"}, {"fisher_method": "finite_difference"}, {"gradient_accumulation_steps": 3}],
+    [{}, {"fisher_method": "finite_difference"}, {"gradient_accumulation_steps": 3}],
     ids=lambda options: next(iter(options), "plain"),
 )
 def test_the_step_is_that_of_the_dense_solution(features, depth, options):
@@ -105,11 +105,13 @@ def test_the_optimum_is_reached(name, depth):
     fraction=st.sampled_from([1.0, 0.3]),
     scale=st.sampled_from([1.0, 30.0]),
     whiten=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
 )
 def test_no_accepted_step_is_longer_than_allowed(
-    prompts, vocab, depth, eos, features, max_kl, damping, iterations, fraction, scale, whiten
+    prompts, vocab, depth, eos, features, max_kl, damping, iterations, fraction, scale, whiten, seed
 ):
     """Over random problems, from policies that are nearly uniform to ones that are nearly deterministic."""
+    torch.manual_seed(seed)
     tree, models, algorithm, learner = world(
         "trpo",
         tree=Tree(prompts=prompts, vocab=vocab, depth=depth, eos=eos),
@@ -185,14 +187,6 @@ def test_without_advantages_nothing_moves(name):
     metrics = algorithm.update(learner, experience)
     assert torch.equal(models.weight, before)
     assert metrics["policy/step_fraction"] == 0.0
-
-
-def test_half_precision_vectors_still_keep_the_bound():
-    tree, models, algorithm, learner = world("trpo", features=3, vector_dtype="bfloat16", max_kl=0.01)
-    steps = [algorithm.update(learner, rollout(tree, models, algorithm, 64)) for _ in range(5)]
-    assert all(step["policy/kl"] <= 0.01 for step in steps)
-    assert sum(step["policy/step_fraction"] > 0 for step in steps) >= 3
-    assert models.weight.dtype == torch.float64
 
 
 def test_the_fisher_matrix_of_a_part_gives_another_step_within_the_same_bound():

@@ -10,7 +10,6 @@ from tiny import make_tiny_model
 
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Policy
-from fastppo.algorithms.preconditioner import fisher_diagonal
 from fastppo.algorithms.second_order.fisher import PolicyFisher
 from fastppo.algorithms.second_order.vectors import dot, norm
 from fastppo.models.config import LoraConfig, ModelConfig
@@ -35,7 +34,7 @@ def build(folders, *, tie=True, **options):
         for name, p in models.policy_parameters().items():
             if "lora_B" in name:  # adapters begin at zero, where half of their Jacobian is
                 p.normal_(std=0.3)
-    return models, Policy(models, lambda: None)
+    return models, Policy(models)
 
 
 def rollout():
@@ -137,14 +136,14 @@ def test_finite_differences_find_their_step(folders):
     assert norm(fisher(unseen)) < 1e-6
 
 
-def test_vectors_may_be_kept_in_half_precision(folders):
-    _, policy = build(folders)
-    fisher = PolicyFisher(policy, [rollout()])
-    v = {name: tensor.bfloat16() for name, tensor in random_vector(policy.parameters()).items()}
-    product = fisher(v)
+def test_half_precision_parameters_have_half_precision_products(folders):
+    _, exact = build(folders)
+    _, rounded = build(folders, dtype="bfloat16")
+    experience, v = rollout(), random_vector(rounded.parameters())
+    product = PolicyFisher(rounded, [experience])(v)
     assert {tensor.dtype for tensor in product.values()} == {torch.bfloat16}
-    exact = fisher({name: tensor.float() for name, tensor in v.items()})
-    assert (flat(product) - flat(exact)).norm() < 0.01 * flat(exact).norm()
+    expected = flat(PolicyFisher(exact, [experience])({name: tensor.float() for name, tensor in v.items()}))
+    assert (flat(product) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_autocast_costs_precision_and_nothing_else(folders):
@@ -179,33 +178,3 @@ def test_a_model_without_forward_mode_says_what_to_do(folders):
     with pytest.raises(ValueError, match="finite_difference"):
         PolicyFisher(policy, [rollout()])(v)
     assert norm(PolicyFisher(policy, [rollout()], method="finite_difference")(v)) > 0
-
-
-def test_the_diagonal_is_that_of_the_matrix_on_average(folders):
-    """With all tokens drawn from the policy E[g²] = diag F; here each state's token is drawn anew for every probe."""
-    models, policy = build(folders, lora=LoraConfig(r=1, target_modules=["q_proj"]))
-    experience = rollout()
-    expected = explicit_fisher(models, experience).diagonal()
-    with torch.no_grad():
-        hidden, head = policy.hidden(experience)
-        probabilities = (head.logits(hidden) / TEMPERATURE).softmax(-1)
-    draws, total = 400, 0
-    for _ in range(draws):
-        # Only what is predicted changes: were it also what comes after it, the states would be others.
-        tokens = torch.multinomial(probabilities.flatten(0, 1), 1).view(experience.mask.shape)
-        drawn = _WithTargets(**vars(experience), drawn=tokens)
-        total = total + flat(fisher_diagonal(policy, [drawn], num_probes=1, temperature=TEMPERATURE))
-    estimate = total / draws
-    # Each draw's relative deviation is of the order of one, and the entries' are correlated.
-    assert abs(estimate.sum() / expected.sum() - 1) < 0.5
-    assert torch.corrcoef(torch.stack([estimate, expected]))[0, 1] > 0.7
-
-
-class _WithTargets(Experience):
-    def __init__(self, drawn, **fields):
-        super().__init__(**fields)
-        self._drawn = drawn
-
-    @property
-    def targets(self):
-        return self._drawn

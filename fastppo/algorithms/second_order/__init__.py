@@ -1,1 +1,1 @@
-"""What TRPO and NPG share: vectors of parameters, Fisher-vector products, conjugate gradients, the line search."""
+"""What TRPO and NPG share: vectors of parameters, Fisher-vector products, conjugate gradients."""

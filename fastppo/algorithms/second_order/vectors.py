@@ -1,4 +1,4 @@
-"""Vectors in the space of a model's parameters: a dict of tensors, one for each trained parameter, by its name."""
+"""Vectors in parameter space: a dict of tensors, one for each trained parameter, by its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Vector = dict[str, Tensor]
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """Σ a·b. Products of half precision are summed in float32, the tensors' sums in float64."""
+    """Σ a·b. Half-precision tensors are summed in float32, and the sums of tensors in float64."""
     total = 0.0
     for name, x in a.items():
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -28,21 +28,5 @@ def axpy_(y: Vector, scale: float, x: Vector) -> None:
 
 
 def moved(start: Vector, scale: float, direction: Vector) -> Vector:
-    """start + scale·direction, in start's dtypes and on its devices."""
-    return {
-        name: torch.add(tensor.detach(), direction[name].to(tensor.device), alpha=scale).to(tensor.dtype)
-        for name, tensor in start.items()
-    }
-
-
-def like(a: Vector, reference: Vector) -> Vector:
-    """a, with the dtypes and on the devices of `reference`."""
-    return {name: tensor.to(reference[name]) for name, tensor in a.items()}
-
-
-def zero_sums(parameters: Vector) -> Vector:
-    """Zeros to add gradients to: float32 for parameters of half precision."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-        for name, p in parameters.items()
-    }
+    """start + scale·direction."""
+    return {name: torch.add(tensor.detach(), direction[name], alpha=scale) for name, tensor in start.items()}
