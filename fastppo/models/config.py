@@ -29,16 +29,16 @@ class ModelConfig:
     autocast: Literal["bfloat16"] | None = None
     """Precision of matrix products while parameters stay in `dtype`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """`auto` takes FlashAttention 2 where it is installed and the device is a GPU, else SDPA."""
+    """`auto`: FlashAttention 2 on a GPU if it is installed, else SDPA; on a CPU, plain products for short sequences."""
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
     allow_download: bool = False
-    """Let the Hugging Face Hub be asked for what is not on this machine."""
+    """Download from the Hugging Face Hub what is not on this machine."""
     lora: LoraConfig | None = None
     value_model: Literal["shared", "separate"] = "shared"
     """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
     value_name_or_path: str | None = None
-    """What a separate value model starts from; the policy's weights if not given."""
+    """What a separate value model starts from; by default the policy's weights."""
     reference: Literal["frozen", "none"] = "frozen"
-    """What the KL penalty compares with: the policy as it was at the start, or nothing."""
+    """What the KL penalty compares the policy with: its frozen start, or nothing."""

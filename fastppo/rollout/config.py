@@ -19,4 +19,4 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0
     """Also divides the logits that log-probabilities, entropy and KL are computed from."""
     generation_batch_size: PositiveInt = 64
-    """Most sequences decoded at a time."""
+    """Most sequences that are decoded at a time."""
