@@ -1,13 +1,14 @@
-"""One training step of the example beside the same step written plainly in PyTorch and transformers: tokens a second.
+"""Tokens per second of one training step of the example, and of the same step in plain PyTorch and transformers.
 
     python benchmarks/step.py                                    # 32 completions of 24 tokens, 2 epochs; minutes
+    python benchmarks/step.py --steps 1 --epochs 1 --ours-only   # whether it runs
     python benchmarks/step.py --fp32 --output benchmarks/results/step.json
 
-The plain step is what one would write first: generate(), logits of whole sequences, log-softmax, one pass of policy and
-reference each for the old log-probabilities and the KL, GAE as a loop, AdamW with its defaults, padding computed like
-everything else. It has the same models, prompts, rewards, sampling, loss, critic and bfloat16 autocast as the trainer
-(`--fp32` adds it without autocast). Each has a process of its own, ours set up as `fastppo train` is; they take turns,
-step by step. Phases are wall-clock seconds of the median step.
+The plain step is what one would write first: generate(), logits of whole sequences, log-softmax, one pass each of
+policy and reference for the old log-probabilities and the KL, GAE as a loop, AdamW with its defaults, and padding
+computed like everything else. Both steps have the same models, prompts, rewards, sampling, loss, critic and bfloat16
+autocast (`--fp32` adds a plain step without autocast). Each runs in its own process, ours set up as by `fastppo train`,
+and they take turns step by step. Phases are wall-clock seconds of the median step.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Clock:
 
 
 class PlainStep:
-    """The step as one would write it first."""
+    """The step in plain PyTorch and transformers."""
 
     def __init__(self, config, autocast: bool = True) -> None:
         self.config, self.autocast = config, autocast
@@ -195,7 +196,7 @@ class OurStep:
 
 
 class Apart:
-    """A step in a process of its own: neither the other's memory nor its settings touch it."""
+    """A step in its own process, so that memory and settings of the others do not affect it."""
 
     def __init__(self, make: Callable[[], Callable]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -217,7 +218,7 @@ class Apart:
         while True:
             try:
                 seed, prompts = pipe.recv()
-            except EOFError:  # the parent has done
+            except EOFError:  # the parent is done
                 return
             torch.manual_seed(seed)
             clock = Clock()
@@ -297,7 +298,7 @@ def measure(steps: dict[str, Apart], texts: list[str], config, count: int) -> li
         prompts = [text for text in chosen for _ in range(config.rollout.num_generations)]
         for name, step in steps.items():
             took, sampled, by_phase, peak[name] = step(round_, prompts)
-            if round_:  # the first one allocates, and fills oneDNN's caches
+            if round_:  # the first step allocates memory and fills oneDNN's caches
                 seconds[name].append(took)
                 tokens[name].append(sampled)
                 phases[name].append(by_phase)

@@ -32,7 +32,7 @@ class ModelConfig:
     autocast: Literal["bfloat16"] | None = None
     """Data type of matrix products; the parameters stay in `dtype`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """`auto` uses FlashAttention 2 if it is installed and the device is a GPU, else SDPA."""
+    """`auto`: FlashAttention 2 on a GPU if it is installed, else SDPA; on a CPU, plain products for short sequences."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     trust_remote_code: bool = False

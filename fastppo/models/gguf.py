@@ -19,21 +19,17 @@ if TYPE_CHECKING:
 def dequantized() -> dict[str, Any]:
     """Arguments of `from_pretrained` that unpack a GGUF file's weights for good.
 
-    By default transformers 5.x treats the model as a quantized one, which it refuses to cast, train or save. 4.x has no
-    such option and always unpacks.
+    By default transformers 5.x treats the model as a quantized one, which it refuses to cast, train or save.
     """
     try:
         from transformers import GgufConfig
-    except ImportError:
+    except ImportError:  # 4.x always unpacks
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def check_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Raise ModelError if the tokenizer's eos is not the file's.
-
-    transformers up to 5.0 at least reads the bos token as eos, and then no completion ever ends.
-    """
+    """Raise ModelError if the tokenizer has the file's bos as eos (transformers 5.0): no completion would end."""
     if tokenizer.eos_token_id != tokenizer.bos_token_id:
         return
     import gguf
@@ -47,18 +43,12 @@ def check_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def faster_reader(path: str) -> Iterator[None]:
+def faster_reader(path: Path) -> Iterator[None]:
     """Make transformers read a GGUF file several times faster, with the same result (14 s to 4 s for SmolLM2-135M).
 
     gguf's reader slices an np.memmap once for each of some 100,000 vocabulary strings, which costs several times a
     slice of a plain array, and transformers rebuilds the table of tensor names for every submodule. Inside this context
-    the reader gets a plain array over the same mapping, and the table is cached.
-
-    Args:
-        path: the file, for the message.
-
-    Raises:
-        ModelError: the `gguf` package is not installed.
+    the reader gets a plain array over the same mapping, and the table is cached. Raises ModelError without `gguf`.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{path}: reading a GGUF file needs gguf (pip install gguf)")

@@ -7,7 +7,6 @@ The operators of fastppo take the hidden states and the head, so the logits [B, 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -29,10 +28,8 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, RecurrentGe
 class LMHead(NamedTuple):
     """The head that computes logits: ``softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)``."""
 
-    weight: Tensor
-    """[V, D]: the parameter itself, or base + adapter, through which gradients reach both."""
-    bias: Tensor | None
-    """[V]"""
+    weight: Tensor  # [V, D]: the parameter itself, or base + adapter, through which gradients reach both
+    bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
 
@@ -70,7 +67,7 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Compare a model's own logits on a few tokens with those by `backbone_and_head`, and try padding.
+    """Compare a model's own logits on a few tokens with those by `backbone_and_head`, with and without padding.
 
     Architectures scale and cap logits under many names, and some recurrent ones read padding as tokens. An architecture
     unknown here would otherwise silently train on wrong probabilities.
@@ -92,13 +89,13 @@ def check_head(model: nn.Module) -> None:
         raise ValueError(f"{name} cannot be split into a backbone and a head ({error})") from error
     exact = hidden.dtype in (torch.float32, torch.float64)
     # Both come from the same products, so only the scale and the cap round differently.
-    if own.shape != ours.shape or not _close(ours, own, 1e-4 if exact else 3e-2):
+    if own.shape != ours.shape or not close(ours, own, 1e-4 if exact else 3e-2):
         raise ValueError(
             f"the logits of {name} are not those of a linear head with a constant scale and soft cap, so its "
             "log-probabilities cannot be computed from hidden states"
         )
     # In half precision the rounding of a deep model is as large as the effect of padding.
-    if exact and not hidden_close(padded, hidden):
+    if exact and not close(padded, hidden):
         raise ValueError(f"the hidden states of {name} depend on padding, so sequences cannot be batched")
 
 
@@ -114,7 +111,7 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
         [B, T, D] in the backbone's dtype, arbitrary but finite at padding.
     """
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
-    accepted = _parameters(type(backbone))
+    accepted = inspect.signature(type(backbone).forward).parameters
     if "position_ids" in accepted:
         # A sequence starts at position 0 wherever it lies in its row.
         arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -123,19 +120,10 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     return backbone(**arguments).last_hidden_state
 
 
-def hidden_close(given: Tensor, expected: Tensor) -> bool:
-    """Whether float32 hidden states are equal up to rounding."""
-    return _close(given, expected, 1e-3)
-
-
-def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
+def close(given: Tensor, expected: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether two tensors differ by at most a share of the largest value; by default, that of float32 hidden states."""
     # NaN is not close to anything: every comparison with it is false.
     return bool((given - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-@functools.cache
-def _parameters(backbone_class: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(backbone_class.forward).parameters)
 
 
 def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -163,8 +151,7 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _logit_scale(config: object) -> float:
     scale = 1.0
     for name, divides in _SCALES.items():
-        value = getattr(config, name, None)
-        if value is None:
+        if (value := getattr(config, name, None)) is None:
             continue
         if name == "logits_scaling" and config.model_type.startswith(_MULTIPLIES_BY_LOGITS_SCALING):
             divides = False

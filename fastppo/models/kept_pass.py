@@ -11,21 +11,13 @@ from torch import Tensor, nn
 class KeptPass(NamedTuple):
     """A forward pass whose backward pass has not run yet."""
 
-    version: int
-    """`parameter_version` of the policy at the time of the pass."""
-    sequences: Tensor
-    """[B, P + T] int64"""
-    attention_mask: Tensor
-    """[B, P + T]"""
-    hidden: Tensor
-    """[B, T, D] with its graph."""
+    version: int  # `parameter_version` of the policy at the time of the pass
+    sequences: Tensor  # [B, P + T] int64
+    attention_mask: Tensor  # [B, P + T]
+    hidden: Tensor  # [B, T, D], with its graph
 
     def states(self, version: int, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """The hidden states of `sequences` [B, P + T], which may be those of this pass in another order.
-
-        Returns:
-            [B, T, D], or None if the parameters have changed or a sequence is not of this pass.
-        """
+        """States [B, T, D] of sequences of this pass, in any order; None for others or if the parameters changed."""
         if version != self.version or sequences.shape != self.sequences.shape:
             return None
         row_of = {row: index for index, row in enumerate(_rows(self.sequences, self.attention_mask))}
@@ -35,10 +27,7 @@ class KeptPass(NamedTuple):
 
 
 def parameter_version(model: nn.Module) -> int:
-    """A number that grows with every in-place change of a parameter, except those by fused optimizers.
-
-    `PolicyModels.training` drops the kept pass at its end, so steps of an optimizer need no trace here.
-    """
+    """A number that grows with every in-place change of a parameter, except by fused optimizers."""
     return sum(parameter._version for parameter in model.parameters())
 
 

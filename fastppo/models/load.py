@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 
 def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a causal language model, ready to be trained or frozen: in eval mode, with dropout off.
+    """Load a causal language model, ready to be trained or frozen: in eval mode, dropout off, its head checked.
 
-    The model's head is checked once (see `check_head`). With ``gradient_checkpointing`` a trainer must switch to
-    ``train()`` for the update, since transformers checkpoints only there, and back to ``eval()`` to generate with a
-    cache.
+    With ``gradient_checkpointing`` a trainer must switch to ``train()`` for the update, since transformers checkpoints
+    only there, and back to ``eval()`` to generate with a cache.
 
     Args:
         config: the model section of the configuration; `apply_lora` adds its adapters.
@@ -41,13 +40,12 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     """
     from transformers import AutoModelForCausalLM
 
-    name = config.name_or_path
-    source = resolve(name, allow_download=config.allow_download)
+    source = resolve(config.name_or_path, allow_download=config.allow_download)
     model = load_model(AutoModelForCausalLM, source, config, torch.device(device))
     try:
         check_head(model)
     except ValueError as error:
-        raise ModelError(f"{name}: {error}") from None
+        raise ModelError(f"{config.name_or_path}: {error}") from None
     return model
 
 
@@ -71,17 +69,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(auto_class: Any, source: ModelSource, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """`load_pretrained` with the configuration's dtype, attention and checkpointing, and dropout off.
-
-    Raises:
-        ModelError: the model cannot be loaded, or does not support gradient checkpointing.
-    """
+    """`load_pretrained` with the configuration's dtype, attention and gradient checkpointing, and dropout off."""
     arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if config.attn_implementation != "auto":
+    auto = config.attn_implementation == "auto"
+    if not auto:
         arguments["attn_implementation"] = config.attn_implementation
     model = load_pretrained(auto_class, source, config, **arguments)
-    if config.attn_implementation == "auto":
-        _choose_attention(model, config, device)
+    if auto and _flash_attention_fits(model, config, device):
+        model.set_attn_implementation("flash_attention_2")
+    # transformers itself chooses SDPA if the architecture supports it, else eager.
+    elif auto and device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+        from fastppo.models import attention
+
+        model.set_attn_implementation(attention.NAME)
     disable_dropout(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -93,8 +93,6 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
 
     Args:
         auto_class: AutoTokenizer, or an AutoModel class, which must then find every one of its weights.
-        source: from `resolve`.
-        config: for allow_download and trust_remote_code.
         arguments: further arguments of `from_pretrained`; a model needs `dtype`.
 
     Raises:
@@ -103,9 +101,8 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
     is_model = "dtype" in arguments
     if is_model:
         arguments["output_loading_info"] = True
-    where, reader = source.path, contextlib.nullcontext()
+    where, reader = Path(source.path, source.gguf_file or ""), contextlib.nullcontext()
     if source.gguf_file:
-        where = str(Path(source.path, source.gguf_file))
         reader = gguf.faster_reader(where)
         arguments |= {"gguf_file": source.gguf_file} | (gguf.dequantized() if is_model else {})
     try:
@@ -124,9 +121,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
     if not is_model:
         return loaded
     model, info = loaded
-    # transformers fills missing weights with random numbers and only warns.
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and only warns
         raise ModelError(f"{where}: {len(missing)} weights of {type(model).__name__} are missing, first {missing[0]!r}")
     return model
 
@@ -177,9 +172,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     except ImportError:
         raise ModelError("model.lora: needs peft (pip install peft)") from None
     try:
-        adapters = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules
-        )
+        adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
         return peft.get_peft_model(model, adapters).eval()
     except ValueError as error:
         raise ModelError(f"model.lora: {_first_line(error)}") from error
@@ -189,27 +182,15 @@ def freeze_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model as the reference policy: in eval mode, without gradients, tied weights still tied.
 
     Raises:
-        ModelError: the model has adapters. Its reference is the model itself with them off (``disable_adapter()``),
-            which needs no copy.
+        ModelError: the model has adapters; its reference is the model itself with them off (``disable_adapter()``).
     """
     if hasattr(model, "disable_adapter"):
         raise ModelError("a model with adapters needs no frozen copy: use it with its adapters off")
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def _choose_attention(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> None:
-    if _flash_attention_fits(model, config, device):
-        model.set_attn_implementation("flash_attention_2")
-    # transformers itself chooses SDPA if the architecture supports it, else eager.
-    elif device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
-        from fastppo.models import attention
-
-        model.set_attn_implementation(attention.NAME)
-
-
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:
-    # Its kernels do not support float32.
-    half = config.dtype != "float32" or config.autocast is not None
+    half = config.dtype != "float32" or config.autocast is not None  # its kernels do not support float32
     supported = getattr(model, "_supports_flash_attn", False)
     return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
 

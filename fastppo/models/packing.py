@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.attention import NAME
-from fastppo.models.head import LMHead, backbone_and_head, hidden_close, token_hidden
+from fastppo.models.head import LMHead, backbone_and_head, close, token_hidden
 
 _DENSE = {"sdpa", NAME}
 
@@ -154,10 +154,7 @@ def _lay_out(rows: list[list[_Piece]], completions: list[list[int]], num_complet
 def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     """The states [B, T, D] that predict the completion tokens, arbitrary but finite at padding."""
     hidden = backbone(
-        input_ids=packed.input_ids,
-        attention_mask=packed.visible,
-        position_ids=packed.position_ids,
-        use_cache=False,
+        input_ids=packed.input_ids, attention_mask=packed.visible, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 
@@ -178,14 +175,11 @@ def can_pack(backbone: nn.Module) -> bool:
 
 
 def _try_to_pack(backbone: nn.Module) -> bool:
-    config = backbone.config
-    parameter = next(backbone.parameters())
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    config, parameter = backbone.config, next(backbone.parameters())
     if (
-        parameter.device.type != "cpu"
-        or parameter.dtype != torch.float32
+        (parameter.device.type, parameter.dtype) != ("cpu", torch.float32)
         or config._attn_implementation not in _DENSE
-        or layers != {"full_attention"}
+        or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
         or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
     ):
         return False
@@ -198,6 +192,6 @@ def _try_to_pack(backbone: nn.Module) -> bool:
     real = mask[:, 3:].bool()
     packed = pack(ids, mask, 3, dim=1_000_000)
     try:
-        return hidden_close(packed_hidden(backbone, packed)[real], token_hidden(backbone, ids, mask)[:, 2:-1][real])
+        return close(packed_hidden(backbone, packed)[real], token_hidden(backbone, ids, mask)[:, 2:-1][real])
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False

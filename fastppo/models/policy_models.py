@@ -61,16 +61,9 @@ class PolicyModels:
         num_completion: int,
         parameters: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LMHead]:
-        """The policy's states that predict the completion tokens, and its head.
+        """The policy's states that predict the completion tokens, and its head; see `completion_hidden`.
 
-        Args:
-            sequences: [B, P + T] int64.
-            attention_mask: [B, P + T], 1 for tokens.
-            num_completion: T.
-            parameters: used in place of the policy's own, by the names of `policy_parameters`.
-
-        Returns:
-            The states [B, T, D] and the head; states at padding are arbitrary but finite.
+        With `parameters`, by the names of `policy_parameters`, these are used in place of the policy's own.
         """
         arguments = (sequences, attention_mask, num_completion)
         if parameters is not None:
@@ -117,11 +110,9 @@ class PolicyModels:
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
-        if self._reference is not None:
-            yield self._reference
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
+        own = self._reference is not None
+        with contextlib.nullcontext() if own else self.policy.disable_adapter():
+            yield self._reference if own else self.policy
 
     @contextlib.contextmanager
     def training(self, mode: bool = True) -> Iterator[None]:
@@ -129,16 +120,14 @@ class PolicyModels:
 
         Dropout is off in either mode.
         """
-        models = nn.ModuleList(m for m in (self.policy, self.value) if m is not None)
-        before = self.policy.training
-        if self.config.gradient_checkpointing:
-            models.train(mode)
+        checkpointed = (self.policy, self.value) if self.config.gradient_checkpointing else ()
+        models, before = nn.ModuleList(m for m in checkpointed if m is not None), self.policy.training
+        models.train(mode)
         try:
             yield
         finally:
-            self._kept = None
-            if self.config.gradient_checkpointing:
-                models.train(before)
+            self._kept = None  # `parameter_version` misses the steps of fused optimizers
+            models.train(before)
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name: all, or its adapters."""

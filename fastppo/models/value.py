@@ -65,12 +65,7 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """A backbone with a value head.
-
-    Args:
-        backbone: a transformers base model, used without a copy.
-        head: its value head.
-    """
+    """A backbone, which is a transformers base model and is not copied, with a value head."""
 
     def __init__(self, backbone: nn.Module, head: ValueHead) -> None:
         super().__init__()
@@ -79,11 +74,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module, num_values: int | None = None) -> ValueModel:
-        """Copy a language model's backbone and add a `ValueHead`.
-
-        Raises:
-            ModelError: the model has adapters. A value model trains all of its weights.
-        """
+        """Copy a language model's backbone and add a `ValueHead`; raises ModelError if the model has adapters."""
         if hasattr(model, "disable_adapter"):
             raise ModelError("make the value model before the policy gets its adapters")
         backbone, lm_head = backbone_and_head(model)
@@ -91,12 +82,7 @@ class ValueModel(nn.Module):
         return cls(copy.deepcopy(backbone).requires_grad_(True), value_head).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [B, T] or [B, T, K] float32 after each token; finite at padding.
-
-        Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 1 for tokens, 0 for padding on either side.
-        """
+        """Values [B, T] or [B, T, K] float32 after each token, finite at padding; arguments as for `token_hidden`."""
         return self.head(token_hidden(self.backbone, input_ids, attention_mask))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -108,15 +94,10 @@ class ValueModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, config: ModelConfig | None = None, *, device: torch.device | str = "cpu"
     ) -> ValueModel:
-        """Read what `save_pretrained` wrote, in eval mode with dropout off.
+        """Read what `save_pretrained` wrote, in eval mode with dropout off; raises ModelError if it cannot.
 
         Args:
-            folder: where it was written.
             config: for dtype, attention and permissions; float32 and nothing permitted without it.
-            device: where the parameters go.
-
-        Raises:
-            ModelError: a file is absent or damaged.
         """
         from transformers import AutoModel
 

@@ -25,25 +25,15 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @torch.no_grad()
 def decode(
-    policy: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    *,
-    eos: list[int],
-    pad: int,
-    max_new_tokens: int,
-    temperature: float,
+    policy: nn.Module, ids: Tensor, mask: Tensor, *, eos: list[int], pad: int, max_new_tokens: int, temperature: float
 ) -> Tensor:
     """Sample one completion for every prompt on a CPU.
 
-    Under bfloat16 autocast the policy's linear layers run on prepared copies of their weights until the call returns or
-    raises; see `_prepared_weights`.
-
     Args:
-        policy: a causal language model whose backbone passes `can_pack`, with adapters or without.
+        policy: a causal language model whose backbone passes `can_pack`, with or without adapters. During the call its
+            linear layers may run on prepared weights, see `_prepared_weights`.
         ids, mask: [B, P] int64, prompts padded on the left.
-        eos: tokens that end a completion.
-        pad: token that fills a row after its end.
+        eos: tokens that end a completion; pad: fills a row after its end.
         max_new_tokens: most tokens of a completion.
         temperature: divides the logits.
 
@@ -53,14 +43,25 @@ def decode(
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
     """
-    step = _Step(policy)
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    accepted = inspect.signature(base.forward).parameters
+    cache = DynamicCache(config=base.config)
+    # transformers 5.24 renamed it.
+    arguments = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+
+    def step(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """[b, V] logits after the last of these tokens."""
+        return policy(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+
     tokens = torch.full((len(ids), max_new_tokens), pad, dtype=torch.long)
     stop = torch.tensor(eos, dtype=torch.long)
     with _prepared_weights(policy, len(ids)):
         prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
         positions = (prompts[0].cumsum(1) - 1).clamp(min=0)
         logits = step(prompts[1], prompts[0], positions)[copies]
-        step.select(copies)
+        cache.batch_select_indices(copies)
         positions = positions[copies, -1:]
         rows = torch.arange(len(ids))  # those that have not ended
         for column in range(max_new_tokens):
@@ -72,7 +73,7 @@ def decode(
                 break
             if not going.all():
                 rows, chosen, mask, positions = (x[going] for x in (rows, chosen, mask, positions))
-                step.select(going.nonzero().squeeze(1))
+                cache.batch_select_indices(going.nonzero().squeeze(1))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions + 1
             logits = step(chosen[:, None], mask, positions)
@@ -90,35 +91,13 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
 
 
-class _Step:
-    """The model with its cache of keys and values: takes tokens, returns logits [b, V] after the last of them."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        self.policy = policy
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        accepted = inspect.signature(base.forward).parameters
-        self.cache = DynamicCache(config=base.config)
-        # transformers 5.24 renamed it.
-        self.arguments = {"cache" if "cache" in accepted else "past_key_values": self.cache, "use_cache": True}
-        if "logits_to_keep" in accepted:
-            self.arguments["logits_to_keep"] = 1
-
-    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        out = self.policy(input_ids=ids, attention_mask=mask, position_ids=positions, **self.arguments)
-        return out.logits[:, -1]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) these rows of the cache."""
-        self.cache.batch_select_indices(rows)
-
-
 @contextlib.contextmanager
 def _prepared_weights(policy: nn.Module, batch: int) -> Iterator[None]:
     """Run plain linear layers on bfloat16 weights laid out for oneDNN, by the operators that torch.compile calls.
 
     Sets `forward` on those layers and removes it at the end, also after an exception. Layers with a `forward` or hooks
     of their own are left alone. Does nothing outside bfloat16 autocast, without oneDNN, and if any module is compiled.
-    The copies take as much memory as those that autocast itself would cache.
+    The weights take as much memory as the copies that autocast itself would cache.
     """
     layers: list[nn.Linear] = []
     try:
@@ -146,8 +125,10 @@ def _can_prepare(policy: nn.Module) -> bool:
 
 
 def _groups(policy: nn.Module) -> Iterator[list[nn.Linear]]:
-    """Every plain linear layer once, provided that the caller sets `forward` on each group before it asks for the next:
-    first those that receive the same tensor, then the others one by one."""
+    """Plain linear layers: first groups that receive the same tensor, then the others one by one.
+
+    Each comes once if the caller sets `forward` on a group before it asks for the next.
+    """
     for module in policy.modules():
         for names in _SAME_INPUT:
             layers = [module._modules.get(name) for name in names]

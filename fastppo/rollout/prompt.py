@@ -1,4 +1,4 @@
-"""What is sampled from."""
+"""A prompt to sample completions of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt."""
-
-    text: str
-    """What the model reads, the chat template applied."""
+    text: str  # with the chat template applied
     input_ids: list[int]
-    columns: dict[str, Any]
-    """The row's other columns, for reward functions."""
+    columns: dict[str, Any]  # the row's other columns, for reward functions

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,20 +20,13 @@ from fastppo.rollout.prompt import Prompt
 class Rollout(NamedTuple):
     """B sampled completions: prompts of P columns padded on the left, completions of T columns padded on the right."""
 
-    sequences: Tensor
-    """[B, P + T] int64"""
-    attention_mask: Tensor
-    """[B, P + T] int64"""
-    mask: Tensor
-    """[B, T] bool: sampled tokens, EOS included."""
-    completions: list[str]
-    """Decoded, without special tokens."""
-    ended: Tensor
-    """[B] bool: whether the completion ended by EOS rather than by max_new_tokens."""
-    groups: Tensor
-    """[B] int64: completions of the same prompt have the same number."""
-    logprobs: Tensor | None = None
-    """[B, T] float32, of the tokens as they were sampled, 0 on padding; None unless requested."""
+    sequences: Tensor  # [B, P + T] int64
+    attention_mask: Tensor  # [B, P + T] int64
+    mask: Tensor  # [B, T] bool: sampled tokens, EOS included
+    completions: list[str]  # decoded, without special tokens
+    ended: Tensor  # [B] bool: whether the completion ended by EOS rather than by max_new_tokens
+    groups: Tensor  # [B] int64: completions of the same prompt have the same number
+    logprobs: Tensor | None = None  # [B, T] float32, of the tokens as they were sampled, 0 on padding; if requested
 
 
 @torch.no_grad()
@@ -64,8 +55,7 @@ def sample(
     pad, eos = tokenizer.pad_token_id, _eos_ids(policy, tokenizer) if eos_ids is None else eos_ids
     rows = [torch.tensor(prompt.input_ids, dtype=torch.long) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
-    real = [torch.ones_like(row) for row in rows]
-    prompt_mask = pad_sequence(real, batch_first=True, padding_side="left").to(device)
+    prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
 
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     generation = GenerationConfig(
@@ -73,19 +63,16 @@ def sample(
     )
     # On a CPU most of generate()'s time is not the model's.
     use_decode = device.type == "cpu" and not with_logprobs and can_pack(backbone_and_head(policy)[0])
-    tokens, logprobs = [], []  # of each batch
-    with _generation_config(policy, generation):
-        size = config.generation_batch_size
-        for batch in zip(ids.split(size), prompt_mask.split(size), strict=True):
-            if use_decode:
-                tokens.append(decode(policy, *batch, eos=eos, pad=pad, **limits))
-            else:
-                recorder = _RecordLogprobs(config.temperature) if with_logprobs else None
-                tokens.append(_generate(policy, *batch, recorder))
-                if recorder is not None:
-                    logprobs.append(torch.cat(recorder.steps, 1))
+    size, parts, recorded = config.generation_batch_size, [], []
+    for batch in zip(ids.split(size), prompt_mask.split(size), strict=True):
+        if use_decode:
+            parts.append(decode(policy, *batch, eos=eos, pad=pad, **limits))
+        else:
+            recorder = _RecordLogprobs(config.temperature) if with_logprobs else None
+            parts.append(_generate(policy, *batch, generation, recorder))
+            recorded += [torch.cat(recorder.steps, 1)] if with_logprobs else []
 
-    tokens = _join(tokens, pad)
+    tokens = _join(parts, pad)
     is_eos = torch.isin(tokens, torch.tensor(eos, dtype=torch.long, device=device))
     # Tokens count up to the first EOS, which is included; generate() pads after it, often with EOS itself.
     mask = (is_eos.cumsum(1) - is_eos.long()) == 0
@@ -98,20 +85,33 @@ def sample(
         completions=tokenizer.batch_decode(tokens.masked_fill(~mask, pad), skip_special_tokens=True),
         ended=(is_eos & mask).any(1),
         groups=torch.tensor(groups, device=device),
-        logprobs=_join(logprobs, 0.0).masked_fill(~mask, 0.0) if with_logprobs else None,
+        logprobs=_join(recorded, 0.0).masked_fill(~mask, 0.0) if with_logprobs else None,
     )
 
 
-def _generate(policy: nn.Module, ids: Tensor, mask: Tensor, recorder: _RecordLogprobs | None) -> Tensor:
-    """[b, T] tokens by transformers' generate()."""
-    processors = LogitsProcessorList([] if recorder is None else [recorder])
+def _generate(
+    policy: nn.Module, ids: Tensor, mask: Tensor, generation: GenerationConfig, recorder: _RecordLogprobs | None
+) -> Tensor:
+    """[b, T] tokens by transformers' generate(), with `generation` in place of the model's own generation config.
+
+    A config that is only passed to generate() is completed from the model's own, so a model that ships with a
+    repetition penalty would be sampled from another distribution than the one it is scored with.
+    """
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    before = [(owner, owner.generation_config) for owner in {policy, base} if "generation_config" in vars(owner)]
     try:
+        for owner, _ in before:
+            owner.generation_config = generation
+        processors = LogitsProcessorList([recorder] if recorder else [])
         out = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
     except RuntimeError as error:
         if "probability tensor contains" in str(error):  # raised by torch.multinomial
             raise FloatingPointError("the policy's probabilities are not finite") from error
         raise
-    if recorder is not None:
+    finally:
+        for owner, own in before:
+            owner.generation_config = own
+    if recorder:
         recorder.take(out)
     return out[:, ids.shape[1] :]
 
@@ -123,19 +123,18 @@ class _RecordLogprobs(LogitsProcessor):
     """
 
     def __init__(self, temperature: float) -> None:
+        self.temperature = temperature  # generate() divides by it after this
         self.steps: list[Tensor] = []  # [b, 1] each
-        self._temperature = temperature  # generate() divides by it after this
-        self._waiting: Tensor | None = None
+        self.waiting: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.take(input_ids)
-        self._waiting = (scores.float() / self._temperature).log_softmax(-1)
+        self.waiting = (scores.float() / self.temperature).log_softmax(-1)
         return scores
 
     def take(self, input_ids: Tensor) -> None:
-        """Record the last token of these sequences."""
-        if self._waiting is not None:
-            self.steps.append(self._waiting.gather(1, input_ids[:, -1:]))
+        if self.waiting is not None:
+            self.steps.append(self.waiting.gather(1, input_ids[:, -1:]))
 
 
 def _join(parts: list[Tensor], fill: float) -> Tensor:
@@ -144,27 +143,8 @@ def _join(parts: list[Tensor], fill: float) -> Tensor:
     return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
 
 
-@contextmanager
-def _generation_config(policy: nn.Module, generation: GenerationConfig) -> Iterator[None]:
-    """Replace the generation config of the model, with or without adapters, until the end of the context.
-
-    generate() fills what a config given to it leaves at a default from the model's own, so a model that ships with a
-    repetition penalty would be sampled from another distribution than the one it is scored with.
-    """
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    before = [(owner, owner.generation_config) for owner in {id(owner): owner for owner in (policy, base)}.values()]
-    try:
-        for owner, _ in before:
-            owner.generation_config = generation
-        yield
-    finally:
-        for owner, own in before:
-            owner.generation_config = own
-
-
 def _eos_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: the model's own (chat models often have several), or the tokenizer's."""
-    ids = policy.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
+    own = policy.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if own is None else own
     return [ids] if isinstance(ids, int) else list(ids)

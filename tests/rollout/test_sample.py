@@ -1,0 +1,70 @@
+"""Sampling by transformers' generate(): the distribution, recorded log-probabilities, and what is left of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_tiny_model
+
+from fastppo.rollout.config import RolloutConfig
+from fastppo.rollout.prompt import Prompt
+from fastppo.rollout.sample import sample
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = RolloutConfig(max_new_tokens=6, temperature=0.8, generation_batch_size=3)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "lora"])
+def policy(request, tmp_path):
+    """A model that ships with sampling defaults of its own."""
+    path = make_tiny_model(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    model.generation_config.update(top_k=1, repetition_penalty=3.0, suppress_tokens=[5], eos_token_id=[2, 7])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if request.param:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2)).eval()
+    return model, tokenizer
+
+
+def generation_configs(model) -> list:
+    return [(name, id(m.__dict__.get("generation_config"))) for name, m in model.named_modules()]
+
+
+def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy):
+    model, tokenizer = policy
+    prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3)]
+    prompts = [prompt for prompt in prompts for _ in range(3)]
+    before = generation_configs(model)
+    rollout = sample(model, tokenizer, prompts, CONFIG, device=torch.device("cpu"), with_logprobs=True)
+    assert generation_configs(model) == before
+    assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+    length = rollout.mask.shape[1]
+    positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(
+            input_ids=rollout.sequences, attention_mask=rollout.attention_mask, position_ids=positions
+        ).logits
+    expected = (logits[:, -length - 1 : -1].double() / 0.8).log_softmax(-1)
+    expected = expected.gather(-1, rollout.sequences[:, -length:, None]).squeeze(-1)
+    torch.testing.assert_close(rollout.logprobs[rollout.mask].double(), expected[rollout.mask], rtol=1e-4, atol=1e-4)
+    assert (rollout.logprobs[~rollout.mask] == 0).all()
+
+    for row, prompt in enumerate(prompts):
+        ids, tokens = rollout.sequences[row, :-length], rollout.sequences[row, -length:]
+        assert ids[rollout.attention_mask[row, :-length].bool()].tolist() == prompt.input_ids
+        ends = [i for i, token in enumerate(tokens.tolist()) if token in (2, 7)]
+        assert rollout.ended[row] == bool(ends)
+        assert rollout.mask[row].sum() == (ends[0] + 1 if ends else length)
+
+
+def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy):
+    model, tokenizer = policy
+    before = generation_configs(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(model, tokenizer, [Prompt("", [4], {})], CONFIG, device=torch.device("cpu"), with_logprobs=True)
+    assert generation_configs(model) == before
