@@ -16,7 +16,7 @@ from architectures import OPTIONS, SMALL, random_model, randomize
 from torch import nn
 
 import fastppo
-from fastppo.integrations.versions import require
+from fastppo.integrations.patching import require
 
 transformers = pytest.importorskip("transformers", reason="the integration is with transformers")
 
@@ -311,7 +311,7 @@ def test_what_is_not_a_transformers_model_is_refused():
 
 
 def test_unsupported_versions_are_named(monkeypatch):
-    monkeypatch.setattr("fastppo.integrations.versions.version", lambda name: "4.30.0")
+    monkeypatch.setattr("fastppo.integrations.patching.version", lambda name: "4.30.0")
     with pytest.raises(ImportError, match=r"transformers 4.30.0 is installed.*>=4.57,<6"):
         fastppo.patch_model(_random_model())
     monkeypatch.undo()

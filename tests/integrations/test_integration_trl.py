@@ -149,7 +149,7 @@ def test_every_field_and_gradient_of_the_door(cast, baseline, load):
     ours, _ = load()
     own = copy.deepcopy(ours)
     arguments = {"temperature": 0.7, "cast_lm_head_to_fp32": cast, "outputs": ("log_probs", "entropy")}
-    fastppo_trl._add_fused_lm_head(ours, **arguments)
+    fastppo_trl.add_fused_lm_head(ours, **arguments)
     add_fused_lm_head(own, **arguments)
     ids = torch.randint(3, 300, (3, 9))
     labels = ids.clone()
@@ -167,7 +167,7 @@ def test_every_field_and_gradient_of_the_door(cast, baseline, load):
     for ours_p, own_p in zip(ours.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(ours_p.grad, own_p.grad, rtol=1e-3, atol=1e-4 * own_p.grad.abs().max().item() + 1e-7)
     assert results[0].loss.requires_grad
-    fastppo_trl._add_fused_lm_head(copy.deepcopy(fastppo.unpatch_model(ours)))  # no entropy asked for
+    fastppo_trl.add_fused_lm_head(copy.deepcopy(fastppo.unpatch_model(ours)))  # no entropy asked for
     assert "forward" not in vars(ours)
 
 
@@ -196,7 +196,7 @@ def test_patching_is_refused_twice_and_undone(load, tmp_path):
     from trl.trainer import grpo_trainer, rloo_trainer
     from trl.trainer.utils import add_fused_lm_head
 
-    with pytest.raises(RuntimeError, match="nothing of ours to undo"):
+    with pytest.raises(RuntimeError, match="not patched by fastppo"):
         fastppo_trl.unpatch()
     with fastppo_trl.patched():
         assert grpo_trainer.add_fused_lm_head is not add_fused_lm_head
@@ -222,20 +222,20 @@ def test_foreign_patches_are_refused(load, monkeypatch):
     # A model that TRL has patched already, and one that fastppo.patch_model has.
     model, _ = load()
     add_fused_lm_head(model)
-    for patch in (fastppo.patch_model, fastppo_trl._add_fused_lm_head):
+    for patch in (fastppo.patch_model, fastppo_trl.add_fused_lm_head):
         with pytest.raises(RuntimeError, match=r"trl\.trainer\.utils has replaced the forward"):
             patch(model)
     model = fastppo.patch_model(load()[0])
     with pytest.raises(RuntimeError, match="call unpatch_model first"):
-        fastppo_trl._add_fused_lm_head(model)
+        fastppo_trl.add_fused_lm_head(model)
     model, _ = load()
-    fastppo_trl._add_fused_lm_head(model, temperature=0.5)
-    fastppo_trl._add_fused_lm_head(model, temperature=0.7)  # a second trainer of the same model
+    fastppo_trl.add_fused_lm_head(model, temperature=0.5)
+    fastppo_trl.add_fused_lm_head(model, temperature=0.7)  # a second trainer of the same model
     assert vars(model)[fastppo_trl.patched_transformers.SLOT].temperature == 0.7
 
 
 @pytest.mark.parametrize("found", ["1.14.2", "2.0.0"])
 def test_unsupported_versions_are_named(found, monkeypatch):
-    monkeypatch.setattr("fastppo.integrations.versions.version", lambda name: found)
+    monkeypatch.setattr("fastppo.integrations.patching.version", lambda name: found)
     with pytest.raises(ImportError, match=rf"trl {found} is installed, but fastppo supports trl>=1.15,<2"):
         fastppo_trl.patch()

@@ -13,7 +13,7 @@ from rl_libraries import assert_same, draw, load
 from torch import Tensor
 
 from fastppo.integrations import openrlhf as adapter
-from fastppo.integrations import versions
+from fastppo.integrations import patching
 
 TOTALS = [{}, {"dp_size": 3, "batch_num_tokens": 101.0, "global_batch_size": 17.0}]
 
@@ -208,9 +208,9 @@ def test_another_librarys_patch_is_refused(losses, utils, monkeypatch):
 
 @pytest.mark.parametrize(("found", "accepted"), [("0.11.1", False), ("0.11.2", True), ("0.12.0", False)])
 def test_versions(monkeypatch, found, accepted):
-    monkeypatch.setattr(versions, "version", lambda name: found)
+    monkeypatch.setattr(patching, "version", lambda name: found)
     if accepted:
-        versions.require("openrlhf", adapter.SUPPORTED)
+        patching.require("openrlhf", adapter.SUPPORTED)
     else:
         with pytest.raises(ImportError, match=rf"openrlhf {found} is installed.*openrlhf>=0.11.2,<0.12"):
             adapter.patch()

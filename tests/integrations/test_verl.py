@@ -13,8 +13,8 @@ import torch
 from rl_libraries import assert_same, draw, load, value_and_gradient
 from torch import Tensor
 
+from fastppo.integrations import patching
 from fastppo.integrations import verl as adapter
-from fastppo.integrations import versions
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 BATCH_INFO = [
@@ -362,9 +362,9 @@ def test_importing_verl_patch_patches(algos):
 
 @pytest.mark.parametrize(("found", "accepted"), [("0.7.1", False), ("0.8.0", True), ("0.9.9", True), ("0.10.0", False)])
 def test_versions(monkeypatch, found, accepted):
-    monkeypatch.setattr(versions, "version", lambda name: found)
+    monkeypatch.setattr(patching, "version", lambda name: found)
     if accepted:
-        versions.require("verl", adapter.SUPPORTED)
+        patching.require("verl", adapter.SUPPORTED)
     else:
         with pytest.raises(ImportError, match=rf'verl {found} is installed.*pip install "verl>=0.8,<0.10"'):
             adapter.patch()
@@ -372,7 +372,7 @@ def test_versions(monkeypatch, found, accepted):
 
 def test_a_missing_library_is_named():
     with pytest.raises(ImportError, match="no-such-library is not installed"):
-        versions.require("no-such-library", ">=1")
+        patching.require("no-such-library", ">=1")
 
 
 def test_verls_fused_forward_of_a_model_gives_the_same_with_and_without_the_patch(algos):
