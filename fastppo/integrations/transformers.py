@@ -14,7 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from fastppo.ops.linear_logprob import linear_logprob
 SUPPORTED = ">=4.57,<6"
 IGNORED = -100  # transformers' own
 
-SLOT = "_fastppo_patch"  # the attribute of a patched model that holds its `_Patch`
+SLOT = "_fastppo_patch"  # the attribute of a patched model that holds its `LogprobForward`
 
 
 class CausalLMLogprobs(NamedTuple):
@@ -71,7 +71,7 @@ def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | No
         RuntimeError: fastppo or another library has replaced the model's forward already.
         ValueError: its head is not ``h Wᵀ + b`` with a constant scale and soft cap; the model is unchanged.
     """
-    install(model, "return_logprobs", lambda out: out, temperature=temperature, backend=backend)
+    install(model, LogprobForward("return_logprobs", lambda out: out, temperature, backend=backend))
     return model
 
 
@@ -95,28 +95,33 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def install(
-    model: nn.Module,
-    keyword: str,
-    convert: Callable[[CausalLMLogprobs], Any],
-    *,
-    temperature: float,
-    backend: str | None = None,
-    float32_head: bool = False,
-) -> None:
-    """`patch_model` for another library's convention; raises the same errors.
+@dataclass
+class LogprobForward:
+    """Settings of a patched forward; stored in the model, so that a deep copy of the model gets its own."""
 
-    Args:
-        keyword: the forward's argument that requests log-probabilities.
-        convert: turns our output into the library's.
-        float32_head: compute log-probabilities in float32, outside autocast, with the weight cast to float32.
-    """
+    keyword: str
+    """The forward's argument that requests log-probabilities."""
+    convert: Callable[[CausalLMLogprobs], Any]
+    """Turns our output into that of the library whose convention this is."""
+    temperature: float
+    backend: str | None = None
+    float32_head: bool = False
+    """Compute log-probabilities in float32, outside autocast, with the weight cast to float32."""
+    replaced: Callable | None = None
+    """The instance's own forward before (accelerate sets one that moves inputs), or None."""
+    positional: tuple[str, ...] = ()
+    """Names of the forward's arguments in order; the backbone's order may differ."""
+    no_cache: dict[str, bool] = field(default_factory=dict)
+    """The argument that keeps the backbone from caching, if it has one."""
+
+
+def install(model: nn.Module, patch: LogprobForward) -> None:
+    """`patch_model` for any library's convention; raises the same errors."""
     require("transformers", SUPPORTED)
-    check_transform(temperature, 1.0, None)
+    check_transform(patch.temperature, 1.0, None)
     causal = _causal(model)
     name = type(causal).__name__
-    earlier = vars(causal).get(SLOT)
-    if earlier is not None:
+    if (earlier := vars(causal).get(SLOT)) is not None:
         raise RuntimeError(f"{name} is already patched by fastppo ({earlier.keyword}=True); call unpatch_model first")
     if (other := _foreign_forward(causal)) is not None:
         raise RuntimeError(
@@ -126,37 +131,15 @@ def install(
     if any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
         raise RuntimeError(f"{name} is partitioned by DeepSpeed ZeRO-3, which hides the lm_head; use FSDP2 instead")
     output = causal.get_output_embeddings()
-    if not float32_head and output is not None and _foreign_instance_forward(output) is not None:
+    if not patch.float32_head and output is not None and _foreign_instance_forward(output) is not None:
         raise RuntimeError(f"the forward of {name}'s lm_head has been replaced; undo that first")
     backbone = _check_head(causal)
-    patch = _Patch(
-        replaced=vars(causal).get("forward"),
-        keyword=keyword,
-        convert=convert,
-        temperature=temperature,
-        backend=backend,
-        float32_head=float32_head,
-        positional=tuple(inspect.signature(type(causal).forward).parameters)[1:],
-        no_cache={"use_cache": False} if "use_cache" in inspect.signature(type(backbone).forward).parameters else {},
-    )
+    patch.replaced = vars(causal).get("forward")
+    patch.positional = tuple(inspect.signature(type(causal).forward).parameters)[1:]
+    if "use_cache" in inspect.signature(type(backbone).forward).parameters:
+        patch.no_cache = {"use_cache": False}
     setattr(causal, SLOT, patch)
     causal.forward = _make_forward(type(causal)).__get__(causal)
-
-
-@dataclass
-class _Patch:
-    """State of the new forward; stored in the model, so that a deep copy of the model gets its own."""
-
-    replaced: Callable | None
-    """The instance's own forward before (accelerate sets one that moves inputs), or None."""
-    keyword: str
-    convert: Callable[[CausalLMLogprobs], Any]
-    temperature: float
-    backend: str | None
-    float32_head: bool
-    positional: tuple[str, ...]
-    """Names of the forward's arguments in order; the backbone's order may differ."""
-    no_cache: dict[str, bool]
 
 
 def _make_forward(model_class: type[nn.Module]) -> Callable:
@@ -177,9 +160,8 @@ def _make_forward(model_class: type[nn.Module]) -> Callable:
 
 def _without_logits(
     causal: nn.Module,
-    patch: _Patch,
+    patch: LogprobForward,
     inputs: dict[str, Any],
-    *,
     labels: Tensor | None,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,

@@ -21,9 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from fastppo.integrations import transformers as patched_transformers
 from fastppo.integrations.patching import Patch, require
-from fastppo.integrations.transformers import CausalLMLogprobs
+from fastppo.integrations.transformers import SLOT, CausalLMLogprobs, LogprobForward, install
 
 SUPPORTED = ">=1.15,<2"
 _KEYWORD = "fused_lm_head"
@@ -40,12 +39,12 @@ def add_fused_lm_head(
     if unknown := set(outputs) - {"log_probs", "entropy"}:
         raise ValueError(f"outputs: fastppo computes log_probs and entropy, not {', '.join(sorted(unknown))}")
     convert = partial(_to_trl, with_entropy="entropy" in outputs)
-    earlier = getattr(model, patched_transformers.SLOT, None)
+    earlier = getattr(model, SLOT, None)
     if earlier is not None and earlier.keyword == _KEYWORD:
         # A second trainer of the same model: its settings may differ, and the forward may be wrapped by now.
         earlier.temperature, earlier.convert, earlier.float32_head = temperature, convert, cast_lm_head_to_fp32
         return
-    patched_transformers.install(model, _KEYWORD, convert, temperature=temperature, float32_head=cast_lm_head_to_fp32)
+    install(model, LogprobForward(_KEYWORD, convert, temperature, float32_head=cast_lm_head_to_fp32))
 
 
 def _to_trl(out: CausalLMLogprobs, *, with_entropy: bool) -> Any:

@@ -12,12 +12,10 @@ One step of transformers' Trainer is one rollout and all updates on it:
                   └─ policy, reference, value model ──> log-probabilities, KL, values ── GAE ──> advantages
     num_ppo_epochs × num_mini_batches optimizer steps, the last of them taken by Trainer's own loop
 
-Saving, resuming, logging, callbacks, schedules and several processes (DDP) are Trainer's. TRL itself is not needed, and
-nothing is patched. Tested with transformers 4.57.6 and 5.24.0.
-
-Intended differences from TRL's: a checkpoint also holds the optimizer and the value model (in `value_model/`), and a
-resumed run continues as if it had not stopped; every mini-batch is an optimizer step, also with gradient accumulation;
-NaN or Inf stops the run before it reaches a parameter.
+Saving, resuming, logging, callbacks, schedules and several processes (DDP) are Trainer's; TRL is not needed. Tested on
+transformers 4.57.6 and 5.24.0. Intended differences from TRL's trainer: a checkpoint also holds the optimizer and the
+value model (in `value_model/`), and a resumed run continues as if it had not stopped; every mini-batch is an optimizer
+step, also with gradient accumulation; NaN or Inf stops the run before it reaches a parameter.
 """
 
 from __future__ import annotations
@@ -38,14 +36,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    trainer_utils,
-)
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
@@ -87,16 +78,11 @@ class PolicyAndValue(nn.Module):
     def tie_weights(self) -> None:
         self.policy.tie_weights()
 
-    def values(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Tensor:
-        """[b, T] float32 values of the states before each of the T = `num_completion` last tokens."""
-        backbone, score = _classifier(self.value_model)
-        hidden = token_hidden(backbone, sequences, attention_mask)
-        return score(hidden[:, -num_completion - 1 : -1]).squeeze(-1).float()
-
     def forward(self, batch: Experience, algorithm: PPO) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = (batch.sequences, batch.attention_mask, batch.mask.shape[1])
-        hidden, head = _completion_hidden(self.policy, *tokens)
-        return algorithm.loss(batch, hidden, head, self.values(*tokens), None)
+        length = batch.mask.shape[1]
+        hidden, head = _completion_hidden(self.policy, batch.sequences, batch.attention_mask, length)
+        values = _classify(self.value_model, batch.sequences, batch.attention_mask)[:, -length - 1 : -1]
+        return algorithm.loss(batch, hidden, head, values, None)
 
 
 class PPOTrainer(Trainer):
@@ -119,7 +105,6 @@ class PPOTrainer(Trainer):
         ValueError, TypeError: arguments that do not go together; raised before any work is done.
     """
 
-    _name = "PPO"
     _tag_names = ("trl", "ppo", "fastppo")
 
     def __init__(
@@ -137,7 +122,7 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
-        _check_models(model, ref_model, reward_model, value_model)
+        _check_models(model, ref_model, reward_model, value_model, peft_config)
         if train_dataset is None:
             raise ValueError("train_dataset: required")
         if processing_class.pad_token_id is None:
@@ -145,7 +130,11 @@ class PPOTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU: start the script with `accelerate launch`")
         if peft_config is not None:
-            model = _with_adapters(model, peft_config)
+            import peft
+
+            if not isinstance(peft_config, peft.PeftConfig):
+                raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
+            model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
         if args.ref_adapter_name is not None and not self.is_peft_model:
             raise ValueError("ref_adapter_name: the model has no adapters")
@@ -163,7 +152,6 @@ class PPOTrainer(Trainer):
                 enable_gradient_checkpointing(trained)
 
         self.ppo_args = args
-        self.micro_batch_size = args.per_device_train_batch_size
         super().__init__(
             model=PolicyAndValue(model, value_model),
             args=one_rollout_per_step(args, train_dataset),
@@ -184,7 +172,7 @@ class PPOTrainer(Trainer):
         self._staging: str | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        """Whole rollouts only; of held-out prompts none is dropped."""
+        """Whole rollouts only; evaluation drops no prompt."""
         before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
@@ -200,7 +188,9 @@ class PPOTrainer(Trainer):
             FloatingPointError: a NaN or Inf in a probability, loss or gradient.
         """
         args = self.ppo_args
-        self._show_completions_if_due()
+        shown_every = max(1, self.args.max_steps // max(1, args.num_sample_generations))
+        if args.num_sample_generations and self.eval_dataset is not None and self.state.global_step % shown_every == 0:
+            self.generate_completions(sampling=True)
         model.eval()
         experience = self._experience(self._sample(inputs))
         self.algorithm.estimate_advantages(experience)
@@ -210,15 +200,18 @@ class PPOTrainer(Trainer):
         for epoch in range(args.num_ppo_epochs):
             for rows in torch.randperm(len(experience)).tensor_split(args.num_mini_batches):
                 if losses:
-                    self._optimizer_step(model)
-                losses.append(self._accumulate_gradients(model, experience.select(rows.to(args.device))))
+                    if self.args.max_grad_norm:
+                        self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                    self.optimizer.step()
+                    model.zero_grad()
+                losses.append(self._accumulate_gradients(model, experience.select(rows.to(self.args.device))))
                 self._check_gradients(losses[-1], epoch)
         return torch.stack(losses).mean()
 
     def _accumulate_gradients(self, model: nn.Module, mini_batch: Experience) -> Tensor:
         """Gradients of one mini-batch's loss, a micro-batch at a time. Returns that loss."""
         total, means = torch.zeros((), device=self.args.device), defaultdict(float)
-        parts = torch.arange(len(mini_batch), device=self.args.device).split(self.micro_batch_size)
+        parts = torch.arange(len(mini_batch), device=self.args.device).split(self.ppo_args.per_device_train_batch_size)
         for rows in parts:
             batch = mini_batch.select(rows)
             # The loss and its metrics are means over tokens.
@@ -242,12 +235,6 @@ class PPOTrainer(Trainer):
                 f"step {self.state.global_step + 1}, epoch {epoch + 1}: not finite (loss {loss.item():.4g}, gradient "
                 f"norm {norm.item():.4g}); the parameters are those of the last update"
             )
-
-    def _optimizer_step(self, model: nn.Module) -> None:
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        model.zero_grad()
 
     # A rollout
 
@@ -276,15 +263,18 @@ class PPOTrainer(Trainer):
     def _experience(self, rollout: Rollout) -> Experience:
         """Scores, log-probabilities, KL to the reference and values of a rollout."""
         sequences, attention_mask, mask = rollout.sequences, rollout.attention_mask, rollout.mask
+        length = mask.shape[1]
+        last = sequences.shape[1] - length + mask.sum(1, keepdim=True) - 1  # [B, 1], of each sequence's last token
         parts = []
         for rows in torch.arange(len(mask), device=mask.device).split(self.ppo_args.local_rollout_forward_batch_size):
-            part = (sequences[rows], attention_mask[rows], mask[rows])
+            tokens = (sequences[rows], attention_mask[rows])
             with self.compute_loss_context_manager():
-                logprobs = self._logprobs(self.model.policy, *part)
+                logprobs = self._logprobs(self.model.policy, *tokens, mask[rows])
                 with self._reference() as reference:
-                    ref_logprobs = self._logprobs(reference, *part)
-                values = self.model.values(*part[:2], mask.shape[1]).masked_fill(~mask[rows], 0.0)
-                parts.append((logprobs, ref_logprobs, values, self._scores(*part)))
+                    ref_logprobs = self._logprobs(reference, *tokens, mask[rows])
+                values = _classify(self.model.value_model, *tokens)[:, -length - 1 : -1].masked_fill(~mask[rows], 0.0)
+                scores = _classify(self.reward_model, *tokens).gather(1, last[rows]).squeeze(1)
+            parts.append((logprobs, ref_logprobs, values, scores))
         logprobs, ref_logprobs, values, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         experience = Experience(
             sequences=sequences,
@@ -312,13 +302,6 @@ class PPOTrainer(Trainer):
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         ).logprobs
-
-    def _scores(self, sequences: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        """[b] float32: the reward model's output at each sequence's last token."""
-        backbone, score = _classifier(self.reward_model)
-        last = sequences.shape[1] - mask.shape[1] + mask.sum(1) - 1
-        hidden = token_hidden(backbone, sequences, attention_mask)
-        return score(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -394,8 +377,8 @@ class PPOTrainer(Trainer):
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
-        """Completions of eval_dataset (of its first batch with `sampling`): each process returns its own share, and the
-        main process prints a few."""
+        """Completions of eval_dataset, or of its first batch with `sampling`: the main process prints a few, and each
+        process returns its own share."""
         decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
         rows = []
         for experience in self._held_out(None, num_batches=1 if sampling else None):
@@ -407,13 +390,6 @@ class PPOTrainer(Trainer):
             for row in rows[:_SHOWN]:
                 print(f"[{row['score']:.3f}] {row['query']!r} -> {row['model response']!r}")
         return rows
-
-    def _show_completions_if_due(self) -> None:
-        wanted = self.ppo_args.num_sample_generations
-        if not wanted or self.eval_dataset is None:
-            return
-        if self.state.global_step % max(1, self.args.max_steps // wanted) == 0:
-            self.generate_completions(sampling=True)
 
     def _held_out(self, eval_dataset: Any, num_batches: int | None = None) -> Iterator[Experience]:
         """A rollout of each batch of held-out prompts; restores the run's random-number generators at the end."""
@@ -453,8 +429,8 @@ class PPOTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but written aside and then renamed: a run killed meanwhile leaves the older ones, whole."""
-        if self.args.push_to_hub:  # which reads the folder in the background
+        """As Trainer's, but written aside and then renamed: a killed run leaves only complete checkpoints."""
+        if self.args.push_to_hub:  # reads the folder in the background
             return super()._save_checkpoint(model, trial)
         run = Path(super()._get_output_dir(trial))
         staging, name = run / _STAGING, f"checkpoint-{self.state.global_step}"
@@ -482,7 +458,9 @@ class PPOTrainer(Trainer):
         if hasattr(self, "_rotate_checkpoints"):  # transformers 4
             self._rotate_checkpoints(output_dir=str(run))
         else:
-            trainer_utils.rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+            from transformers.trainer_utils import rotate_checkpoints
+
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
 def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -509,7 +487,17 @@ def _classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return inner.base_model, inner.score
 
 
-def _check_models(model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module):
+def _classify(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """[b, P + T] float32: a sequence-classification model's output after each token."""
+    backbone, score = _classifier(model)
+    return score(token_hidden(backbone, sequences, attention_mask)).squeeze(-1).float()
+
+
+def _check_models(
+    model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module, peft_config: Any
+) -> None:
+    if peft_config is not None and hasattr(model, "disable_adapter"):
+        raise ValueError("peft_config: the model has adapters already; give one or the other")
     if ref_model is model:
         raise ValueError("ref_model: the same object as model, which is trained; give a copy, or None for one")
     if value_model is reward_model:
@@ -531,13 +519,3 @@ def _check_models(model: nn.Module, ref_model: nn.Module | None, reward_model: n
             raise ValueError(
                 f"{name}: reads {readable} tokens, the policy writes {vocabulary}; they must share a tokenizer"
             )
-
-
-def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    import peft  # installed, or there would be no peft_config
-
-    if hasattr(model, "disable_adapter"):
-        raise ValueError("peft_config: the model has adapters already; give one or the other")
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
-    return peft.get_peft_model(model, peft_config)

@@ -16,6 +16,10 @@ require("transformers", SUPPORTED)
 from transformers import TrainingArguments  # noqa: E402
 
 
+def _option(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"help": explanation})  # for transformers.HfArgumentParser
+
+
 @dataclass
 class PPOConfig(TrainingArguments):
     """transformers' TrainingArguments and PPO's options, with TRL's names and defaults.
@@ -24,42 +28,32 @@ class PPOConfig(TrainingArguments):
     gradient_accumulation_steps`` prompts in each process.
     """
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of both models."})
-    logging_steps: float = field(default=10, metadata={"help": "Rollouts between two logs."})
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Number of completions; by default num_train_epochs of the dataset."}
-    )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Sequences generated, or scored without gradients, at a time."}
-    )
-    num_sample_generations: int = field(
-        default=10, metadata={"help": "How often in a run completions of eval_dataset are printed; 0: never."}
-    )
-    response_length: int = field(default=53, metadata={"help": "Maximum number of tokens of a completion."})
-    stop_token: Literal["eos"] | None = field(
-        default=None, metadata={"help": "`eos`: the tokenizer's EOS ends a completion; None: only its length does."}
-    )
-    stop_token_id: int | None = field(default=None, metadata={"help": "Id of the token that ends a completion."})
-    temperature: float = field(default=0.7, metadata={"help": "Divides the logits, in sampling and in scoring."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a completion without an EOS."}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Divide rewards by their standard deviation."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference in the rewards."})
-    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "Estimator of a token's KL."})
-    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the probability ratio."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range around the rollout's value."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
-    model_adapter_name: str | None = field(default=None, metadata={"help": "Name of the trained adapter."})
-    ref_adapter_name: str | None = field(default=None, metadata={"help": "Name of the reference's adapter."})
-    sft_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
-    reward_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "For scripts; not read here."})
-    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "For old scripts; has no effect."})
+    learning_rate: float = _option(3e-6, "Initial learning rate of both models.")
+    logging_steps: float = _option(10, "Rollouts between two logs.")
+    total_episodes: int | None = _option(None, "Number of completions; by default num_train_epochs of the dataset.")
+    num_ppo_epochs: int = _option(4, "Passes over a rollout.")
+    num_mini_batches: int = _option(1, "Optimizer steps in a pass.")
+    local_rollout_forward_batch_size: int = _option(64, "Sequences generated, or scored without gradients, at a time.")
+    num_sample_generations: int = _option(10, "How often in a run completions of eval_dataset are printed; 0: never.")
+    response_length: int = _option(53, "Maximum number of tokens of a completion.")
+    stop_token: Literal["eos"] | None = _option(None, "`eos`: the tokenizer's ends completions; by default none does.")
+    stop_token_id: int | None = _option(None, "Id of the token that ends a completion.")
+    temperature: float = _option(0.7, "Divides the logits, in sampling and in scoring.")
+    missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a completion without an EOS.")
+    whiten_rewards: bool = _option(False, "Divide rewards by their standard deviation.")
+    kl_coef: float = _option(0.05, "Weight of the KL to the reference in the rewards.")
+    kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", "Estimator of a token's KL.")
+    cliprange: float = _option(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = _option(0.1, "Weight of the value loss.")
+    cliprange_value: float = _option(0.2, "Clip range around the rollout's value.")
+    gamma: float = _option(1.0, "Discount.")
+    lam: float = _option(0.95, "GAE's lambda.")
+    model_adapter_name: str | None = _option(None, "Name of the trained adapter.")
+    ref_adapter_name: str | None = _option(None, "Name of the reference's adapter.")
+    sft_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    reward_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    dataset_num_proc: int | None = _option(None, "For scripts; not read here.")
+    ds3_gather_for_generation: bool = _option(True, "For old scripts; has no effect.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -271,6 +271,7 @@ def test_liger_is_named():
 
 def test_accelerate_hooks_stay_and_its_preparation_comes_after():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate's hooks")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # left by trainers of other tests
     model, batch = _random_model(), _batch()
     plain = copy.deepcopy(model)
     accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(io_same_device=True))

@@ -18,6 +18,7 @@ from packaging.version import Version  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
 
 import fastppo.integrations.trl as fastppo_trl  # noqa: E402
+from fastppo.integrations.transformers import SLOT  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_same_curves_as_without(kind, options, baseline, load, tmp_path, monkeyp
     monkeypatch.undo()
     with fastppo_trl.patched():
         trainer, ours = _train(kind, load, tmp_path / "ours", **options)
-    assert vars(trainer.model)[fastppo_trl.patched_transformers.SLOT].temperature == 0.8
+    assert vars(trainer.model)[SLOT].temperature == 0.8
     _assert_same_curves(ours, own, rtol=2e-3)
     assert max(abs(row["kl"]) for row in own) > 1e-4  # there was something to compare
 
@@ -137,7 +138,7 @@ def test_adapters(load, tmp_path, monkeypatch):
     monkeypatch.undo()
     with fastppo_trl.patched():
         trainer, ours = _train("grpo", load, tmp_path / "ours", **options)
-    assert fastppo_trl.patched_transformers.SLOT in vars(trainer.model.get_base_model())
+    assert SLOT in vars(trainer.model.get_base_model())
     _assert_same_curves(ours, own, rtol=2e-3)
 
 
@@ -231,7 +232,7 @@ def test_foreign_patches_are_refused(load, monkeypatch):
     model, _ = load()
     fastppo_trl.add_fused_lm_head(model, temperature=0.5)
     fastppo_trl.add_fused_lm_head(model, temperature=0.7)  # a second trainer of the same model
-    assert vars(model)[fastppo_trl.patched_transformers.SLOT].temperature == 0.7
+    assert vars(model)[SLOT].temperature == 0.7
 
 
 @pytest.mark.parametrize("found", ["1.14.2", "2.0.0"])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from rl_libraries import assert_same, draw, load, value_and_gradient
+from rl_libraries import assert_same, draw, find, load, parameters, replaced_pairs, value_and_gradient
 from torch import Tensor
 
 from fastppo.integrations import patching
@@ -55,19 +55,13 @@ def skip_unless_known(algos, agg: str) -> None:
 
 
 def test_the_signatures_are_verls():
-    for name, mine in adapter._PATCH.replacements.items():
-        module, _, attribute = name.rpartition(".")
-        theirs = getattr(load(module), attribute)
-        pairs = [(mine, theirs)]
-        if inspect.isclass(mine):
-            pairs = [(mine.__init__, theirs.__init__), (mine.forward, theirs.forward)]
-        if attribute == "linear_cross_entropy":
-            pairs = [(mine, functools.partial(theirs.__self__.forward, None))]
-        for ours, original in pairs:
-            given, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, original))
-            # Older versions have fewer; what they have comes in the same order, with the same names and defaults.
-            assert [(p.name, p.default) for p in wanted] == [(p.name, p.default) for p in given][: len(wanted)], name
-            assert all(p.default is not p.empty for p in given[len(wanted) :]), name
+    for name, mine, theirs in replaced_pairs(adapter._PATCH.replacements):
+        if name.endswith("linear_cross_entropy"):
+            theirs = functools.partial(theirs.__self__.forward, None)
+        given, wanted = parameters(mine), parameters(theirs)
+        # Older versions have fewer parameters: a prefix of ours, with the same names and defaults.
+        assert given[: len(wanted)] == wanted, name
+        assert all(default is not inspect.Parameter.empty for _, default in given[len(wanted) :]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -292,21 +286,25 @@ def test_a_taken_name_is_refused(algos, monkeypatch):
     monkeypatch.setitem(algos.POLICY_LOSS_REGISTRY, "fastppo", lambda: None)
     with pytest.raises(RuntimeError, match="registered already"):
         adapter.register()
+    agg_loss = algos.agg_loss
+    with pytest.raises(RuntimeError, match="registered already"):
+        adapter.patch()
+    assert algos.agg_loss is agg_loss
 
 
 def test_patch_reaches_every_reference_and_unpatch_restores_it(algos, functional):
     losses = load("verl.workers.utils.losses")
-    originals = {name: _find(name) for name in adapter._PATCH.replacements}
+    originals = {name: find(name) for name in adapter._PATCH.replacements}
     with adapter.patched():
         for name, replacement in adapter._PATCH.replacements.items():
-            assert _find(name) is replacement
+            assert find(name) is replacement
         assert losses.kl_penalty is adapter.kl_penalty  # `from verl.trainer.ppo.core_algos import ...`
         assert algos.get_adv_estimator_fn("gae") is adapter.compute_gae_advantage_return
         picked_up_later = type(sys)("verl.picked_up_later")
         picked_up_later.kl_penalty = algos.kl_penalty
         sys.modules["verl.picked_up_later"] = picked_up_later
     try:
-        assert {name: _find(name) for name in adapter._PATCH.replacements} == originals
+        assert {name: find(name) for name in adapter._PATCH.replacements} == originals
         assert picked_up_later.kl_penalty is losses.kl_penalty is originals["verl.trainer.ppo.core_algos.kl_penalty"]
         assert algos.get_adv_estimator_fn("gae") is algos.compute_gae_advantage_return
     finally:
@@ -392,8 +390,3 @@ def test_verls_fused_forward_of_a_model_gives_the_same_with_and_without_the_patc
         (out.log_probs * upstream[0] + out.entropy * upstream[1]).sum().backward()
         results.append((out.log_probs, out.entropy, *[p.grad.clone() for p in model.parameters()]))
     assert_same(*results, 1e-4)
-
-
-def _find(name: str):
-    module, _, attribute = name.rpartition(".")
-    return getattr(load(module), attribute)
