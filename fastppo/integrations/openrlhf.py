@@ -132,7 +132,7 @@ class PolicyLoss(torch.nn.Module):
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs: needed for is_correction_level={self.is_correction_level!r}")
-        mask = _mask(action_mask, log_probs)
+        mask, loss_agg = _mask(action_mask, log_probs), _loss_agg(self.token_level_loss)
         weights = vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
             log_ratio = log_probs - (rollout_log_probs if corrected else old_log_probs).detach()
@@ -150,10 +150,9 @@ class PolicyLoss(torch.nn.Module):
             clip_high=self.clip_eps_high,
             dual_clip=self.dual_clip,
             ratio_level="token" if self.policy_loss_type == "ppo" else "sequence-geometric",
-            loss_agg=_loss_agg(self.token_level_loss),
+            loss_agg=loss_agg,
         )
-        total = batch_num_tokens if self.token_level_loss else global_batch_size
-        loss = loss * batch_share(mask, by_token=self.token_level_loss, total=total, dp_size=dp_size)
+        loss = loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
         ppo_kl = _masked_mean((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction"], ppo_kl, vllm_kl, is_filter_ratio
 
@@ -199,13 +198,11 @@ class ValueLoss(torch.nn.Module):
         global_batch_size: float | None = None,
     ) -> Tensor:
         """All tensors [B, T]; the last three arguments are those of the whole batch over all ranks."""
-        mask = _mask(action_mask, values)
-        loss_agg = _loss_agg(self.token_level_loss)
+        mask, loss_agg = _mask(action_mask, values), _loss_agg(self.token_level_loss)
         out = value_loss(
             values, returns, old_values=old_values, mask=mask, cliprange_value=self.clip_eps, loss_agg=loss_agg
         )
-        total = batch_num_tokens if self.token_level_loss else global_batch_size
-        return out.loss * batch_share(mask, by_token=self.token_level_loss, total=total, dp_size=dp_size)
+        return out.loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
 
 
 _PATCH = Patch(
@@ -229,6 +226,11 @@ def _mask(action_mask: Tensor | None, like: Tensor) -> Tensor:
 
 def _loss_agg(token_level_loss: bool) -> str:
     return "token-mean" if token_level_loss else "seq-mean-token-mean"
+
+
+def _share(mask: Tensor, loss_agg: str, dp_size: int, tokens: float | None, sequences: float | None) -> Tensor | float:
+    total = tokens if loss_agg == "token-mean" else sequences
+    return 1.0 if total is None else batch_share(mask, loss_agg, dp_size, tokens, sequences)  # as OpenRLHF does
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -41,15 +41,29 @@ def replace_gradient(value: Tensor, source: Tensor) -> Tensor:
     return value.detach() + (source - source.detach())
 
 
-def batch_share(mask: Tensor, *, by_token: bool, total: float | Tensor | None, dp_size: int) -> Tensor | float:
-    """The factor that turns a mean over this rank's tokens or sequences into its part of the whole batch's mean.
+def batch_share(
+    mask: Tensor,
+    loss_agg: str,
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | None = None,
+    loss_scale_factor: int | None = None,
+) -> Tensor | float:
+    """The factor that turns a loss aggregated over this rank's tokens into its part of the whole batch's loss.
 
     Args:
         mask: [B, T] bool. Sequences without a token do not count.
-        by_token: whether the mean is over tokens or over sequences.
-        total: number of tokens or sequences in the batch over all ranks; None leaves the local mean as it is.
+        loss_agg: the aggregation; token-sum expects a loss aggregated by token-mean.
         dp_size: number of ranks, whose gradients will be averaged.
+        batch_num_tokens, global_batch_size: of the whole batch over all ranks; without them the loss stays local.
+        loss_scale_factor: divides seq-mean-token-sum-norm instead of T.
     """
-    if total is None:
-        return 1.0
-    return (mask.sum() if by_token else mask.any(-1).sum()) / total * dp_size
+    by_token = loss_agg in ("token-mean", "token-sum")
+    name, total = ("batch_num_tokens", batch_num_tokens) if by_token else ("global_batch_size", global_batch_size)
+    total = 1 if loss_agg == "token-sum" else total
+    if total is None and dp_size > 1:
+        raise ValueError(f"{name}: needed when dp_size > 1")
+    share = 1.0 if total is None else (mask.sum() if by_token else mask.any(-1).sum()) / total * dp_size
+    if loss_agg == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
+        share = share * (mask.shape[-1] / loss_scale_factor)
+    return share

@@ -134,7 +134,7 @@ def compute_policy_loss(
         dual_clip=config.get("clip_ratio_c", 3.0),
         loss_agg=_local_mode(loss_agg_mode),
     )
-    return loss * _share(mask, loss_agg_mode, **(config.get("global_batch_info") or {})), {
+    return loss * batch_share(mask, loss_agg_mode, **(config.get("global_batch_info") or {})), {
         "actor/pg_clipfrac": metrics["clip_fraction"].item(),
         "actor/ppo_kl": agg_loss(-log_ratio.detach(), mask, "token-mean").item(),
         "actor/pg_clipfrac_lower": metrics["dual_clip_fraction"].item(),
@@ -155,7 +155,7 @@ def compute_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped value loss of vpreds [B, T] around the rollout's values, and the fraction of clipped tokens."""
     mask, loss_agg = response_mask.bool(), _local_mode(loss_agg_mode)
-    share = _share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    share = batch_share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     out = value_loss(vpreds, returns, old_values=values, mask=mask, cliprange_value=cliprange_value, loss_agg=loss_agg)
     return out.loss * share, out.metrics["clip_fraction"]
 
@@ -180,7 +180,7 @@ def agg_loss(
     """
     mask = loss_mask.bool()
     weights = reference.aggregation_weights(mask, _local_mode(loss_agg_mode), reference.upcast(loss_mat).dtype)
-    share = _share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    share = batch_share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     return (weights * loss_mat.masked_fill(~mask, 0.0)).sum() * share
 
 
@@ -284,26 +284,5 @@ patch, unpatch, patched = _PATCH.apply, _PATCH.undo, _PATCH.applied
 
 
 def _local_mode(loss_agg_mode: str) -> str:
-    """fastppo's name for the aggregation over this rank's tokens; `_share` turns token-mean into token-sum."""
+    """fastppo's name for the aggregation over this rank's tokens; `batch_share` turns token-mean into token-sum."""
     return "token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode
-
-
-def _share(
-    mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> Tensor | float:
-    """`batch_share` of an aggregation; ValueError where several ranks need a total that is not given."""
-    by_token = loss_agg_mode in ("token-mean", "token-sum")
-    if loss_agg_mode == "token-sum":
-        batch_num_tokens = 1
-    total, name = (batch_num_tokens, "batch_num_tokens") if by_token else (global_batch_size, "global_batch_size")
-    if total is None and dp_size > 1:
-        raise ValueError(f"{name}: needed when dp_size > 1")
-    share = batch_share(mask, by_token=by_token, total=total, dp_size=dp_size)
-    if loss_agg_mode == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
-        share = share * (mask.shape[-1] / loss_scale_factor)
-    return share
