@@ -21,7 +21,7 @@ class Patch:
     Args:
         library: importable name, which is also the name of the distribution.
         supported: version range, such as ">=0.8,<0.10".
-        replacements: "library.module.function" -> its replacement.
+        replacements: "library.module.function" -> its replacement, a different one for each.
         only_in: names of modules; the replacements go into these alone instead of everywhere.
     """
 

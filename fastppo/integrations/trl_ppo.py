@@ -2,10 +2,6 @@
 
     from fastppo.integrations.trl_ppo import PPOConfig, PPOTrainer
 
-    trainer = PPOTrainer(args=PPOConfig(...), processing_class=tokenizer, model=policy, ref_model=ref_policy,
-                         reward_model=reward_model, value_model=value_model, train_dataset=..., eval_dataset=...)
-    trainer.train()
-
 One step of transformers' Trainer is one rollout and all updates on it:
 
     prompts ── generate ──> completions ── reward_model ──> scores
@@ -95,8 +91,7 @@ class PPOTrainer(Trainer):
         ref_model: reference of the KL; None: a frozen copy of the policy, or with peft the policy without its adapter.
         reward_model: a sequence-classification model with one output, whose head is called `score`.
         value_model: another one, trained along with the policy.
-        train_dataset: tokenized prompts: a column `input_ids`.
-        eval_dataset: the same, held out.
+        train_dataset, eval_dataset: tokenized prompts: a column `input_ids`.
         data_collator: makes a batch with `input_ids` [B, P] (and `attention_mask`) of rows; padding on either side.
         optimizers, callbacks: as for transformers' Trainer.
         peft_config: wraps the policy.
@@ -147,9 +142,8 @@ class PPOTrainer(Trainer):
         for frozen in (ref_model, reward_model):
             if frozen is not None:
                 frozen.eval().requires_grad_(False)
-        if args.gradient_checkpointing:
-            for trained in (model, value_model):
-                enable_gradient_checkpointing(trained)
+        for trained in (model, value_model) if args.gradient_checkpointing else ():
+            enable_gradient_checkpointing(trained)
 
         self.ppo_args = args
         super().__init__(
@@ -284,7 +278,6 @@ class PPOTrainer(Trainer):
             old_values=values,
             scores=scores,
             kl=sampled_kl(logprobs, ref_logprobs, self.ppo_args.kl_estimator),
-            ref_logprobs=ref_logprobs,
         )
         if self.ppo_args.missing_eos_penalty is not None:
             experience.scores -= self.ppo_args.missing_eos_penalty * (~self._is_eos(experience).any(1)).float()
