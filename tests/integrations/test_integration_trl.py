@@ -72,7 +72,7 @@ def _train(kind: str, load, output_dir, *, steps: int = 4, peft_config=None, **o
     return trainer, [row for row in trainer.state.log_history if "loss" in row]
 
 
-def _plain_door(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+def _plain_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
     """What TRL's function does, written out: from the model's own logits, all of them."""
     own = model.forward
 
@@ -95,10 +95,10 @@ def _plain_door(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("lo
 
 @pytest.fixture(params=["its own logits", "TRL's own function"])
 def baseline(request, monkeypatch):
-    """What ours is compared with; a context in which trainers are built on it."""
+    """The function that ours is compared with, set in the trainers' modules."""
     if request.param == "its own logits":
         for name in ("grpo", "rloo"):
-            monkeypatch.setattr(f"trl.trainer.{name}_trainer.add_fused_lm_head", _plain_door)
+            monkeypatch.setattr(f"trl.trainer.{name}_trainer.add_fused_lm_head", _plain_fused_lm_head)
     elif Version(trl.__version__) < Version("1.16") and not torch.cuda.is_available():
         pytest.skip("TRL's own function needs a GPU before 1.16")
 
@@ -133,7 +133,7 @@ def test_adapters(load, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft", reason="needs peft's adapters")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "v_proj"])
     options = {"beta": 0.1, "peft_config": config, "steps": 3}
-    monkeypatch.setattr("trl.trainer.grpo_trainer.add_fused_lm_head", _plain_door)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.add_fused_lm_head", _plain_fused_lm_head)
     _, own = _train("grpo", load, tmp_path / "own", **options)
     monkeypatch.undo()
     with fastppo_trl.patched():
@@ -143,7 +143,7 @@ def test_adapters(load, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_every_field_and_gradient_of_the_door(cast, baseline, load):
+def test_every_field_and_gradient_of_the_fused_head(cast, baseline, load):
     """The function in TRL's place against another, called alike."""
     from trl.trainer.grpo_trainer import add_fused_lm_head
 

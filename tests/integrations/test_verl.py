@@ -87,7 +87,7 @@ def test_the_backward_writes_over_the_logits_only_where_nothing_else_needs_them(
     assert not torch.equal(logits, before)
     torch.testing.assert_close(weight.grad, logits.T @ hidden)  # the logits' memory now holds ∂logits
 
-    kept = weight.detach().clone().requires_grad_()  # a leaf is somebody's parameter
+    kept = weight.detach().clone().requires_grad_()  # a leaf is a parameter
     adapter.logprobs_from_logits(kept, torch.randint(0, 8, (11,))).sum().backward()
     assert torch.equal(kept, weight)
 
