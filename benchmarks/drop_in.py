@@ -4,15 +4,15 @@
     python benchmarks/drop_in.py --part loss --dtype float32 --rounds 5
     python benchmarks/drop_in.py --output benchmarks/results/drop-in-cpu.json
 
-Two parts. `loss` is the loss computation alone, through the trainer's own door: a model of no layers, given its hidden
-states, with the forward that `add_fused_lm_head` gives it; log-probabilities, entropy for the metrics, a
-policy-gradient loss, backward to hidden states and lm_head. Once with every token a completion token, and once with
-half of each sequence prompt, which TRL computes and drops on a CPU. `step` is the trainer on SmolLM2: generation,
-reward, loss, backward, optimizer; and that without the generation.
+- `loss` is the loss computation alone: a model without layers, given its hidden states, whose forward comes from
+  `add_fused_lm_head` as the trainer's does; log-probabilities, entropy for the metrics, a policy-gradient loss, and
+  backward to hidden states and lm_head. Once every token is a completion token; once half of each sequence is prompt,
+  whose logits TRL computes and drops on a CPU.
+- `step` is the trainer on SmolLM2: generation, reward, loss, backward, optimizer; and the same without the generation.
 
-Each contender runs in processes of its own, since what one frees another would reuse and its peak would look smaller.
-They take turns, against what else the machine does. Memory is the peak above what was resident before the call, after
-one call as a warm-up; gradients and what a step makes anew are in it. A disagreement of the two ends the run.
+Each contender runs in processes of its own, since memory freed by one would be reused by the other. They alternate, so
+that other load on the machine affects both. Memory is the peak above the resident memory before a call, after one call
+of warm-up; it includes gradients and whatever a step allocates anew. The run ends with an error if the two disagree.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     machine = describe_machine(args.device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     if machine["load_average"] > 0.5:
-        print("other processes are at work on this machine: the ratios mean little")
+        print("other processes are running on this machine: the ratios are unreliable")
     results = []
     for part in ("loss", "step") if args.part == "both" else (args.part,):
         results += compare(part, args)
@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def compare(part: str, args: argparse.Namespace) -> list[dict]:
-    """A row for each quantity and contender: all turns' times together, the greatest of their peaks."""
+    """A row for each quantity and contender: times of all turns, and the highest of their peaks."""
     options = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("part", "output", "contender")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     turns: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     for _ in range(args.turns):
         for name in CONTENDERS:
             command = [sys.executable, __file__, *options, f"--part={part}", f"--contender={name}"]
-            # From a folder without one named `kernels`, which libraries take for Hugging Face's package.
+            # In a folder without one named `kernels`, which libraries would take for Hugging Face's package.
             with tempfile.TemporaryDirectory() as folder:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
             if done.returncode:
@@ -130,14 +130,13 @@ def print_table(results: list[dict]) -> None:
 
 
 def describe_machine(device: str) -> dict:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "")
+    on_gpu = device.startswith("cuda")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else processor or platform.processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
@@ -278,7 +277,7 @@ def synchronize(device: str) -> None:
 
 
 def with_peak(call: Callable[[], object], device: str) -> tuple:
-    """(result, MiB that the call adds at its peak to what was there before; None where the system does not tell)."""
+    """(result, MiB of the call's peak above the memory in use before; None where the system does not report it)."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -292,7 +291,7 @@ def with_peak(call: Callable[[], object], device: str) -> tuple:
     def kib(field: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
-    reset.write_text("5")  # the peak starts anew
+    reset.write_text("5")  # resets the peak
     before = kib("VmRSS")
     result = call()
     return result, max(0, kib("VmHWM") - before) / 1024

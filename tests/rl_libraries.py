@@ -1,9 +1,7 @@
-"""verl and OpenRLHF for the tests of their adapters, and what those tests share.
+"""Import verl and OpenRLHF for the tests of their integrations, and what those tests share.
 
-They are imported also where what they run on (Ray, DeepSpeed, flash-attn, a LaTeX parser) is not installed.
-
-Neither the functions that the adapters replace nor the tests touch those, but importing the libraries does. So
-stand-ins take their place, for the length of the import only; where they are installed they are themselves.
+Importing them needs Ray, DeepSpeed, flash-attn or a LaTeX parser, which neither the replaced functions nor the tests
+use. Where one of these is not installed, a stand-in takes its place during the import.
 """
 
 from __future__ import annotations
@@ -12,8 +10,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
+import os
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -24,10 +26,16 @@ HEAVY = {"verl": ("ray",), "openrlhf": ("deepspeed", "flash_attn", "pylatexenc")
 
 
 def load(name: str) -> ModuleType:
-    """Import `name`, a module of verl or openrlhf; skip the test if the library is not installed."""
+    """Import `name`, a module of verl or openrlhf.
+
+    Where the library is not installed the test is skipped, or fails if FASTPPO_REQUIRE_RL_LIBRARIES is 1.
+    """
     library = name.partition(".")[0]
     if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+        missing = f"{library} is not installed"
+        if os.environ.get("FASTPPO_REQUIRE_RL_LIBRARIES") == "1":
+            pytest.fail(f"{missing}, and FASTPPO_REQUIRE_RL_LIBRARIES=1 requires it")
+        pytest.skip(missing)
     if name in sys.modules:
         return sys.modules[name]
     finder = _StandIns([heavy for heavy in HEAVY[library] if not _is_installed(heavy)])
@@ -40,12 +48,31 @@ def load(name: str) -> ModuleType:
             del sys.modules[module]
 
 
+def find(name: str) -> Any:
+    """The function or class "library.module.name"."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(load(module), attribute)
+
+
+def replaced_pairs(replacements: dict[str, Callable]) -> Iterator[tuple[str, Callable, Callable]]:
+    """Name, replacement and original of every function, and of the constructor and forward of every class."""
+    for name, mine in replacements.items():
+        theirs = find(name)
+        methods = ("__init__", "forward") if inspect.isclass(mine) else ()
+        yield from [(name, getattr(mine, m), getattr(theirs, m)) for m in methods] or [(name, mine, theirs)]
+
+
+def parameters(function: Callable) -> list[tuple[str, Any]]:
+    """Names and defaults, in order."""
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
 def draw(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64) * scale
 
 
 def value_and_gradient(function, x: Tensor, *arguments, **options):
-    """(outputs, ∂(random upstream · outputs)/∂x); the first output alone is differentiated."""
+    """(outputs, ∂(upstream · first output)/∂x) with upstream gradients from 0.5 to 2."""
     x = x.clone().requires_grad_()
     out = function(x, *arguments, **options)
     first = out[0] if isinstance(out, tuple) else out
@@ -55,13 +82,13 @@ def value_and_gradient(function, x: Tensor, *arguments, **options):
 
 
 def assert_same(mine, theirs, tolerance=1e-7):
-    """Values and gradients; verl adds 1e-8 to the number of tokens."""
+    """Compare values and gradients; verl adds 1e-8 to the number of tokens."""
     torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, check_dtype=False)
 
 
 def _is_installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name on the path has none
+    return spec is not None and spec.origin is not None  # None for a folder of that name on the path
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):

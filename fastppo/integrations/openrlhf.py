@@ -4,24 +4,28 @@
 
     fastppo_openrlhf.patch()       # in every process that trains: see docs/integrations.md
 
-The functions and classes have OpenRLHF's names, parameters and results, and can be used without it. What differs, on
-purpose:
-- log-probabilities and entropies are float32 whatever the logits are (float64 for float64), at most and at least 0,
-  and `temperature` leaves the caller's logits as they were;
-- padding gives 0, and whatever stands there, NaN included, reaches no loss; no token at all gives a loss of 0;
-- masks are True or False: any other number counts as True.
+Tested with OpenRLHF 0.11.2. `patch` replaces these functions and classes in all of OpenRLHF's modules:
+
+    openrlhf.models.utils    log_probs_from_logits, compute_entropy, compute_approx_kl
+    openrlhf.models.loss     PolicyLoss, ValueLoss
+
+They have OpenRLHF's names, parameters and results, and can be used without it. Intended differences:
+- log-probabilities (at most 0) and entropies (at least 0) are float32 whatever the logits are, float64 for float64;
+- `temperature` does not divide the caller's logits in place;
+- padding gives 0, and values at padding, NaN included, reach no loss; without any token the loss is 0;
+- masks are boolean: any number but 0 counts as True.
 B sequences, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
-from fastppo import ppo_loss, reference, selective_logprob, value_loss
+from fastppo import reference, selective_logprob, value_loss
 from fastppo.integrations.patching import Patch
+from fastppo.integrations.shared import batch_share, replace_gradient, weighted_ppo_loss
+from fastppo.integrations.shared import entropy_from_logits as compute_entropy
 
 SUPPORTED = ">=0.11.2,<0.12"
 
@@ -31,12 +35,6 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     return selective_logprob(logits, labels, temperature=temperature).logprobs
 
 
-def compute_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats, [...], of softmax(logits [..., V]); no copy of the logits is made."""
-    any_target = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-    return selective_logprob(logits, any_target, return_entropy=True).entropy
-
-
 def compute_approx_kl(
     log_probs: Tensor,
     log_probs_base: Tensor,
@@ -44,37 +42,37 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """k1, k2 or k3 (Schulman, 2020) between -10 and 10, float32; k3 keeps its digits where the two are close.
+    """k1, k2 or k3 (Schulman, 2020) clamped to [-10, 10], float32; k3 stays accurate where the two are close.
 
     With `unbiased_gradient` the value stays, and the gradient becomes that of k2 times the importance weight
-    π / π_old, at most 10 (1 without log_probs_old): that of the KL itself.
+    π / π_old, at most 10 (1 without log_probs_old): the gradient of the KL itself.
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {kl_estimator!r}")
     log_ratio = log_probs.float() - log_probs_base.float()
     zero = torch.zeros_like(log_ratio)
-    # A k3 beyond the cap of 10 needs no gradient, and one of e^60 would leave a NaN.
+    # k3 of e^60 would have a NaN gradient; beyond the cap of 10 it has none.
     bounded = log_ratio.clamp(min=-10.0) if kl_estimator == "k3" else log_ratio
     value = reference.sampled_kl(bounded, zero, kl_estimator).clamp(-10.0, 10.0)
     if not unbiased_gradient:
         return value
-    straight_through = reference.sampled_kl(log_ratio, zero, "k2")
+    weight = 1.0
     if log_probs_old is not None:
         weight = (log_probs.detach().float() - log_probs_old.detach().float()).exp().clamp(max=10.0)
-        straight_through = weight * straight_through
-    return value.detach() + (straight_through - straight_through.detach())
+    return replace_gradient(value, weight * reference.sampled_kl(log_ratio, zero, "k2"))
 
 
 class PolicyLoss(torch.nn.Module):
     """PPO's clipped loss or GSPO's, with dual clip, and the correction for sampling with another engine.
 
     The correction (`is_correction_level` token or seq) weighs each token by π_old / π_rollout, where π_rollout is the
-    engine that sampled. `is_correction_gating` says what is compared with `is_correction_threshold` = (low, high):
-    that ratio, or the binary KL or the total variation of the sampled token between the two; `is_correction_mode`
-    whether what lies outside is dropped ("mask") or clamped ("clip").
+    engine that sampled. `is_correction_gating` names the statistic that is compared with `is_correction_threshold` =
+    (low, high): that ratio, or the binary KL or the total variation of the sampled token between the two.
+    `is_correction_mode` says whether tokens outside are dropped ("mask") or their weight is clamped ("clip").
+    `token_level_loss` averages over tokens; otherwise over a sequence, then over the sequences that have a token.
 
     Raises:
-        ValueError: an option out of its range, or options that don't go together.
+        ValueError: an option is out of its range, or options contradict each other.
     """
 
     def __init__(
@@ -127,46 +125,40 @@ class PolicyLoss(torch.nn.Module):
         """All tensors [B, T]; the last three arguments are those of the whole batch over all ranks.
 
         Returns:
-            (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio): the tokens that the clip struck, k1 between the
-            policies now and before, k1 between the sampling engine and the policy, and what the correction filtered;
-            the last two None unless policy_loss_type is ppo and the correction is on.
+            (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio): fraction of clipped tokens, k1 between the old and the
+            current policy, k1 between the sampling engine and the old policy, and the fraction that the correction
+            filtered; the last two are None unless policy_loss_type is ppo and the correction is on.
         """
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs: needed for is_correction_level={self.is_correction_level!r}")
-        mask = _mask(action_mask, log_probs)
-        if self.policy_loss_type == "ppo":
-            log_ratio = (log_probs - old_log_probs.detach()).clamp(-20.0, 20.0)
-        else:
+        mask, loss_agg = _mask(action_mask, log_probs), _loss_agg(self.token_level_loss)
+        weights = vllm_kl = is_filter_ratio = None
+        if self.policy_loss_type == "gspo":
             log_ratio = log_probs - (rollout_log_probs if corrected else old_log_probs).detach()
-        options = {
-            "mask": mask,
-            "clip_low": self.clip_eps_low,
-            "clip_high": self.clip_eps_high,
-            "dual_clip": self.dual_clip,
-            "ratio_level": "token" if self.policy_loss_type == "ppo" else "sequence-geometric",
-            "loss_agg": _loss_agg(self.token_level_loss),
-        }
-        # The log-ratio goes in as log-probabilities with old ones of 0: it is bounded here, more tightly than there.
-        zero = torch.zeros_like(log_ratio)
-        vllm_kl = is_filter_ratio = None
-        if corrected and self.policy_loss_type == "ppo":
-            # A weight of at least 0 commutes with min and clip, so it goes into the advantage.
-            weight, is_filter_ratio = self._correction(old_log_probs, rollout_log_probs, mask)
-            vllm_kl = _masked_mean((rollout_log_probs - old_log_probs).detach(), mask)
-            out = ppo_loss(zero, advantages * weight, logprobs=log_ratio, **options)
-            # A weight of 0 would hide which tokens the clip struck.
-            metrics = ppo_loss(zero, advantages, logprobs=log_ratio.detach(), **options).metrics
         else:
-            out = ppo_loss(zero, advantages, logprobs=log_ratio, **options)
-            metrics = out.metrics
-        loss = out.loss * _share(mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+            log_ratio = (log_probs - old_log_probs.detach()).clamp(-20.0, 20.0)
+            if corrected:
+                weights, is_filter_ratio = self._correction(old_log_probs, rollout_log_probs, mask)
+                vllm_kl = _masked_mean((rollout_log_probs - old_log_probs).detach(), mask)
+        loss, metrics = weighted_ppo_loss(
+            log_ratio,
+            advantages,
+            weights,
+            mask=mask,
+            clip_low=self.clip_eps_low,
+            clip_high=self.clip_eps_high,
+            dual_clip=self.dual_clip,
+            ratio_level="token" if self.policy_loss_type == "ppo" else "sequence-geometric",
+            loss_agg=loss_agg,
+        )
+        loss = loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
         ppo_kl = _masked_mean((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction"], ppo_kl, vllm_kl, is_filter_ratio
 
     @torch.no_grad()
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of each token [B, T], and the fraction of tokens, or of sequences, that lay outside."""
+        """The weight of each token [B, T], and the fraction of tokens, or of sequences, outside the threshold."""
         log_weight = old - rollout
         by_sequence = self.is_correction_level == "seq"
         if self.is_correction_gating == "ratio":
@@ -206,12 +198,11 @@ class ValueLoss(torch.nn.Module):
         global_batch_size: float | None = None,
     ) -> Tensor:
         """All tensors [B, T]; the last three arguments are those of the whole batch over all ranks."""
-        mask = _mask(action_mask, values)
-        loss_agg = _loss_agg(self.token_level_loss)
+        mask, loss_agg = _mask(action_mask, values), _loss_agg(self.token_level_loss)
         out = value_loss(
             values, returns, old_values=old_values, mask=mask, cliprange_value=self.clip_eps, loss_agg=loss_agg
         )
-        return out.loss * _share(mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        return out.loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
 
 
 _PATCH = Patch(
@@ -225,25 +216,8 @@ _PATCH = Patch(
         "openrlhf.models.loss.ValueLoss": ValueLoss,
     },
 )
-
-
-def patch() -> None:
-    """Put the functions and classes of this module in the place of OpenRLHF's, in this process.
-
-    Raises:
-        ImportError, RuntimeError: see `fastppo.integrations.patching.Patch.apply`.
-    """
-    _PATCH.apply()
-
-
-def unpatch() -> None:
-    """Put OpenRLHF's own back (RuntimeError: see `Patch.undo`)."""
-    _PATCH.undo()
-
-
-def patched() -> AbstractContextManager[None]:
-    """`patch` for the length of a with-block."""
-    return _PATCH.applied()
+# `patched` is `patch` for the length of a with-block.
+patch, unpatch, patched = _PATCH.apply, _PATCH.undo, _PATCH.applied
 
 
 def _mask(action_mask: Tensor | None, like: Tensor) -> Tensor:
@@ -254,21 +228,9 @@ def _loss_agg(token_level_loss: bool) -> str:
     return "token-mean" if token_level_loss else "seq-mean-token-mean"
 
 
-def _share(
-    mask: Tensor,
-    token_level_loss: bool,
-    dp_size: int,
-    batch_num_tokens: float | None,
-    global_batch_size: float | None,
-) -> Tensor | float:
-    """What the mean over the tokens at hand [B, T] is multiplied by to be this rank's share of the whole batch's.
-
-    As in OpenRLHF, `dp_size` counts only where the whole batch's number of tokens or sequences was given.
-    """
-    total = batch_num_tokens if token_level_loss else global_batch_size
-    if total is None:
-        return 1.0
-    return (mask.sum() if token_level_loss else mask.any(-1).sum()) / total * dp_size
+def _share(mask: Tensor, loss_agg: str, dp_size: int, tokens: float | None, sequences: float | None) -> Tensor | float:
+    total = tokens if loss_agg == "token-mean" else sequences
+    return 1.0 if total is None else batch_share(mask, loss_agg, dp_size, tokens, sequences)  # as OpenRLHF does
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

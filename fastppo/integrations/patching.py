@@ -1,18 +1,18 @@
-"""Putting functions in the place of a library's own, everywhere the library refers to them, and taking them out again.
+"""Replace functions of a library of a known version wherever the library refers to them, and restore them.
 
-`from library.utils import function` leaves a reference in every module that does it, and a registry holds one more.
-So a replacement goes through all modules of the library that are loaded; those loaded later import what they find.
+``from library.utils import function`` binds the function in every module that does it, and a registry binds it once
+more. `Patch` therefore searches all loaded modules of the library; modules loaded later import the replacement.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
-
-from fastppo.integrations.versions import require
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 
 class Patch:
@@ -21,97 +21,106 @@ class Patch:
     Args:
         library: importable name, which is also the name of the distribution.
         supported: version range, such as ">=0.8,<0.10".
-        replacements: "library.module.function" -> what takes its place.
+        replacements: "library.module.function" -> its replacement, a different one for each.
+        only_in: names of modules; the replacements go into these alone instead of everywhere.
     """
 
-    def __init__(self, library: str, supported: str, replacements: dict[str, Callable]):
-        self.library, self.supported, self.replacements = library, supported, replacements
+    def __init__(
+        self, library: str, supported: str, replacements: dict[str, Callable], *, only_in: tuple[str, ...] = ()
+    ) -> None:
+        self.library, self.supported, self.replacements, self._only_in = library, supported, replacements, only_in
         self._originals: dict[str, Callable] = {}
 
     def apply(self) -> None:
-        """Put every replacement in place, or none.
+        """Put every replacement in place in this process, or none.
 
         Raises:
             ImportError: the library is missing, or its version is outside the supported range.
-            RuntimeError: already applied, or somebody else has replaced one of the functions.
+            RuntimeError: already applied, or another patch has replaced one of the functions.
         """
         if self._originals:
             raise RuntimeError(f"{self.library} is already patched by fastppo; call unpatch() first")
         require(self.library, self.supported)
-        originals = {name: getattr(*_locate(name)) for name in self.replacements}
-        for name, original in originals.items():
-            if (home := _home(original)) != name.rpartition(".")[0]:
-                raise RuntimeError(
-                    f"{name} is {_describe(original)} from {home}, not {self.library}'s own: another patch is in "
-                    "place; remove it before fastppo's"
-                )
-        for name, original in originals.items():
-            self._replace(original, self.replacements[name])
+        originals = {}
+        for name in self.replacements:
+            home, _, attribute = name.rpartition(".")
+            function = getattr(importlib.import_module(home), attribute)
+            originals[name] = function if _home(function) == home else None
+        self._check(originals, f"{self.library}'s own", "another patch is in place; remove it before fastppo's")
         self._originals = originals
+        self._replace(originals, self.replacements)
 
     def undo(self) -> None:
-        """Put the library's own functions back, also where a module picked up a replacement after `apply`.
+        """Restore the library's own functions, also in modules that imported a replacement after `apply`.
 
         Raises:
-            RuntimeError: not applied, or somebody else has patched over it since; nothing is changed then.
+            RuntimeError: not applied, or patched over by another library since; nothing is changed then.
         """
         if not self._originals:
             raise RuntimeError(f"{self.library} is not patched by fastppo")
-        for name, replacement in self.replacements.items():
-            if (current := getattr(*_locate(name))) is not replacement:
-                raise RuntimeError(
-                    f"{name} is {_describe(current)} from {_home(current)}, not fastppo's: another patch was put over "
-                    "it; remove that first"
-                )
-        for name, original in self._originals.items():
-            self._replace(self.replacements[name], original)
+        self._check(self.replacements, "fastppo's", "another patch was put over it; remove that first")
+        self._replace(self.replacements, self._originals)
         self._originals = {}
 
-    def applied(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         """`apply` for the length of a with-block."""
-        return between(self.apply, self.undo)
+        self.apply()
+        try:
+            yield
+        finally:
+            self.undo()
 
-    def _replace(self, old: Callable, new: Callable) -> None:
-        for module in self._loaded_modules():
-            for name, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, name, new)
+    def _check(self, expected: dict[str, Callable | None], whose: str, remedy: str) -> None:
+        """Raise RuntimeError unless each function is the expected one where it is defined, or in `only_in`."""
+        for name, function in expected.items():
+            home, _, attribute = name.rpartition(".")
+            for module in self._only_in or (home,):
+                if (current := getattr(importlib.import_module(module), attribute)) is not function:
+                    described = f"{getattr(current, '__qualname__', repr(current))} from {_home(current)}"
+                    raise RuntimeError(f"{module}.{attribute} is {described}, not {whose}: {remedy}")
+
+    def _replace(self, old: dict[str, Callable], new: dict[str, Callable]) -> None:
+        replacement = {id(old[name]): new[name] for name in old}
+        for name, module in list(sys.modules.items()):
+            wanted = name in self._only_in if self._only_in else f"{name}.".startswith(f"{self.library}.")
+            if module is None or not wanted:
+                continue
+            for attribute, value in list(vars(module).items()):
+                if id(value) in replacement:
+                    setattr(module, attribute, replacement[id(value)])
                 elif type(value) is dict:  # a registry
-                    value.update({key: new for key, entry in value.items() if entry is old})
-
-    def _loaded_modules(self) -> list[ModuleType]:
-        prefix = self.library + "."
-        return [m for name, m in list(sys.modules.items()) if m and (name == self.library or name.startswith(prefix))]
+                    value |= {key: replacement[id(entry)] for key, entry in value.items() if id(entry) in replacement}
 
 
-@contextmanager
-def between(apply: Callable[[], None], undo: Callable[[], None]) -> Iterator[None]:
-    """One call before a with-block and the other after it, however it ends."""
-    apply()
+def require(name: str, supported: str) -> None:
+    """Raise ImportError unless the installed distribution `name` is in the range `supported`, such as ">=0.8,<0.10"."""
+    from packaging.specifiers import SpecifierSet
+
+    remedy = f'pip install "{name}{supported}"'
     try:
-        yield
-    finally:
-        undo()
+        found = version(name)
+    except PackageNotFoundError:
+        raise ImportError(f"{name} is not installed; fastppo supports {name}{supported}: {remedy}") from None
+    if not SpecifierSet(supported).contains(found, prereleases=True):
+        raise ImportError(f"{name} {found} is installed, but fastppo supports {name}{supported}: {remedy}")
 
 
-def _locate(name: str) -> tuple[ModuleType, str]:
-    module, _, attribute = name.rpartition(".")
-    return importlib.import_module(module), attribute
+def origin(function: Any) -> str:
+    """The module whose code a function runs; `functools.wraps` copies `__module__`, so that may name another."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None) or "something"
 
 
 def _home(function: Callable) -> str:
-    """The module it was defined in; for `SomeFunction.apply`, that of SomeFunction."""
+    """The module that defines a function or class; for `SomeFunction.apply`, that of SomeFunction."""
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, type):
-        function = owner
+    function = owner if isinstance(owner, type) else function
     claimed = getattr(function, "__module__", "?")
-    if isinstance(function, type):  # methods put into the class by somebody else count as a patch of it
+    if isinstance(function, type):  # a method replaced by another library counts as a patch of the class
         methods = [_home(member) for member in vars(function).values() if hasattr(member, "__globals__")]
         return next((home for home in methods if home != claimed), claimed)
-    # functools.wraps copies __module__, so a wrapper is found by its globals. torch.compile's is no patch.
-    actual = getattr(function, "__globals__", {}).get("__name__", claimed)
-    return claimed if actual.partition(".")[0] == "torch" else actual
-
-
-def _describe(function: Callable) -> str:
-    return getattr(function, "__qualname__", repr(function))
+    actual = origin(function)
+    return claimed if actual.partition(".")[0] == "torch" else actual  # torch.compile's wrapper is no patch

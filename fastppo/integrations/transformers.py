@@ -1,9 +1,10 @@
-"""A transformers model whose forward also gives log-probabilities, entropy and loss, without making logits.
+"""A transformers model whose forward also returns log-probabilities, entropy and loss, without computing logits.
 
     input_ids [B, T] ── backbone ──> hidden [B, T, D] ── lm_head, labels shifted by one ──> logprobs, entropy [B, T - 1]
 
-The model stays what it was: the same class, parameters and signature. Only a call with ``return_logprobs=True`` takes
-the new way, so generation and everything else that wants logits still gets them.
+`patch_model` replaces the forward of one model (an attribute of the instance); class, parameters and signature stay.
+Only calls with ``return_logprobs=True`` take the new path, so generation and everything else that needs logits works as
+before. Tested with transformers 4.57.6 and 5.24.0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,24 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.engines.transform import check_transform
-from fastppo.integrations.versions import require
+from fastppo.integrations.patching import origin, require
 from fastppo.models.head import backbone_and_head
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
 IGNORED = -100  # transformers' own
 
-SLOT = "_fastppo_patch"  # the attribute of a patched model that holds what its new forward needs
+SLOT = "_fastppo_patch"  # the attribute of a patched model that holds its `LogprobForward`
 
 
 class CausalLMLogprobs(NamedTuple):
     """What ``model(..., labels=labels, return_logprobs=True)`` returns; 0 where the label is -100.
 
-    The loss comes first, so that transformers' own Trainer finds it.
+    The loss comes first, where transformers' own Trainer looks for it.
     """
 
     loss: Tensor
-    """Scalar float32: −log p summed over the labels, over their number (or `num_items_in_batch`), plus the aux_loss."""
+    """Scalar float32: −log p summed over the labels / their number (or `num_items_in_batch`), plus the aux_loss."""
     logprobs: Tensor
     """[B, T - 1] float32 log-probabilities of the labels ([B, T] with `shift_labels`)."""
     entropy: Tensor
@@ -46,7 +47,7 @@ class CausalLMLogprobs(NamedTuple):
     label_mask: Tensor
     """[B, T - 1] bool: where there is a label."""
     aux_loss: Tensor | None
-    """Scalar: the load-balancing loss of a mixture of experts whose router logits were asked for."""
+    """Scalar: the load-balancing loss of a mixture of experts, if its router logits were requested."""
 
 
 def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | None = None) -> nn.Module:
@@ -59,7 +60,7 @@ def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | No
     Args:
         model: any AutoModelForCausalLM or a vision-language model, wrapped by peft or not; patched in place.
         temperature: divides the logits, as the sampler's does.
-        backend: of the operator; None chooses by device.
+        backend: backend of `linear_logprob`; None selects it by device.
 
     Returns:
         The model.
@@ -68,14 +69,14 @@ def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | No
         ImportError: transformers is missing, or its version is outside the supported range.
         TypeError: not a transformers model.
         RuntimeError: fastppo or another library has replaced the model's forward already.
-        ValueError: its head is not ``h Wᵀ + b`` with a constant scale and soft cap; nothing is changed then.
+        ValueError: its head is not ``h Wᵀ + b`` with a constant scale and soft cap; the model is unchanged.
     """
-    install(model, "return_logprobs", lambda out: out, temperature=temperature, backend=backend)
+    install(model, LogprobForward("return_logprobs", lambda out: out, temperature, backend=backend))
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Restore the forward that the model had before `patch_model`, or before TRL gave it ours. Returns the model.
+    """Restore the forward that the model had before `patch_model` or `fastppo.integrations.trl`; returns the model.
 
     Raises:
         RuntimeError: the model is not patched by fastppo, or another library has patched over it since.
@@ -84,7 +85,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     patch = vars(causal).get(SLOT)
     if patch is None:
         raise RuntimeError(f"{type(causal).__name__} is not patched by fastppo")
-    if (other := _not_ours(causal)) is not None:
+    if (other := origin(vars(causal).get("forward"))) != __name__:
         raise RuntimeError(f"{other} has replaced fastppo's forward of {type(causal).__name__}; undo that first")
     if patch.replaced is None:
         del causal.forward
@@ -94,83 +95,51 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def install(
-    model: nn.Module,
-    keyword: str,
-    convert: Callable[[CausalLMLogprobs], Any],
-    *,
-    temperature: float,
-    backend: str | None = None,
-    float32_head: bool = False,
-) -> None:
-    """What `patch_model` does, for any library's own convention.
+@dataclass
+class LogprobForward:
+    """Settings of a patched forward; stored in the model, so that a deep copy of the model gets its own."""
 
-    Args:
-        keyword: the forward's argument that asks for log-probabilities.
-        convert: makes the library's output of ours.
-        float32_head: project in float32, outside autocast, with a weight that is in float32 itself.
+    keyword: str
+    """The forward's argument that requests log-probabilities."""
+    convert: Callable[[CausalLMLogprobs], Any]
+    """Turns our output into that of the library whose convention this is."""
+    temperature: float
+    backend: str | None = None
+    float32_head: bool = False
+    """Compute log-probabilities in float32, outside autocast, with the weight cast to float32."""
+    replaced: Callable | None = None
+    """The instance's own forward before (accelerate sets one that moves inputs), or None."""
+    positional: tuple[str, ...] = ()
+    """Names of the forward's arguments in order; the backbone's order may differ."""
+    no_cache: dict[str, bool] = field(default_factory=dict)
+    """The argument that keeps the backbone from caching, if it has one."""
 
-    Raises:
-        See `patch_model`.
-    """
+
+def install(model: nn.Module, patch: LogprobForward) -> None:
+    """`patch_model` for any library's convention; raises the same errors."""
     require("transformers", SUPPORTED)
-    check_transform(temperature, 1.0, None)
+    check_transform(patch.temperature, 1.0, None)
     causal = _causal(model)
     name = type(causal).__name__
-    earlier = vars(causal).get(SLOT)
-    if earlier is not None:
+    if (earlier := vars(causal).get(SLOT)) is not None:
         raise RuntimeError(f"{name} is already patched by fastppo ({earlier.keyword}=True); call unpatch_model first")
     if (other := _foreign_forward(causal)) is not None:
         raise RuntimeError(
-            f"{other} has replaced the forward of {name}. Two patches over one another train on wrong numbers: undo "
-            "that one, or do without this one"
+            f"{other} has replaced the forward of {name}. Two patches of one forward give wrong numbers: undo that "
+            "one, or do without this one"
         )
     if any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
         raise RuntimeError(f"{name} is partitioned by DeepSpeed ZeRO-3, which hides the lm_head; use FSDP2 instead")
-    try:
-        backbone, head = backbone_and_head(causal)
-    except AttributeError as error:
-        raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
-    if not float32_head and _foreign_instance_forward(causal.get_output_embeddings()) is not None:
+    output = causal.get_output_embeddings()
+    if not patch.float32_head and output is not None and _foreign_instance_forward(output) is not None:
         raise RuntimeError(f"the forward of {name}'s lm_head has been replaced; undo that first")
-    accepted = inspect.signature(type(backbone).forward).parameters
-    patch = _Patch(
-        replaced=vars(causal).get("forward"),
-        keyword=keyword,
-        convert=convert,
-        temperature=temperature,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        backend=backend,
-        float32_head=float32_head,
-        positional=tuple(inspect.signature(type(causal).forward).parameters)[1:],
-        no_cache={"use_cache": False} if "use_cache" in accepted else {},
-    )
+    backbone = _check_head(causal)
+    patch.replaced = vars(causal).get("forward")
+    patch.positional = tuple(inspect.signature(type(causal).forward).parameters)[1:]
+    if "use_cache" in inspect.signature(type(backbone).forward).parameters:
+        patch.no_cache = {"use_cache": False}
     setattr(causal, SLOT, patch)
     causal.forward = _make_forward(type(causal)).__get__(causal)
-    try:
-        _check(causal)
-    except BaseException:
-        unpatch_model(causal)
-        raise
-
-
-@dataclass
-class _Patch:
-    """What the new forward needs; kept in the model, so that a deep copy of the model has one of its own."""
-
-    replaced: Callable | None
-    """The instance's own forward before (accelerate puts one there to move inputs), or None."""
-    keyword: str
-    convert: Callable[[CausalLMLogprobs], Any]
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    backend: str | None
-    float32_head: bool
-    positional: tuple[str, ...]
-    """Names of the forward's arguments in order: the backbone's order may be another."""
-    no_cache: dict[str, bool]
 
 
 def _make_forward(model_class: type[nn.Module]) -> Callable:
@@ -191,24 +160,23 @@ def _make_forward(model_class: type[nn.Module]) -> Callable:
 
 def _without_logits(
     causal: nn.Module,
-    patch: _Patch,
+    patch: LogprobForward,
     inputs: dict[str, Any],
-    *,
     labels: Tensor | None,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
 ) -> CausalLMLogprobs:
     if labels is None and shift_labels is None:
-        raise ValueError(f"labels: required with {patch.keyword}=True, -100 where no log-probability is wanted")
+        raise ValueError(f"labels: required with {patch.keyword}=True; use -100 where no log-probability is needed")
     config = causal.config.get_text_config()
     inputs = {name: value for name, value in inputs.items() if name not in ("use_cache", "return_dict")}
     if inputs.get("output_router_logits") is None and getattr(config, "output_router_logits", False):
         inputs["output_router_logits"] = True
-    # Both are looked up on every call: FSDP replaces parameters, and LoRA on the head makes a weight of two.
+    # Looked up on every call: FSDP replaces parameters, and LoRA on the head adds an adapter to the weight.
     backbone, head = backbone_and_head(causal)
     outputs = backbone(**inputs, **patch.no_cache)
     hidden = outputs.last_hidden_state
-    # The last state predicts nothing; a label of -100 for it costs no copy, unlike hidden[:, :-1].
+    # The last state has no label; -100 for it avoids the copy that hidden[:, :-1] would make.
     shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 
     weight, bias = head.weight, head.bias
@@ -219,7 +187,7 @@ def _without_logits(
         hidden = hidden.float()
         weight, bias = weight.float(), None if bias is None else bias.float()
     elif not torch.is_autocast_enabled(device):
-        hidden = hidden.to(weight.dtype)  # where adapters on the head are in a wider precision
+        hidden = hidden.to(weight.dtype)  # adapters on the head may have a wider precision
     if hidden.device != weight.device:  # a model split over devices by device_map
         hidden, shifted = hidden.to(weight.device), shifted.to(weight.device)
     with context:
@@ -229,14 +197,14 @@ def _without_logits(
             shifted,
             bias=bias,
             temperature=patch.temperature,
-            logit_scale=patch.logit_scale,
-            softcap=patch.softcap,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
             return_entropy=True,
             backend=patch.backend,
         )
     keep = slice(None, -1) if shift_labels is None else slice(None)
     mask = (shifted != IGNORED)[..., keep]
-    # Copies: FSDP2 would lose its hook on a view that somebody changes in place.
+    # Copies: FSDP2 would lose its hook on a view that the caller changes in place.
     logprobs, entropy = scored.logprobs[..., keep].clone(), scored.entropy[..., keep].clone()
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):
@@ -250,18 +218,15 @@ def _without_logits(
 
 
 def _load_balancing_loss(causal: nn.Module, config: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
-    """As the model's own forward computes it: its module has the function, by the same name in every architecture."""
+    """The model's own load-balancing loss: every architecture's module has a function of this name."""
     formula = getattr(sys.modules[type(causal).__module__], "load_balancing_loss_func", None)
     experts = getattr(causal, "num_experts", getattr(config, "num_experts", None))
     chosen = getattr(causal, "num_experts_per_tok", getattr(config, "num_experts_per_tok", None))
     if formula is None or experts is None or chosen is None:
         raise ValueError(
-            f"output_router_logits: the load-balancing loss of {type(causal).__name__} is not known here; leave it off"
+            f"output_router_logits: the load-balancing loss of {type(causal).__name__} is not known; switch it off"
         )
     return formula(router_logits, experts, chosen, mask)
-
-
-# Finding what is there already
 
 
 def _causal(model: nn.Module) -> nn.Module:
@@ -275,77 +240,64 @@ def _causal(model: nn.Module) -> nn.Module:
     return causal
 
 
-def _origin(function: Any) -> str:
-    """The module whose code a forward runs; its `__module__` may be that of what it wraps."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None) or "something"
-
-
 def _foreign_instance_forward(module: nn.Module) -> str | None:
-    """Who gave this one module a forward of its own; accelerate's hooks, which only move inputs, do not count."""
+    """The module that set this instance's forward; accelerate's hooks, which only move inputs, do not count."""
     forward = vars(module).get("forward")
     if forward is None or "_hf_hook" in vars(module):
         return None
     if "_original_forward" in vars(module):
         return "Accelerator.prepare (patch the model before it is prepared)"
-    return _origin(forward)
+    return origin(forward)
 
 
 def _foreign_forward(causal: nn.Module) -> str | None:
-    """Who has replaced the forward of the instance or of its class, if anybody has."""
+    """The module that replaced the forward of the instance or of its class, if any."""
     if (who := _foreign_instance_forward(causal)) is not None:
         return who
     owner = next(cls for cls in type(causal).__mro__ if "forward" in vars(cls))
     function = vars(owner)["forward"]
     known = {owner.__module__.partition(".")[0], "transformers", "torch"}  # decorators live there
     while function is not None:
-        origin = _origin(function)
+        where = origin(function)
         function = getattr(function, "__wrapped__", None)
         # The function at the bottom is the class's own; above it there are only decorators.
-        if origin.partition(".")[0] not in known or (function is None and origin != owner.__module__):
-            return origin
+        if where.partition(".")[0] not in known or (function is None and where != owner.__module__):
+            return where
     return None
 
 
-def _not_ours(causal: nn.Module) -> str | None:
-    """Who has replaced the forward that `install` set, if anybody has."""
-    forward = vars(causal).get("forward")
-    if forward is None:
-        return "something"
-    origin = _origin(forward)
-    return None if origin == __name__ else origin
+def _check_head(causal: nn.Module) -> nn.Module:
+    """Compare the model's logits of a few tokens with those by `backbone_and_head`; returns the backbone.
 
+    Architectures scale and cap logits under many names, and an unknown one would train on wrong probabilities.
 
-# The check at the door
-
-
-def _check(causal: nn.Module) -> None:
-    """Score a few tokens with and without logits: architectures scale and cap them under many names."""
-    if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
-        return  # no values, or shards of them; a forward here would be a collective call
-    patch, name = getattr(causal, SLOT), type(causal).__name__
-    ids = _probe_ids(causal)
-    with torch.no_grad(), _evaluating(causal), _converted_by(patch, lambda out: out):
-        try:
-            ours = causal(input_ids=ids, labels=ids, **{patch.keyword: True}).logprobs
-            logits = causal(input_ids=ids).logits[:, :-1].float() / patch.temperature
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
-    own = logits.log_softmax(-1).gather(-1, ids[:, 1:].to(logits.device).unsqueeze(-1)).squeeze(-1)
-    # The logits of a half-precision model are rounded to it; ours are not.
-    exact = causal.get_output_embeddings().weight.dtype in (torch.float32, torch.float64)
-    tolerance = (1e-4 if exact else 3e-2) * (1 + logits.abs().max())
-    if not (ours - own).abs().max() <= tolerance:
+    Raises:
+        ValueError: there is no linear head, or its logits are not the model's own.
+    """
+    name = type(causal).__name__
+    try:
+        backbone, head = backbone_and_head(causal)
+        if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
+            return backbone  # no values, or shards of them; a forward here would be a collective call
+        ids = _probe_ids(causal)
+        with torch.no_grad(), _evaluating(causal):
+            hidden = backbone(input_ids=ids).last_hidden_state
+            ours = head.logits(hidden.to(head.weight)).float()
+            own = causal(input_ids=ids).logits.float().to(ours.device)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
+    # Scale and soft cap of a half-precision model are rounded; a wrong one is far off.
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    if own.shape != ours.shape or not (ours - own).abs().max() <= tolerance * (1 + own.abs().max()):
         raise ValueError(
             f"{name} makes its logits in a way that is not a linear head with a constant scale and soft cap, so its "
             "log-probabilities cannot be computed from hidden states"
         )
+    return backbone
 
 
 def _probe_ids(causal: nn.Module) -> Tensor:
-    """[1, 5] ordinary tokens: those with a role of their own (an image's place) would need what goes with them."""
+    """[1, 5] ordinary tokens; a special one, such as an image's placeholder, would need further inputs."""
     config = causal.config
     special = {
         value
@@ -367,12 +319,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@contextlib.contextmanager
-def _converted_by(patch: _Patch, convert: Callable) -> Iterator[None]:
-    before, patch.convert = patch.convert, convert
-    try:
-        yield
-    finally:
-        patch.convert = before

@@ -5,125 +5,84 @@
     fastppo_trl.patch()
     trainer = GRPOTrainer(...)
 
-Since 1.15 those trainers call ``add_fused_lm_head(model, temperature, ...)`` when they are built, and from then on
-``model(..., labels=labels, fused_lm_head=True)`` for the log-probabilities of policy and reference. That function is
-the door: ours goes in its place in these two trainers' modules and puts fastppo's forward on their models. The others
-(SFT, DPO, KTO) also want statistics that we do not compute, and keep TRL's own.
+Since 1.15 these trainers call ``add_fused_lm_head(model, temperature, ...)`` when they are built, and from then on
+``model(..., labels=labels, fused_lm_head=True)`` for the log-probabilities of policy and reference. `patch` replaces
+that function in their two modules, so that their models get fastppo's forward. Trainers built before keep TRL's. SFT,
+DPO and KTO need statistics that fastppo does not compute, and keep TRL's function. Options, metrics and checkpoints are
+TRL's. Tested with TRL 1.15.0 and 1.16.0.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import AbstractContextManager
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fastppo.integrations import transformers as patched_transformers
-from fastppo.integrations.patching import between
-from fastppo.integrations.transformers import CausalLMLogprobs
-from fastppo.integrations.versions import require
+from fastppo.integrations.patching import Patch, require
+from fastppo.integrations.transformers import SLOT, CausalLMLogprobs, LogprobForward, install
 
 SUPPORTED = ">=1.15,<2"
 _KEYWORD = "fused_lm_head"
-_DOOR = "add_fused_lm_head"
 _HOME = "trl.trainer.utils"
-_TRAINERS = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
-_ARGUMENTS = ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
 
 
-def patch() -> None:
-    """Let every GRPOTrainer and RLOOTrainer that is built from now on compute with fastppo.
-
-    Trainers that were built before stay as they are. Checkpoints, metrics and options are TRL's as ever.
-
-    Raises:
-        ImportError: TRL is missing, or its version is outside the supported range.
-        RuntimeError: already patched, by fastppo or by somebody else, or the function has changed its arguments.
-    """
-    require("trl", SUPPORTED)
-    modules = _trainer_modules()
-    original = getattr(importlib.import_module(_HOME), _DOOR)
-    if list(inspect.signature(original).parameters) != _ARGUMENTS:
-        raise RuntimeError(
-            f"{_HOME}.{_DOOR}{inspect.signature(original)} does not take {', '.join(_ARGUMENTS)}: this TRL is not one "
-            f"that fastppo knows ({SUPPORTED}); do without the patch"
-        )
-    for module in modules:
-        current = getattr(module, _DOOR)
-        if current is _add_fused_lm_head:
-            raise RuntimeError("TRL is already patched by fastppo; call unpatch() first")
-        if current is not original or original.__module__ != _HOME:
-            raise RuntimeError(
-                f"{module.__name__}.{_DOOR} is {current.__module__}.{current.__qualname__}, not TRL's own: another "
-                "patch is in place; remove it before fastppo's"
-            )
-    for module in modules:
-        setattr(module, _DOOR, _add_fused_lm_head)
-
-
-def unpatch() -> None:
-    """Give trainers that are built from now on TRL's own computation again.
-
-    A trainer that was built under `patch` keeps fastppo's; ``fastppo.unpatch_model(trainer.model)`` would leave it
-    without any.
-
-    Raises:
-        RuntimeError: not patched, or somebody else has patched over it since; nothing is changed then.
-    """
-    modules = _trainer_modules()
-    for module in modules:
-        current = getattr(module, _DOOR)
-        if current is not _add_fused_lm_head:
-            raise RuntimeError(
-                f"{module.__name__}.{_DOOR} is {current.__module__}.{current.__qualname__}, not fastppo's; there is "
-                "nothing of ours to undo"
-            )
-    original = getattr(importlib.import_module(_HOME), _DOOR)
-    for module in modules:
-        setattr(module, _DOOR, original)
-
-
-def patched() -> AbstractContextManager[None]:
-    """`patch` for the length of a with-block: build the trainer inside, train it inside or after."""
-    return between(patch, unpatch)
-
-
-def _trainer_modules() -> list[ModuleType]:
-    return [importlib.import_module(name) for name in _TRAINERS]
-
-
-def _add_fused_lm_head(
+def add_fused_lm_head(
     model: nn.Module,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """TRL's function of this name, by `fastppo.linear_logprob`."""
+    """TRL's function of this name, computed by `fastppo.linear_logprob`."""
     if unknown := set(outputs) - {"log_probs", "entropy"}:
         raise ValueError(f"outputs: fastppo computes log_probs and entropy, not {', '.join(sorted(unknown))}")
-    convert = _with_entropy if "entropy" in outputs else _without_entropy
-    earlier = getattr(model, patched_transformers.SLOT, None)
+    convert = partial(_to_trl, with_entropy="entropy" in outputs)
+    earlier = getattr(model, SLOT, None)
     if earlier is not None and earlier.keyword == _KEYWORD:
-        # A second trainer of the same model: what it asks for may differ, and the forward may be wrapped by now.
+        # A second trainer of the same model: its settings may differ, and the forward may be wrapped by now.
         earlier.temperature, earlier.convert, earlier.float32_head = temperature, convert, cast_lm_head_to_fp32
         return
-    patched_transformers.install(model, _KEYWORD, convert, temperature=temperature, float32_head=cast_lm_head_to_fp32)
+    install(model, LogprobForward(_KEYWORD, convert, temperature, float32_head=cast_lm_head_to_fp32))
 
 
-def _with_entropy(out: CausalLMLogprobs) -> Any:
+def _to_trl(out: CausalLMLogprobs, *, with_entropy: bool) -> Any:
     from trl.trainer.utils import FusedCausalLMOutput
 
     return FusedCausalLMOutput(
         loss=out.loss,
         log_probs=out.logprobs,
-        entropy=out.entropy,
+        entropy=out.entropy if with_entropy else None,
         label_mask=out.label_mask,
         aux_loss=out.aux_loss,
     )
 
 
-def _without_entropy(out: CausalLMLogprobs) -> Any:
-    return _with_entropy(out._replace(entropy=None))
+class _Patch(Patch):
+    def apply(self) -> None:
+        """Make every GRPOTrainer and RLOOTrainer that is built from now on compute with fastppo.
+
+        Raises:
+            ImportError: TRL is missing, or its version is outside the supported range.
+            RuntimeError: already patched, by fastppo or by another library, or TRL's function has other arguments.
+        """
+        require("trl", SUPPORTED)
+        signature = inspect.signature(importlib.import_module(_HOME).add_fused_lm_head)
+        if list(signature.parameters) != list(inspect.signature(add_fused_lm_head).parameters):
+            raise RuntimeError(
+                f"{_HOME}.add_fused_lm_head{signature}: this version of TRL is not one that fastppo knows "
+                f"({SUPPORTED}); do without the patch"
+            )
+        super().apply()
+
+
+_PATCH = _Patch(
+    "trl",
+    SUPPORTED,
+    {f"{_HOME}.add_fused_lm_head": add_fused_lm_head},
+    only_in=("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"),
+)
+# `patched` is `patch` for the length of a with-block: build the trainer inside, train it inside or after. A trainer
+# keeps fastppo's forward after `unpatch`; `fastppo.unpatch_model` would leave it without any.
+patch, unpatch, patched = _PATCH.apply, _PATCH.undo, _PATCH.applied

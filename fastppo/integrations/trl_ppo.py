@@ -1,22 +1,17 @@
-"""PPO with TRL's names, for scripts whose ``from trl import PPOConfig, PPOTrainer`` has nothing to import any more.
+"""PPO with TRL's names, for scripts that import ``PPOConfig, PPOTrainer`` from a TRL that no longer has them.
 
     from fastppo.integrations.trl_ppo import PPOConfig, PPOTrainer
 
-    trainer = PPOTrainer(args=PPOConfig(...), processing_class=tokenizer, model=policy, ref_model=ref_policy,
-                         reward_model=reward_model, value_model=value_model, train_dataset=..., eval_dataset=...)
-    trainer.train()
-
-One step of transformers' Trainer is one rollout and all the updates made of it:
+One step of transformers' Trainer is one rollout and all updates on it:
 
     prompts ── generate ──> completions ── reward_model ──> scores
                   └─ policy, reference, value model ──> log-probabilities, KL, values ── GAE ──> advantages
     num_ppo_epochs × num_mini_batches optimizer steps, the last of them taken by Trainer's own loop
 
-so saving, resuming, logging, callbacks, schedules and several processes (DDP) are Trainer's. TRL itself is not needed.
-
-What is otherwise than in TRL's, on purpose: a checkpoint holds the value model (in `value_model/`) as well as the
-optimizer, and a resumed run goes on as if it had not stopped; every mini-batch is an optimizer step, also with gradient
-accumulation; NaN or Inf stops the run before it reaches a parameter.
+Saving, resuming, logging, callbacks, schedules and several processes (DDP) are Trainer's; TRL is not needed. Tested on
+transformers 4.57.6 and 5.24.0. Intended differences from TRL's trainer: a checkpoint also holds the optimizer and the
+value model (in `value_model/`), and a resumed run continues as if it had not stopped; every mini-batch is an optimizer
+step, also with gradient accumulation; NaN or Inf stops the run before it reaches a parameter.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +36,20 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
-from fastppo.integrations.trl_ppo_config import PPOConfig, a_rollout_a_step, algorithm_options
+from fastppo.integrations.trl_ppo_config import PPOConfig, algorithm_options, one_rollout_per_step
 from fastppo.models import LMHead, backbone_and_head, check_head, context_length, disable_dropout, token_hidden
 from fastppo.models.load import enable_gradient_checkpointing
-from fastppo.ops import reference as formulas
 from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.ops.reference import sampled_kl
+from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
-from fastppo.training import config as options
 from fastppo.training.rng import rng_state, set_rng_state
 
 VALUE_FOLDER = "value_model"
 _STAGING = ".saving"
 _SHOWN = 8  # completions printed at a time
-# What the loss reports -> what TRL calls it.
+# Metrics of the loss -> TRL's names.
 _TRL_NAMES = {
     "policy/approx_kl": "policy/approxkl_avg",
     "policy/clip_fraction": "policy/clipfrac_avg",
@@ -67,53 +62,44 @@ _TRL_NAMES = {
 
 
 class PolicyAndValue(nn.Module):
-    """The two models that are trained, as one module: its forward is the loss."""
+    """The two trained models as one module whose forward is the loss."""
 
     def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
         super().__init__()
-        self.policy = policy
-        self.value_model = value_model
-        self.config = policy.config
-        # Trainer asks for both when it loads a policy whose file leaves out tied weights.
+        self.policy, self.value_model, self.config = policy, value_model, policy.config
+        # Trainer needs this and `tie_weights` to load a policy whose file leaves out tied weights.
         named = {name for tensors in (policy.named_parameters(), policy.named_buffers()) for name, _ in tensors}
         self._keys_to_ignore_on_save = sorted(policy.state_dict().keys() - named)
 
     def tie_weights(self) -> None:
         self.policy.tie_weights()
 
-    def values(self, batch: Experience | _Sequences) -> Tensor:
-        """[b, T] float32 values of the states before each token of the completions."""
-        backbone, score = _classifier(self.value_model)
-        hidden = token_hidden(backbone, batch.sequences, batch.attention_mask)
-        return score(hidden[:, -batch.mask.shape[1] - 1 : -1]).squeeze(-1).float()
-
     def forward(self, batch: Experience, algorithm: PPO) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, head = _completion_hidden(self.policy, batch)
-        loss, metrics = algorithm.loss(batch, hidden, head, self.values(batch), None)
-        return loss, metrics
+        length = batch.mask.shape[1]
+        hidden, head = _completion_hidden(self.policy, batch.sequences, batch.attention_mask, length)
+        values = _classify(self.value_model, batch.sequences, batch.attention_mask)[:, -length - 1 : -1]
+        return algorithm.loss(batch, hidden, head, values, None)
 
 
 class PPOTrainer(Trainer):
     """Proximal policy optimization (Schulman et al., 2017, arXiv:1707.06347) of a language model.
 
     Args:
-        args: what to do.
+        args: options of PPO and of transformers' Trainer.
         processing_class: the tokenizer of all four models.
         model: the policy, a causal language model, wrapped by peft or not.
-        ref_model: what the KL is measured to; None: a frozen copy, or with peft the model without its adapter.
+        ref_model: reference of the KL; None: a frozen copy of the policy, or with peft the policy without its adapter.
         reward_model: a sequence-classification model with one output, whose head is called `score`.
         value_model: another one, trained along with the policy.
-        train_dataset: prompts, tokenized: a column `input_ids`.
-        eval_dataset: the same, held out.
+        train_dataset, eval_dataset: tokenized prompts: a column `input_ids`.
         data_collator: makes a batch with `input_ids` [B, P] (and `attention_mask`) of rows; padding on either side.
         optimizers, callbacks: as for transformers' Trainer.
         peft_config: wraps the policy.
 
     Raises:
-        ValueError, TypeError: arguments that do not go together; before any work is done.
+        ValueError, TypeError: arguments that do not go together; raised before any work is done.
     """
 
-    _name = "PPO"
     _tag_names = ("trl", "ppo", "fastppo")
 
     def __init__(
@@ -131,7 +117,7 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
-        _check_models(model, ref_model, reward_model, value_model)
+        _check_models(model, ref_model, reward_model, value_model, peft_config)
         if train_dataset is None:
             raise ValueError("train_dataset: required")
         if processing_class.pad_token_id is None:
@@ -139,7 +125,11 @@ class PPOTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU: start the script with `accelerate launch`")
         if peft_config is not None:
-            model = _with_adapters(model, peft_config)
+            import peft
+
+            if not isinstance(peft_config, peft.PeftConfig):
+                raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
+            model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
         if args.ref_adapter_name is not None and not self.is_peft_model:
             raise ValueError("ref_adapter_name: the model has no adapters")
@@ -152,16 +142,14 @@ class PPOTrainer(Trainer):
         for frozen in (ref_model, reward_model):
             if frozen is not None:
                 frozen.eval().requires_grad_(False)
-        if args.gradient_checkpointing:
-            for trained in (model, value_model):
-                enable_gradient_checkpointing(trained)
+        for trained in (model, value_model) if args.gradient_checkpointing else ():
+            enable_gradient_checkpointing(trained)
 
         self.ppo_args = args
-        self.micro_batch_size = args.per_device_train_batch_size
         super().__init__(
             model=PolicyAndValue(model, value_model),
-            args=a_rollout_a_step(args, train_dataset),
-            data_collator=data_collator or _Collator(processing_class),
+            args=one_rollout_per_step(args, train_dataset),
+            data_collator=data_collator or partial(_collate, DataCollatorWithPadding(processing_class)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -170,17 +158,15 @@ class PPOTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPOTrainer runs in one process or under DDP, not under FSDP or DeepSpeed")
-        set_seed(args.seed, device_specific=True)  # or every process would sample with the same numbers
+        set_seed(args.seed, device_specific=True)  # otherwise every process would sample with the same numbers
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device)
         self.reward_model = reward_model.to(self.args.device)
         self.algorithm = PPO(algorithm_options(args), temperature=args.temperature)
-        eos = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        self._stop_ids = [] if eos is None else [eos]
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        """Of whole rollouts only; held-out prompts are all taken."""
+        """Whole rollouts only; evaluation drops no prompt."""
         before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
@@ -190,13 +176,15 @@ class PPOTrainer(Trainer):
     # A step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One rollout and its updates; the last optimizer step is left to Trainer's loop. Returns the mean loss.
+        """One rollout and its updates; Trainer's loop takes the last optimizer step. Returns the mean loss.
 
         Raises:
             FloatingPointError: a NaN or Inf in a probability, loss or gradient.
         """
         args = self.ppo_args
-        self._show_completions_if_due()
+        shown_every = max(1, self.args.max_steps // max(1, args.num_sample_generations))
+        if args.num_sample_generations and self.eval_dataset is not None and self.state.global_step % shown_every == 0:
+            self.generate_completions(sampling=True)
         model.eval()
         experience = self._experience(self._sample(inputs))
         self.algorithm.estimate_advantages(experience)
@@ -204,123 +192,109 @@ class PPOTrainer(Trainer):
         model.train()
         losses = []
         for epoch in range(args.num_ppo_epochs):
-            mini_batches = torch.randperm(len(experience)).tensor_split(args.num_mini_batches)
-            for number, rows in enumerate(mini_batches):
+            for rows in torch.randperm(len(experience)).tensor_split(args.num_mini_batches):
+                if losses:
+                    if self.args.max_grad_norm:
+                        self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                    self.optimizer.step()
+                    model.zero_grad()
                 losses.append(self._accumulate_gradients(model, experience.select(rows.to(self.args.device))))
                 self._check_gradients(losses[-1], epoch)
-                if (epoch + 1, number + 1) != (args.num_ppo_epochs, args.num_mini_batches):
-                    self._optimizer_step(model)
         return torch.stack(losses).mean()
 
     def _accumulate_gradients(self, model: nn.Module, mini_batch: Experience) -> Tensor:
         """Gradients of one mini-batch's loss, a micro-batch at a time. Returns that loss."""
-        total = torch.zeros((), device=self.args.device)
-        means: dict[str, float] = defaultdict(float)
-        parts = torch.arange(len(mini_batch), device=self.args.device).split(self.micro_batch_size)
-        for number, rows in enumerate(parts):
+        total, means = torch.zeros((), device=self.args.device), defaultdict(float)
+        parts = torch.arange(len(mini_batch), device=self.args.device).split(self.ppo_args.per_device_train_batch_size)
+        for rows in parts:
             batch = mini_batch.select(rows)
+            # The loss and its metrics are means over tokens.
             weight = self.algorithm.part_weight(batch, mini_batch, self.ppo_args.response_length)
-            last = number + 1 == len(parts)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if rows is parts[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss, metrics = model(batch, self.algorithm)
                 self.accelerator.backward(weight * loss)
             total += weight * loss.detach()
-            share = batch.token_share(mini_batch)
-            for name, value in _TRL_NAMES.items():
-                means[value] += share * metrics[name].item()
+            for name, trl_name in _TRL_NAMES.items():
+                means[trl_name] += weight * metrics[name].item()
         self._record(means)
         return total
 
     def _check_gradients(self, loss: Tensor, epoch: int) -> None:
         if self.accelerator.scaler is not None:
             return  # float16: the scaler finds Inf itself, and skips the step
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}, epoch {epoch + 1}: not finite (loss {loss.item():.4g}, gradient "
                 f"norm {norm.item():.4g}); the parameters are those of the last update"
             )
 
-    def _optimizer_step(self, model: nn.Module) -> None:
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        model.zero_grad()
-
     # A rollout
 
     def _sample(self, inputs: dict[str, Any]) -> Rollout:
         """One completion of each prompt of a batch as the collator made it."""
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        mask = ids != self.processing_class.pad_token_id if mask is None else mask.bool()
+        args, tokenizer, ids = self.ppo_args, self.processing_class, inputs["input_ids"]
+        mask = inputs.get("attention_mask", ids != tokenizer.pad_token_id).bool()
         prompts = [Prompt("", row[keep].tolist(), {}) for row, keep in zip(ids, mask, strict=True)]
-        policy, args = self.model.policy, self.ppo_args
-        longest, limit = max(len(prompt.input_ids) for prompt in prompts), context_length(policy)
+        longest, limit = int(mask.sum(1).max()), context_length(self.model.policy)
         if limit is not None and longest + args.response_length > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and response_length={args.response_length} are more than the {limit} "
                 "that the policy can read"
             )
-        sampling = options.RolloutConfig(
+        sampling = RolloutConfig(
             max_new_tokens=args.response_length,
             temperature=args.temperature,
             generation_batch_size=args.local_rollout_forward_batch_size,
         )
+        eos = tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
+        eos_ids = [] if eos is None else [eos]
         with self.compute_loss_context_manager():
-            return sample(
-                policy, self.processing_class, prompts, sampling, device=self.args.device, eos_ids=self._stop_ids
-            )
+            return sample(self.model.policy, tokenizer, prompts, sampling, device=self.args.device, eos_ids=eos_ids)
 
     @torch.no_grad()
     def _experience(self, rollout: Rollout) -> Experience:
-        """What the models say of a rollout."""
-        size = self.ppo_args.local_rollout_forward_batch_size
+        """Scores, log-probabilities, KL to the reference and values of a rollout."""
+        sequences, attention_mask, mask = rollout.sequences, rollout.attention_mask, rollout.mask
+        length = mask.shape[1]
+        last = sequences.shape[1] - length + mask.sum(1, keepdim=True) - 1  # [B, 1], of each sequence's last token
         parts = []
-        for rows in torch.arange(len(rollout.mask), device=rollout.mask.device).split(size):
-            part = _Sequences(rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows])
+        for rows in torch.arange(len(mask), device=mask.device).split(self.ppo_args.local_rollout_forward_batch_size):
+            tokens = (sequences[rows], attention_mask[rows])
             with self.compute_loss_context_manager():
-                logprobs = self._logprobs(part, *_completion_hidden(self.model.policy, part))
+                logprobs = self._logprobs(self.model.policy, *tokens, mask[rows])
                 with self._reference() as reference:
-                    ref_logprobs = self._logprobs(part, *_completion_hidden(reference, part))
-                values = self.model.values(part).masked_fill(~part.mask, 0.0)
-                scores = self._scores(part)
+                    ref_logprobs = self._logprobs(reference, *tokens, mask[rows])
+                values = _classify(self.model.value_model, *tokens)[:, -length - 1 : -1].masked_fill(~mask[rows], 0.0)
+                scores = _classify(self.reward_model, *tokens).gather(1, last[rows]).squeeze(1)
             parts.append((logprobs, ref_logprobs, values, scores))
         logprobs, ref_logprobs, values, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        ended = self._contains_eos(rollout)
-        if self.ppo_args.missing_eos_penalty is not None:
-            scores = scores - self.ppo_args.missing_eos_penalty * (~ended).float()
-        return Experience(
-            sequences=rollout.sequences,
-            attention_mask=rollout.attention_mask,
-            mask=rollout.mask,
+        experience = Experience(
+            sequences=sequences,
+            attention_mask=attention_mask,
+            mask=mask,
             old_logprobs=logprobs,
             old_values=values,
             scores=scores,
-            kl=formulas.sampled_kl(logprobs, ref_logprobs, self.ppo_args.kl_estimator),
-            ref_logprobs=ref_logprobs,
+            kl=sampled_kl(logprobs, ref_logprobs, self.ppo_args.kl_estimator),
         )
+        if self.ppo_args.missing_eos_penalty is not None:
+            experience.scores -= self.ppo_args.missing_eos_penalty * (~self._is_eos(experience).any(1)).float()
+        return experience
 
-    def _logprobs(self, part: _Sequences, hidden: Tensor, head: LMHead) -> Tensor:
+    def _logprobs(self, model: nn.Module, sequences: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """[b, T] log-probabilities of the completions' tokens."""
+        hidden, head = _completion_hidden(model, sequences, attention_mask, mask.shape[1])
         return linear_logprob(
             hidden,
             head.weight,
-            part.sequences[:, -part.mask.shape[1] :].masked_fill(~part.mask, -100),
+            sequences[:, -mask.shape[1] :].masked_fill(~mask, -100),
             bias=head.bias,
             temperature=self.ppo_args.temperature,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         ).logprobs
-
-    def _scores(self, part: _Sequences) -> Tensor:
-        """[b] float32: the reward model's output at each sequence's last token."""
-        backbone, score = _classifier(self.reward_model)
-        hidden = token_hidden(backbone, part.sequences, part.attention_mask)
-        prompt_length = part.sequences.shape[1] - part.mask.shape[1]
-        last = prompt_length + part.mask.sum(1) - 1
-        return score(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -337,24 +311,21 @@ class PPOTrainer(Trainer):
             finally:
                 policy.set_adapter(self.ppo_args.model_adapter_name or "default")
 
-    def _contains_eos(self, rollout: Rollout) -> Tensor:
-        tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
-        return ((tokens == self.processing_class.eos_token_id) & rollout.mask).any(1)
+    def _is_eos(self, experience: Experience) -> Tensor:
+        return (experience.targets == self.processing_class.eos_token_id) & experience.mask
 
     # Metrics, by TRL's names
 
     def _rollout_metrics(self, experience: Experience) -> dict[str, float]:
-        kl = experience.kl.sum(1).mean().item()
+        kl, scores = experience.kl.sum(1).mean().item(), experience.scores.mean().item()
         penalty = -self.ppo_args.kl_coef * kl
-        scores = experience.scores.mean().item()
-        tokens = experience.targets
         return {
             "objective/kl": kl,
             "objective/entropy": -experience.old_logprobs.sum(1).mean().item(),
             "objective/non_score_reward": penalty,
             "objective/rlhf_reward": penalty + scores,
             "objective/scores": scores,
-            "val/num_eos_tokens": ((tokens == self.processing_class.eos_token_id) & experience.mask).sum().item(),
+            "val/num_eos_tokens": self._is_eos(experience).sum().item(),
         }
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -362,13 +333,13 @@ class PPOTrainer(Trainer):
             self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the means of what was recorded since it was last called for a training step."""
+        """As Trainer's, with the means of what was recorded since the last log of a training step."""
         if "loss" in logs and self._metrics:
-            means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-            self._metrics.clear()
-            together = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.args.device), "mean")
-            logs = logs | dict(zip(means, together.tolist(), strict=True))
+            means = [sum(values) / len(values) for values in self._metrics.values()]
+            over_ranks = self.accelerator.reduce(torch.tensor(means, device=self.args.device), "mean").tolist()
+            logs = logs | dict(zip(self._metrics, over_ranks, strict=True))
             logs["episode"] = self.state.global_step * self.args.train_batch_size * self.accelerator.num_processes
+            self._metrics.clear()
         super().log(logs, start_time)
 
     # Evaluation
@@ -379,59 +350,42 @@ class PPOTrainer(Trainer):
         """Sample completions of the held-out prompts and score them; always with the same random numbers.
 
         Returns:
-            Means of score, KL (nats a completion), their sum and the number of tokens.
+            Means of score, KL (nats a completion), score − kl_coef · KL, and number of tokens.
         """
-        totals: dict[str, list[Tensor]] = defaultdict(list)
+        parts = []  # [3, b] each: score, KL, number of tokens
         for experience in self._held_out(eval_dataset):
-            values = {
-                "scores": experience.scores,
-                "kl": experience.kl.sum(1),
-                "length": experience.mask.sum(1).float(),
-            }
-            for name, gathered in self.accelerator.gather_for_metrics(values).items():
-                totals[name].append(gathered)
-        if not totals:
+            columns = (experience.scores, experience.kl.sum(1), experience.mask.sum(1).float())
+            parts.append(torch.stack(self.accelerator.gather_for_metrics(columns)))
+        if not parts:
             raise ValueError("eval_dataset: no prompts")
-        means = {name: torch.cat(values).mean().item() for name, values in totals.items()}
+        score, kl, length = torch.cat(parts, dim=1).mean(1).tolist()
         metrics = {
-            f"{metric_key_prefix}_objective/scores": means["scores"],
-            f"{metric_key_prefix}_objective/kl": means["kl"],
-            f"{metric_key_prefix}_objective/rlhf_reward": means["scores"] - self.ppo_args.kl_coef * means["kl"],
-            f"{metric_key_prefix}_response_length": means["length"],
+            f"{metric_key_prefix}_objective/scores": score,
+            f"{metric_key_prefix}_objective/kl": kl,
+            f"{metric_key_prefix}_objective/rlhf_reward": score - self.ppo_args.kl_coef * kl,
+            f"{metric_key_prefix}_response_length": length,
         }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
-        """Completions of eval_dataset, printed by the main process and returned by each (its own share).
-
-        Args:
-            sampling: only the first batch.
-        """
+        """Completions of eval_dataset, or of its first batch with `sampling`: the main process prints a few, and each
+        process returns its own share."""
+        decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
         rows = []
         for experience in self._held_out(None, num_batches=1 if sampling else None):
-            prompts = experience.sequences[:, : -experience.mask.shape[1]]
-            answers = experience.targets.masked_fill(~experience.mask, self.processing_class.pad_token_id)
-            queries, responses = (
-                self.processing_class.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, answers)
-            )
-            for query, response, score in zip(queries, responses, experience.scores.tolist(), strict=True):
+            prompts = decode(experience.sequences[:, : -experience.mask.shape[1]])
+            answers = decode(experience.targets.masked_fill(~experience.mask, self.processing_class.pad_token_id))
+            for query, response, score in zip(prompts, answers, experience.scores.tolist(), strict=True):
                 rows.append({"query": query, "model response": response, "score": score})
         if self.is_world_process_zero():
             for row in rows[:_SHOWN]:
                 print(f"[{row['score']:.3f}] {row['query']!r} -> {row['model response']!r}")
         return rows
 
-    def _show_completions_if_due(self) -> None:
-        wanted = self.ppo_args.num_sample_generations
-        if wanted and self.eval_dataset is not None:
-            every = max(1, self.args.max_steps // wanted)
-            if self.state.global_step % every == 0:
-                self.generate_completions(sampling=True)
-
     def _held_out(self, eval_dataset: Any, num_batches: int | None = None) -> Iterator[Experience]:
-        """A rollout of each batch of held-out prompts; once they are through, the run's random numbers are back."""
+        """A rollout of each batch of held-out prompts; restores the run's random-number generators at the end."""
         self.model.eval()
         state = rng_state()
         try:
@@ -444,7 +398,7 @@ class PPOTrainer(Trainer):
     # Saving and resuming
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A folder that `from_pretrained` reads: policy (or its adapters) and tokenizer; the value model in its own."""
+        """Write a folder for `from_pretrained`: policy (or its adapters) and tokenizer, and the value model's own."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -468,15 +422,15 @@ class PPOTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but written aside and then renamed: a run killed meanwhile leaves the older ones, whole."""
-        if self.args.push_to_hub:  # which reads the folder in the background
+        """As Trainer's, but written aside and then renamed: a killed run leaves only complete checkpoints."""
+        if self.args.push_to_hub:  # reads the folder in the background
             return super()._save_checkpoint(model, trial)
         run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = str(run / _STAGING)
+        staging, name = run / _STAGING, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -484,63 +438,40 @@ class PPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        written = run / _STAGING / name
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(run / name)
-            self.state.save_to_json(str(written / "trainer_state.json"))
-        for path in written.rglob("*"):
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+        for path in (staging / name).rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-        written.rename(run / name)
-        shutil.rmtree(run / _STAGING)
-        self._delete_old_checkpoints(run)
+        shutil.rmtree(run / name, ignore_errors=True)
+        (staging / name).rename(run / name)
+        shutil.rmtree(staging)
+        if hasattr(self, "_rotate_checkpoints"):  # transformers 4
+            self._rotate_checkpoints(output_dir=str(run))
+        else:
+            from transformers.trainer_utils import rotate_checkpoints
 
-    def _delete_old_checkpoints(self, run: Path) -> None:
-        """All but the newest `save_total_limit`, of which the best one takes a place (but never the newest one's)."""
-        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        if not limit or limit < 0:
-            return
-        there = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        keep = set(there[-limit:])
-        if best is not None and Path(best) not in keep:
-            keep = {Path(best), *there[-max(limit - 1, 1) :]}
-        for path in there:
-            if path not in keep:
-                shutil.rmtree(path)
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
-@dataclass
-class _Sequences:
-    """Some rows of a rollout."""
-
-    sequences: Tensor
-    attention_mask: Tensor
-    mask: Tensor
-
-
-class _Collator:
-    """Pads the rows' token ids; columns that are not for the model are left out."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if "input_ids" not in rows[0]:
-            raise ValueError(
-                f"the dataset has the columns {', '.join(rows[0])}, but prompts come tokenized, as input_ids: "
-                'dataset.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})'
-            )
-        return self.pad([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
+def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad the rows' token ids; other columns are left out."""
+    if "input_ids" not in rows[0]:
+        raise ValueError(
+            f"the dataset has the columns {', '.join(rows[0])}, but prompts come tokenized, as input_ids: "
+            'dataset.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})'
+        )
+    return pad([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
 
 
-def _completion_hidden(model: nn.Module, batch: Experience | _Sequences) -> tuple[Tensor, LMHead]:
-    """The states [b, T, D] that predict the completions' tokens, and the head."""
+def _completion_hidden(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
+) -> tuple[Tensor, LMHead]:
+    """The states [b, T, D] that predict the last T = `num_completion` tokens, and the head."""
     backbone, head = backbone_and_head(model)
-    hidden = token_hidden(backbone, batch.sequences, batch.attention_mask)
-    return hidden[:, -batch.mask.shape[1] - 1 : -1], head
+    return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
 def _classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -549,7 +480,17 @@ def _classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return inner.base_model, inner.score
 
 
-def _check_models(model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module):
+def _classify(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """[b, P + T] float32: a sequence-classification model's output after each token."""
+    backbone, score = _classifier(model)
+    return score(token_hidden(backbone, sequences, attention_mask)).squeeze(-1).float()
+
+
+def _check_models(
+    model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module, peft_config: Any
+) -> None:
+    if peft_config is not None and hasattr(model, "disable_adapter"):
+        raise ValueError("peft_config: the model has adapters already; give one or the other")
     if ref_model is model:
         raise ValueError("ref_model: the same object as model, which is trained; give a copy, or None for one")
     if value_model is reward_model:
@@ -571,15 +512,3 @@ def _check_models(model: nn.Module, ref_model: nn.Module | None, reward_model: n
             raise ValueError(
                 f"{name}: reads {readable} tokens, the policy writes {vocabulary}; they must share a tokenizer"
             )
-
-
-def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    if hasattr(model, "disable_adapter"):
-        raise ValueError("peft_config: the model has adapters already; give one or the other")
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("peft_config: needs peft (pip install peft)") from None
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
-    return peft.get_peft_model(model, peft_config)

@@ -7,59 +7,53 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastppo.algorithms import config as algorithms
+from fastppo.integrations.patching import require
 from fastppo.integrations.transformers import SUPPORTED
-from fastppo.integrations.versions import require
-from fastppo.training import config as options
 
 require("transformers", SUPPORTED)
 
 from transformers import TrainingArguments  # noqa: E402
 
 
+def _option(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"help": explanation})  # for transformers.HfArgumentParser
+
+
 @dataclass
 class PPOConfig(TrainingArguments):
-    """transformers' TrainingArguments, and PPO's with TRL's names and defaults.
+    """transformers' TrainingArguments and PPO's options, with TRL's names and defaults.
 
     A step (`logging_steps`, `save_steps`, `eval_steps`, `max_steps`) is a rollout of ``per_device_train_batch_size ·
     gradient_accumulation_steps`` prompts in each process.
     """
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate, of both models."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many rollouts."})
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Completions in all; num_train_epochs of the dataset if not given."}
-    )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Sequences generated, or scored without gradients, at a time."}
-    )
-    num_sample_generations: int = field(
-        default=10, metadata={"help": "How often in a run completions of eval_dataset are shown; 0: never."}
-    )
-    response_length: int = field(default=53, metadata={"help": "Most tokens of a completion."})
-    stop_token: Literal["eos"] | None = field(
-        default=None, metadata={"help": "`eos` ends completions at the tokenizer's; by default nothing does."}
-    )
-    stop_token_id: int | None = field(default=None, metadata={"help": "The same by number."})
-    temperature: float = field(default=0.7, metadata={"help": "Of the sampler; also divides the scored logits."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the score of a completion without an EOS."}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Divide the rewards by their deviation."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Of the KL to the reference, in the rewards."})
-    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "How a token's KL is estimated."})
-    cliprange: float = field(default=0.2, metadata={"help": "Of the probability ratio."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move in an update."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
-    model_adapter_name: str | None = field(default=None, metadata={"help": "The trained adapter's name."})
-    ref_adapter_name: str | None = field(default=None, metadata={"help": "An adapter that is the reference."})
-    sft_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
-    reward_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "For scripts; not read here."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "For scripts; not read here."})
-    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Of old scripts; has no effect."})
+    learning_rate: float = _option(3e-6, "Initial learning rate of both models.")
+    logging_steps: float = _option(10, "Rollouts between two logs.")
+    total_episodes: int | None = _option(None, "Number of completions; by default num_train_epochs of the dataset.")
+    num_ppo_epochs: int = _option(4, "Passes over a rollout.")
+    num_mini_batches: int = _option(1, "Optimizer steps in a pass.")
+    local_rollout_forward_batch_size: int = _option(64, "Sequences generated, or scored without gradients, at a time.")
+    num_sample_generations: int = _option(10, "How often in a run completions of eval_dataset are printed; 0: never.")
+    response_length: int = _option(53, "Maximum number of tokens of a completion.")
+    stop_token: Literal["eos"] | None = _option(None, "`eos`: the tokenizer's ends completions; by default none does.")
+    stop_token_id: int | None = _option(None, "Id of the token that ends a completion.")
+    temperature: float = _option(0.7, "Divides the logits, in sampling and in scoring.")
+    missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a completion without an EOS.")
+    whiten_rewards: bool = _option(False, "Divide rewards by their standard deviation.")
+    kl_coef: float = _option(0.05, "Weight of the KL to the reference in the rewards.")
+    kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", "Estimator of a token's KL.")
+    cliprange: float = _option(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = _option(0.1, "Weight of the value loss.")
+    cliprange_value: float = _option(0.2, "Clip range around the rollout's value.")
+    gamma: float = _option(1.0, "Discount.")
+    lam: float = _option(0.95, "GAE's lambda.")
+    model_adapter_name: str | None = _option(None, "Name of the trained adapter.")
+    ref_adapter_name: str | None = _option(None, "Name of the reference's adapter.")
+    sft_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    reward_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    dataset_num_proc: int | None = _option(None, "For scripts; not read here.")
+    ds3_gather_for_generation: bool = _option(True, "For old scripts; has no effect.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,19 +63,14 @@ class PPOConfig(TrainingArguments):
             raise ValueError("stop_token and stop_token_id: give one of them")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {self.kl_estimator!r}")
-        for name in (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "local_rollout_forward_batch_size",
-            "response_length",
-            "temperature",
-        ):
+        positive = ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "response_length")
+        for name in (*positive, "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
 
-def a_rollout_a_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
-    """A copy whose batch is a whole rollout, for Trainer's loop."""
+def one_rollout_per_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
+    """A copy for Trainer's loop, whose batch is a whole rollout."""
     rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if rollout < args.num_mini_batches:
         raise ValueError(f"num_mini_batches: {args.num_mini_batches}, but a rollout has {rollout} completions")
@@ -99,17 +88,8 @@ def a_rollout_a_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
     return args
 
 
-def algorithm_options(args: PPOConfig) -> options.PPOConfig:
-    return options.PPOConfig(
-        num_ppo_epochs=args.num_ppo_epochs,
-        num_mini_batches=args.num_mini_batches,
-        clip_low=args.cliprange,
-        clip_high=args.cliprange,
-        vf_coef=args.vf_coef,
-        cliprange_value=args.cliprange_value,
-        gamma=args.gamma,
-        lam=args.lam,
-        whiten_rewards=args.whiten_rewards,
-        kl_coef=args.kl_coef,
-        kl_estimator=args.kl_estimator,
-    )
+def algorithm_options(args: PPOConfig) -> algorithms.PPOConfig:
+    same_name = ("num_ppo_epochs", "num_mini_batches", "vf_coef", "cliprange_value", "gamma", "lam")
+    same_name += ("whiten_rewards", "kl_coef", "kl_estimator")
+    options = {name: getattr(args, name) for name in same_name}
+    return algorithms.PPOConfig(clip_low=args.cliprange, clip_high=args.cliprange, **options)

@@ -1,4 +1,4 @@
-"""Importing this patches verl: for VERL_USE_EXTERNAL_MODULES, which verl imports in each of its processes."""
+"""Importing this module patches verl; VERL_USE_EXTERNAL_MODULES lets verl import it in each of its processes."""
 
 from fastppo.integrations.verl import patch
 

@@ -16,7 +16,7 @@ from architectures import OPTIONS, SMALL, random_model, randomize
 from torch import nn
 
 import fastppo
-from fastppo.integrations.versions import require
+from fastppo.integrations.patching import require
 
 transformers = pytest.importorskip("transformers", reason="the integration is with transformers")
 
@@ -271,6 +271,7 @@ def test_liger_is_named():
 
 def test_accelerate_hooks_stay_and_its_preparation_comes_after():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate's hooks")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # left by trainers of other tests
     model, batch = _random_model(), _batch()
     plain = copy.deepcopy(model)
     accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(io_same_device=True))
@@ -311,7 +312,7 @@ def test_what_is_not_a_transformers_model_is_refused():
 
 
 def test_unsupported_versions_are_named(monkeypatch):
-    monkeypatch.setattr("fastppo.integrations.versions.version", lambda name: "4.30.0")
+    monkeypatch.setattr("fastppo.integrations.patching.version", lambda name: "4.30.0")
     with pytest.raises(ImportError, match=r"transformers 4.30.0 is installed.*>=4.57,<6"):
         fastppo.patch_model(_random_model())
     monkeypatch.undo()

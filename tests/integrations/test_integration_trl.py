@@ -18,6 +18,7 @@ from packaging.version import Version  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
 
 import fastppo.integrations.trl as fastppo_trl  # noqa: E402
+from fastppo.integrations.transformers import SLOT  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def _train(kind: str, load, output_dir, *, steps: int = 4, peft_config=None, **o
     return trainer, [row for row in trainer.state.log_history if "loss" in row]
 
 
-def _plain_door(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+def _plain_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
     """What TRL's function does, written out: from the model's own logits, all of them."""
     own = model.forward
 
@@ -94,10 +95,10 @@ def _plain_door(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("lo
 
 @pytest.fixture(params=["its own logits", "TRL's own function"])
 def baseline(request, monkeypatch):
-    """What ours is compared with; a context in which trainers are built on it."""
+    """The function that ours is compared with, set in the trainers' modules."""
     if request.param == "its own logits":
         for name in ("grpo", "rloo"):
-            monkeypatch.setattr(f"trl.trainer.{name}_trainer.add_fused_lm_head", _plain_door)
+            monkeypatch.setattr(f"trl.trainer.{name}_trainer.add_fused_lm_head", _plain_fused_lm_head)
     elif Version(trl.__version__) < Version("1.16") and not torch.cuda.is_available():
         pytest.skip("TRL's own function needs a GPU before 1.16")
 
@@ -123,7 +124,7 @@ def test_same_curves_as_without(kind, options, baseline, load, tmp_path, monkeyp
     monkeypatch.undo()
     with fastppo_trl.patched():
         trainer, ours = _train(kind, load, tmp_path / "ours", **options)
-    assert vars(trainer.model)[fastppo_trl.patched_transformers.SLOT].temperature == 0.8
+    assert vars(trainer.model)[SLOT].temperature == 0.8
     _assert_same_curves(ours, own, rtol=2e-3)
     assert max(abs(row["kl"]) for row in own) > 1e-4  # there was something to compare
 
@@ -132,24 +133,24 @@ def test_adapters(load, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft", reason="needs peft's adapters")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "v_proj"])
     options = {"beta": 0.1, "peft_config": config, "steps": 3}
-    monkeypatch.setattr("trl.trainer.grpo_trainer.add_fused_lm_head", _plain_door)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.add_fused_lm_head", _plain_fused_lm_head)
     _, own = _train("grpo", load, tmp_path / "own", **options)
     monkeypatch.undo()
     with fastppo_trl.patched():
         trainer, ours = _train("grpo", load, tmp_path / "ours", **options)
-    assert fastppo_trl.patched_transformers.SLOT in vars(trainer.model.get_base_model())
+    assert SLOT in vars(trainer.model.get_base_model())
     _assert_same_curves(ours, own, rtol=2e-3)
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_every_field_and_gradient_of_the_door(cast, baseline, load):
+def test_every_field_and_gradient_of_the_fused_head(cast, baseline, load):
     """The function in TRL's place against another, called alike."""
     from trl.trainer.grpo_trainer import add_fused_lm_head
 
     ours, _ = load()
     own = copy.deepcopy(ours)
     arguments = {"temperature": 0.7, "cast_lm_head_to_fp32": cast, "outputs": ("log_probs", "entropy")}
-    fastppo_trl._add_fused_lm_head(ours, **arguments)
+    fastppo_trl.add_fused_lm_head(ours, **arguments)
     add_fused_lm_head(own, **arguments)
     ids = torch.randint(3, 300, (3, 9))
     labels = ids.clone()
@@ -167,7 +168,7 @@ def test_every_field_and_gradient_of_the_door(cast, baseline, load):
     for ours_p, own_p in zip(ours.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(ours_p.grad, own_p.grad, rtol=1e-3, atol=1e-4 * own_p.grad.abs().max().item() + 1e-7)
     assert results[0].loss.requires_grad
-    fastppo_trl._add_fused_lm_head(copy.deepcopy(fastppo.unpatch_model(ours)))  # no entropy asked for
+    fastppo_trl.add_fused_lm_head(copy.deepcopy(fastppo.unpatch_model(ours)))  # no entropy asked for
     assert "forward" not in vars(ours)
 
 
@@ -196,7 +197,7 @@ def test_patching_is_refused_twice_and_undone(load, tmp_path):
     from trl.trainer import grpo_trainer, rloo_trainer
     from trl.trainer.utils import add_fused_lm_head
 
-    with pytest.raises(RuntimeError, match="nothing of ours to undo"):
+    with pytest.raises(RuntimeError, match="not patched by fastppo"):
         fastppo_trl.unpatch()
     with fastppo_trl.patched():
         assert grpo_trainer.add_fused_lm_head is not add_fused_lm_head
@@ -222,20 +223,20 @@ def test_foreign_patches_are_refused(load, monkeypatch):
     # A model that TRL has patched already, and one that fastppo.patch_model has.
     model, _ = load()
     add_fused_lm_head(model)
-    for patch in (fastppo.patch_model, fastppo_trl._add_fused_lm_head):
+    for patch in (fastppo.patch_model, fastppo_trl.add_fused_lm_head):
         with pytest.raises(RuntimeError, match=r"trl\.trainer\.utils has replaced the forward"):
             patch(model)
     model = fastppo.patch_model(load()[0])
     with pytest.raises(RuntimeError, match="call unpatch_model first"):
-        fastppo_trl._add_fused_lm_head(model)
+        fastppo_trl.add_fused_lm_head(model)
     model, _ = load()
-    fastppo_trl._add_fused_lm_head(model, temperature=0.5)
-    fastppo_trl._add_fused_lm_head(model, temperature=0.7)  # a second trainer of the same model
-    assert vars(model)[fastppo_trl.patched_transformers.SLOT].temperature == 0.7
+    fastppo_trl.add_fused_lm_head(model, temperature=0.5)
+    fastppo_trl.add_fused_lm_head(model, temperature=0.7)  # a second trainer of the same model
+    assert vars(model)[SLOT].temperature == 0.7
 
 
 @pytest.mark.parametrize("found", ["1.14.2", "2.0.0"])
 def test_unsupported_versions_are_named(found, monkeypatch):
-    monkeypatch.setattr("fastppo.integrations.versions.version", lambda name: found)
+    monkeypatch.setattr("fastppo.integrations.patching.version", lambda name: found)
     with pytest.raises(ImportError, match=rf"trl {found} is installed, but fastppo supports trl>=1.15,<2"):
         fastppo_trl.patch()

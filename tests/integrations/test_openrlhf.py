@@ -9,11 +9,11 @@ import itertools
 import pytest
 import rl_libraries
 import torch
-from rl_libraries import assert_same, draw, load
+from rl_libraries import assert_same, draw, load, parameters, replaced_pairs
 from torch import Tensor
 
 from fastppo.integrations import openrlhf as adapter
-from fastppo.integrations import versions
+from fastppo.integrations import patching
 
 TOTALS = [{}, {"dp_size": 3, "batch_num_tokens": 101.0, "global_batch_size": 17.0}]
 
@@ -41,15 +41,8 @@ def value_and_gradient(function, x: Tensor, *arguments, **options):
 
 
 def test_the_signatures_are_openrlhfs():
-    for name, mine in adapter._PATCH.replacements.items():
-        module, _, attribute = name.rpartition(".")
-        theirs = getattr(load(module), attribute)
-        pairs = [(mine, theirs)]
-        if inspect.isclass(mine):
-            pairs = [(mine.__init__, theirs.__init__), (mine.forward, theirs.forward)]
-        for ours, original in pairs:
-            given, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, original))
-            assert [(p.name, p.default) for p in given] == [(p.name, p.default) for p in wanted], name
+    for name, mine, theirs in replaced_pairs(adapter._PATCH.replacements):
+        assert parameters(mine) == parameters(theirs), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -208,9 +201,9 @@ def test_another_librarys_patch_is_refused(losses, utils, monkeypatch):
 
 @pytest.mark.parametrize(("found", "accepted"), [("0.11.1", False), ("0.11.2", True), ("0.12.0", False)])
 def test_versions(monkeypatch, found, accepted):
-    monkeypatch.setattr(versions, "version", lambda name: found)
+    monkeypatch.setattr(patching, "version", lambda name: found)
     if accepted:
-        versions.require("openrlhf", adapter.SUPPORTED)
+        patching.require("openrlhf", adapter.SUPPORTED)
     else:
         with pytest.raises(ImportError, match=rf"openrlhf {found} is installed.*openrlhf>=0.11.2,<0.12"):
             adapter.patch()

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from rl_libraries import assert_same, draw, load, value_and_gradient
+from rl_libraries import assert_same, draw, find, load, parameters, replaced_pairs, value_and_gradient
 from torch import Tensor
 
+from fastppo.integrations import patching
 from fastppo.integrations import verl as adapter
-from fastppo.integrations import versions
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 BATCH_INFO = [
@@ -55,19 +55,13 @@ def skip_unless_known(algos, agg: str) -> None:
 
 
 def test_the_signatures_are_verls():
-    for name, mine in adapter._PATCH.replacements.items():
-        module, _, attribute = name.rpartition(".")
-        theirs = getattr(load(module), attribute)
-        pairs = [(mine, theirs)]
-        if inspect.isclass(mine):
-            pairs = [(mine.__init__, theirs.__init__), (mine.forward, theirs.forward)]
-        if attribute == "linear_cross_entropy":
-            pairs = [(mine, functools.partial(theirs.__self__.forward, None))]
-        for ours, original in pairs:
-            given, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, original))
-            # Older versions have fewer; what they have comes in the same order, with the same names and defaults.
-            assert [(p.name, p.default) for p in wanted] == [(p.name, p.default) for p in given][: len(wanted)], name
-            assert all(p.default is not p.empty for p in given[len(wanted) :]), name
+    for name, mine, theirs in replaced_pairs(adapter._PATCH.replacements):
+        if name.endswith("linear_cross_entropy"):
+            theirs = functools.partial(theirs.__self__.forward, None)
+        given, wanted = parameters(mine), parameters(theirs)
+        # Older versions have fewer parameters: a prefix of ours, with the same names and defaults.
+        assert given[: len(wanted)] == wanted, name
+        assert all(default is not inspect.Parameter.empty for _, default in given[len(wanted) :]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -93,7 +87,7 @@ def test_the_backward_writes_over_the_logits_only_where_nothing_else_needs_them(
     assert not torch.equal(logits, before)
     torch.testing.assert_close(weight.grad, logits.T @ hidden)  # the logits' memory now holds ∂logits
 
-    kept = weight.detach().clone().requires_grad_()  # a leaf is somebody's parameter
+    kept = weight.detach().clone().requires_grad_()  # a leaf is a parameter
     adapter.logprobs_from_logits(kept, torch.randint(0, 8, (11,))).sum().backward()
     assert torch.equal(kept, weight)
 
@@ -292,21 +286,25 @@ def test_a_taken_name_is_refused(algos, monkeypatch):
     monkeypatch.setitem(algos.POLICY_LOSS_REGISTRY, "fastppo", lambda: None)
     with pytest.raises(RuntimeError, match="registered already"):
         adapter.register()
+    agg_loss = algos.agg_loss
+    with pytest.raises(RuntimeError, match="registered already"):
+        adapter.patch()
+    assert algos.agg_loss is agg_loss
 
 
 def test_patch_reaches_every_reference_and_unpatch_restores_it(algos, functional):
     losses = load("verl.workers.utils.losses")
-    originals = {name: _find(name) for name in adapter._PATCH.replacements}
+    originals = {name: find(name) for name in adapter._PATCH.replacements}
     with adapter.patched():
         for name, replacement in adapter._PATCH.replacements.items():
-            assert _find(name) is replacement
+            assert find(name) is replacement
         assert losses.kl_penalty is adapter.kl_penalty  # `from verl.trainer.ppo.core_algos import ...`
         assert algos.get_adv_estimator_fn("gae") is adapter.compute_gae_advantage_return
         picked_up_later = type(sys)("verl.picked_up_later")
         picked_up_later.kl_penalty = algos.kl_penalty
         sys.modules["verl.picked_up_later"] = picked_up_later
     try:
-        assert {name: _find(name) for name in adapter._PATCH.replacements} == originals
+        assert {name: find(name) for name in adapter._PATCH.replacements} == originals
         assert picked_up_later.kl_penalty is losses.kl_penalty is originals["verl.trainer.ppo.core_algos.kl_penalty"]
         assert algos.get_adv_estimator_fn("gae") is algos.compute_gae_advantage_return
     finally:
@@ -362,9 +360,9 @@ def test_importing_verl_patch_patches(algos):
 
 @pytest.mark.parametrize(("found", "accepted"), [("0.7.1", False), ("0.8.0", True), ("0.9.9", True), ("0.10.0", False)])
 def test_versions(monkeypatch, found, accepted):
-    monkeypatch.setattr(versions, "version", lambda name: found)
+    monkeypatch.setattr(patching, "version", lambda name: found)
     if accepted:
-        versions.require("verl", adapter.SUPPORTED)
+        patching.require("verl", adapter.SUPPORTED)
     else:
         with pytest.raises(ImportError, match=rf'verl {found} is installed.*pip install "verl>=0.8,<0.10"'):
             adapter.patch()
@@ -372,7 +370,7 @@ def test_versions(monkeypatch, found, accepted):
 
 def test_a_missing_library_is_named():
     with pytest.raises(ImportError, match="no-such-library is not installed"):
-        versions.require("no-such-library", ">=1")
+        patching.require("no-such-library", ">=1")
 
 
 def test_verls_fused_forward_of_a_model_gives_the_same_with_and_without_the_patch(algos):
@@ -392,8 +390,3 @@ def test_verls_fused_forward_of_a_model_gives_the_same_with_and_without_the_patc
         (out.log_probs * upstream[0] + out.entropy * upstream[1]).sum().backward()
         results.append((out.log_probs, out.entropy, *[p.grad.clone() for p in model.parameters()]))
     assert_same(*results, 1e-4)
-
-
-def _find(name: str):
-    module, _, attribute = name.rpartition(".")
-    return getattr(load(module), attribute)

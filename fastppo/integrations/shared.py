@@ -1,0 +1,69 @@
+"""The parts that verl's and OpenRLHF's functions have in common.
+
+B sequences, T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ppo_loss, selective_logprob
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats, [...], of softmax(logits [..., V]); no copy of the logits is made."""
+    any_target = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    return selective_logprob(logits, any_target, return_entropy=True).entropy
+
+
+def weighted_ppo_loss(
+    log_ratio: Tensor, advantages: Tensor, weights: Tensor | None, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`fastppo.ppo_loss` of log π / π_old [B, T], each token weighed by `weights` [B, T] ≥ 0; returns loss and metrics.
+
+    The ratio is passed as log-probabilities with old ones of 0, since the libraries clamp it more tightly than
+    `ppo_loss`. The weights multiply the advantages: a factor of at least 0 commutes with min and clip.
+    """
+    old = torch.zeros_like(log_ratio)
+    if weights is None:
+        out = ppo_loss(old, advantages, logprobs=log_ratio, **options)
+        return out.loss, out.metrics
+    loss = ppo_loss(old, advantages * weights, logprobs=log_ratio, **options).loss
+    # The metrics count clipped tokens, those of weight 0 included.
+    return loss, ppo_loss(old, advantages, logprobs=log_ratio.detach(), **options).metrics
+
+
+def replace_gradient(value: Tensor, source: Tensor) -> Tensor:
+    """`value` with the gradient of `source`."""
+    return value.detach() + (source - source.detach())
+
+
+def batch_share(
+    mask: Tensor,
+    loss_agg: str,
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | None = None,
+    loss_scale_factor: int | None = None,
+) -> Tensor | float:
+    """The factor that turns a loss aggregated over this rank's tokens into its part of the whole batch's loss.
+
+    Args:
+        mask: [B, T] bool. Sequences without a token do not count.
+        loss_agg: the aggregation; token-sum expects a loss aggregated by token-mean.
+        dp_size: number of ranks, whose gradients will be averaged.
+        batch_num_tokens, global_batch_size: of the whole batch over all ranks; without them the loss stays local.
+        loss_scale_factor: divides seq-mean-token-sum-norm instead of T.
+    """
+    by_token = loss_agg in ("token-mean", "token-sum")
+    name, total = ("batch_num_tokens", batch_num_tokens) if by_token else ("global_batch_size", global_batch_size)
+    total = 1 if loss_agg == "token-sum" else total
+    if total is None and dp_size > 1:
+        raise ValueError(f"{name}: needed when dp_size > 1")
+    share = 1.0 if total is None else (mask.sum() if by_token else mask.any(-1).sum()) / total * dp_size
+    if loss_agg == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
+        share = share * (mask.shape[-1] / loss_scale_factor)
+    return share
