@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastppo.engines.transform import check_transform
 from fastppo.integrations.patching import origin, require
-from fastppo.models.head import backbone_and_head
+from fastppo.models.head import backbone_and_head, check_head
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
@@ -133,7 +133,11 @@ def install(model: nn.Module, patch: LogprobForward) -> None:
     output = causal.get_output_embeddings()
     if not patch.float32_head and output is not None and _foreign_instance_forward(output) is not None:
         raise RuntimeError(f"the forward of {name}'s lm_head has been replaced; undo that first")
-    backbone = _check_head(causal)
+    if not any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
+        # Not without values, nor with shards of them: a forward there would be a collective call.
+        with _evaluating(causal):
+            check_head(causal, _probe_ids(causal), padding=False)
+    backbone, _ = backbone_and_head(causal)
     patch.replaced = vars(causal).get("forward")
     patch.positional = tuple(inspect.signature(type(causal).forward).parameters)[1:]
     if "use_cache" in inspect.signature(type(backbone).forward).parameters:
@@ -264,36 +268,6 @@ def _foreign_forward(causal: nn.Module) -> str | None:
         if where.partition(".")[0] not in known or (function is None and where != owner.__module__):
             return where
     return None
-
-
-def _check_head(causal: nn.Module) -> nn.Module:
-    """Compare the model's logits of a few tokens with those by `backbone_and_head`; returns the backbone.
-
-    Architectures scale and cap logits under many names, and an unknown one would train on wrong probabilities.
-
-    Raises:
-        ValueError: there is no linear head, or its logits are not the model's own.
-    """
-    name = type(causal).__name__
-    try:
-        backbone, head = backbone_and_head(causal)
-        if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
-            return backbone  # no values, or shards of them; a forward here would be a collective call
-        ids = _probe_ids(causal)
-        with torch.no_grad(), _evaluating(causal):
-            hidden = backbone(input_ids=ids).last_hidden_state
-            ours = head.logits(hidden.to(head.weight)).float()
-            own = causal(input_ids=ids).logits.float().to(ours.device)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} cannot be taken apart into a backbone and a head ({error})") from error
-    # Scale and soft cap of a half-precision model are rounded; a wrong one is far off.
-    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
-    if own.shape != ours.shape or not (ours - own).abs().max() <= tolerance * (1 + own.abs().max()):
-        raise ValueError(
-            f"{name} makes its logits in a way that is not a linear head with a constant scale and soft cap, so its "
-            "log-probabilities cannot be computed from hidden states"
-        )
-    return backbone
 
 
 def _probe_ids(causal: nn.Module) -> Tensor:

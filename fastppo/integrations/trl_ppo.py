@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from fastppo.algorithms.algorithm import head_arguments
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
 from fastppo.integrations.trl_ppo_config import PPOConfig, algorithm_options, one_rollout_per_step
-from fastppo.models import LMHead, backbone_and_head, check_head, context_length, disable_dropout, token_hidden
+from fastppo.models import check_head, context_length, disable_dropout, token_hidden
 from fastppo.models.load import enable_gradient_checkpointing
+from fastppo.models.packing import completion_hidden
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.ops.reference import sampled_kl
 from fastppo.rollout.config import RolloutConfig
@@ -76,7 +78,7 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, batch: Experience, algorithm: PPO) -> tuple[Tensor, dict[str, Tensor]]:
         length = batch.mask.shape[1]
-        hidden, head = _completion_hidden(self.policy, batch.sequences, batch.attention_mask, length)
+        hidden, head = completion_hidden(self.policy, batch.sequences, batch.attention_mask, length)
         values = _classify(self.value_model, batch.sequences, batch.attention_mask)[:, -length - 1 : -1]
         return algorithm.loss(batch, hidden, head, values, None)
 
@@ -285,16 +287,9 @@ class PPOTrainer(Trainer):
 
     def _logprobs(self, model: nn.Module, sequences: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """[b, T] log-probabilities of the completions' tokens."""
-        hidden, head = _completion_hidden(model, sequences, attention_mask, mask.shape[1])
-        return linear_logprob(
-            hidden,
-            head.weight,
-            sequences[:, -mask.shape[1] :].masked_fill(~mask, -100),
-            bias=head.bias,
-            temperature=self.ppo_args.temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        ).logprobs
+        hidden, head = completion_hidden(model, sequences, attention_mask, mask.shape[1])
+        targets = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
+        return linear_logprob(hidden, targets=targets, **head_arguments(head, self.ppo_args.temperature, None)).logprobs
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -464,14 +459,6 @@ def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[s
             'dataset.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})'
         )
     return pad([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
-
-
-def _completion_hidden(
-    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_completion: int
-) -> tuple[Tensor, LMHead]:
-    """The states [b, T, D] that predict the last T = `num_completion` tokens, and the head."""
-    backbone, head = backbone_and_head(model)
-    return token_hidden(backbone, sequences, attention_mask)[:, -num_completion - 1 : -1], head
 
 
 def _classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:

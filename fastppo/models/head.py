@@ -66,11 +66,16 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
     return backbone, LMHead(weight, bias, _logit_scale(config), _softcap(config))
 
 
-def check_head(model: nn.Module) -> None:
+def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = True) -> None:
     """Compare a model's own logits on a few tokens with those by `backbone_and_head`, with and without padding.
 
     Architectures scale and cap logits under many names, and some recurrent ones read padding as tokens. An architecture
     unknown here would otherwise silently train on wrong probabilities.
+
+    Args:
+        model: any AutoModelForCausalLM, in eval mode.
+        ids: [1, T] tokens to try; None takes four.
+        padding: also compare with padding.
 
     Raises:
         ValueError: the logits by `backbone_and_head` are not the model's own, or depend on padding.
@@ -78,14 +83,15 @@ def check_head(model: nn.Module) -> None:
     name = type(model).__name__
     try:
         backbone, head = backbone_and_head(model)
-        ids = torch.tensor([[3, 1, 4, 15]], device=head.weight.device) % head.weight.shape[0]
+        if ids is None:
+            ids = torch.tensor([[3, 1, 4, 15]], device=head.weight.device) % head.weight.shape[0]
         mask = torch.ones_like(ids)
         with torch.no_grad():
             hidden = token_hidden(backbone, ids, mask)
-            padded = token_hidden(backbone, F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))[:, 2:]
-            ours = head.logits(hidden.to(head.weight.dtype)).float()
-            own = model(input_ids=ids, attention_mask=mask).logits.float()
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+            padded = token_hidden(backbone, F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))[:, 2:] if padding else hidden
+            ours = head.logits(hidden.to(head.weight)).float()
+            own = model(input_ids=ids, attention_mask=mask).logits.float().to(ours.device)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be split into a backbone and a head ({error})") from error
     exact = hidden.dtype in (torch.float32, torch.float64)
     # Both come from the same products, so only the scale and the cap round differently.

@@ -295,7 +295,7 @@ def test_a_head_of_another_kind_is_refused_and_nothing_changed(monkeypatch):
             return out
 
     model.__class__ = Scaled
-    with pytest.raises(ValueError, match="not a linear head"):
+    with pytest.raises(ValueError, match="not those of a linear head"):
         fastppo.patch_model(model)
     assert "forward" not in vars(model)
     model.__class__ = transformers.LlamaForCausalLM
