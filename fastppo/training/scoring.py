@@ -50,7 +50,6 @@ class Scorer:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
         self.micro_batch_size = micro_batch_size(config)
         self._update_starts_with_scored_pass = getattr(algorithm, "update_starts_with_scored_pass", True)
-        self._options = {"temperature": config.rollout.temperature, "backend": config.backend_name}
         self.held_out = self._texts = None
         if config.eval.rewards:
             self.held_out = build_rewards(config.eval.rewards, device=models.device, model_defaults=config.model)
@@ -60,15 +59,9 @@ class Scorer:
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """Sample one completion of each prompt."""
         cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
+        options = {"device": self.models.device, "with_logprobs": cap is not None}
         with self.models.autocast():
-            return sample(
-                self.models.policy,
-                self.tokenizer,
-                prompts,
-                self.config.rollout,
-                device=self.models.device,
-                with_logprobs=cap is not None,
-            )
+            return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, **options)
 
     def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
         """Rewards of B completions; `update` lets running normalizers take them in."""
@@ -76,25 +69,20 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout, rewards: RewardOutput, *, update_follows: bool = True) -> Experience:
-        """Compute a rollout's old log-probabilities, values and KL to the reference: one forward of each model.
+        """Old log-probabilities, values and the KL to the reference of a rollout: one forward of each model.
 
         Args:
-            rollout: B sequences; T tokens of completion, padded.
-            rewards: of these B completions.
-            update_follows: an update is made of the result. Otherwise it has no values.
+            rollout, rewards: of the same B completions, padded to T tokens.
+            update_follows: whether the result is for an update; otherwise it has no values.
 
         Returns:
-            Experience with `old_logprobs`, `kl` and `ref_logprobs` [B, T], `old_values` [B, T] or [B, T, K], all
-            float32 and 0 at padding, and `ref_hidden` [B, T, D]; each None where the configuration has no use for it.
+            Experience with `old_logprobs`, `kl` and `ref_logprobs` [B, T], `old_values` [B, T] or [B, T, K] and
+            `ref_hidden` [B, T, D]: detached, 0 at padding, None where the configuration does not use them.
         """
         all_rows = torch.arange(len(rollout.sequences)).split(self.micro_batch_size)
-        # The update's first forward pass can be this one, if its activations fit in memory: those of a single part.
-        keep = (
-            update_follows
-            and self._update_starts_with_scored_pass
-            and len(all_rows) == 1
-            and not self.config.model.gradient_checkpointing
-        )
+        # The update can start with this pass if all of its activations fit in memory, so if there is a single part.
+        keep = update_follows and self._update_starts_with_scored_pass and len(all_rows) == 1
+        keep = keep and not self.config.model.gradient_checkpointing
         parts = [self._score_part(rollout, rows, update_follows, keep) for rows in all_rows]
         return Experience(
             sequences=rollout.sequences,
@@ -128,28 +116,20 @@ class Scorer:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
                 result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
                 if config.kl_estimator == "exact":
-                    result["kl"] = linear_kl(
-                        hidden,
-                        head.weight,
-                        ref_hidden,
-                        ref_head.weight,
-                        mask=mask,
-                        bias=head.bias,
-                        ref_bias=ref_head.bias,
-                        logit_scale=head.logit_scale,
-                        softcap=head.softcap,
-                        **self._options,
-                    )
+                    heads = {"ref_bias": ref_head.bias, **self._head_options(head)}
+                    result["kl"] = linear_kl(hidden, head.weight, ref_hidden, ref_head.weight, mask=mask, **heads)
                     result["ref_hidden"] = ref_hidden if config.kl_in == "loss" else None
                 else:
-                    result["kl"] = formulas.sampled_kl(
-                        result["old_logprobs"], result["ref_logprobs"], config.kl_estimator
-                    )
+                    logprobs = result["old_logprobs"], result["ref_logprobs"]
+                    result["kl"] = formulas.sampled_kl(*logprobs, config.kl_estimator)
         return result
 
     def _logprobs(self, hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
-        options = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap, **self._options}
-        return linear_logprob(hidden, head.weight, targets, **options).logprobs
+        return linear_logprob(hidden, head.weight, targets, **self._head_options(head)).logprobs
+
+    def _head_options(self, head: LMHead) -> dict[str, Any]:
+        options = {"temperature": self.config.rollout.temperature, "backend": self.config.backend_name}
+        return options | {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
 
     def reward_metrics(self, rewards: RewardOutput, prefix: str = "reward") -> dict[str, float]:
         """Means of the rewards as the functions returned them; normalized ones would not show a rise."""
@@ -185,28 +165,18 @@ class Scorer:
         for name, values in held_out.items():
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:
-            measured = {"eval/perplexity": self.models.hidden}
-            if self.models.has_reference:
-                measured["eval/perplexity_reference"] = self.models.reference_hidden
-            for name, hidden in measured.items():
-                with self.models.autocast():
-                    metrics[name] = perplexity(
-                        hidden,
-                        self._texts,
-                        pad=self.tokenizer.pad_token_id,
-                        batch_size=self.micro_batch_size,
-                        device=self.models.device,
-                        backend=self.config.backend_name,
-                    )
+            options = {"pad": self.tokenizer.pad_token_id, "batch_size": self.micro_batch_size}
+            options |= {"device": self.models.device, "backend": self.config.backend_name}
+            with self.models.autocast():
+                metrics["eval/perplexity"] = perplexity(self.models.hidden, self._texts, **options)
+                if self.models.has_reference:
+                    reference = perplexity(self.models.reference_hidden, self._texts, **options)
+                    metrics["eval/perplexity_reference"] = reference
         totals, by_name = self._weighted(rewards).tolist(), {**rewards.by_name, **held_out}
         rows = [
-            {
-                "prompt": prompt.text,
-                "completion": completion,
-                "reward": totals[i],
-                "rewards": {name: values[i].item() for name, values in by_name.items()},
-            }
-            for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
+            {"prompt": prompt.text, "completion": completion, "reward": total}
+            | {"rewards": {name: values[i].item() for name, values in by_name.items()}}
+            for i, (prompt, completion, total) in enumerate(zip(prompts, rollout.completions, totals, strict=True))
         ]
         return metrics, rows
 

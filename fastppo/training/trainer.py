@@ -62,21 +62,19 @@ from fastppo.training.watch import Alarm, Watch, gravest
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
+STATEFUL = ("sampler", "algorithm", "rewards", "scheduler", "watch")
+"""The trainer's attributes whose `state_dict` a checkpoint holds."""
 
 
 @dataclass
 class TrainResult:
     """How a run ended."""
 
-    step: int
-    """Number of completed steps."""
-    interrupted_by: int | None
-    """The signal that stopped the run, or None."""
+    step: int  # number of completed steps
+    interrupted_by: int | None  # the signal that stopped the run
     report: Path
-    final: Path | None
-    """Folder of the final policy, or None if steps remain."""
-    stopped: str | None = None
-    """The alarm that stopped the run, or None."""
+    final: Path | None  # folder of the final policy; None if steps remain
+    stopped: str | None = None  # the alarm that stopped the run
 
 
 class Trainer:
@@ -133,13 +131,10 @@ class Trainer:
             allow_download=config.model.allow_download,
         )
         self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards, self.algorithm)
-        for functions, prompts in (
-            (self.rewards, self.data.train),
-            (self.rewards, self.data.eval),
-            (self.scorer.held_out, self.data.eval),
-        ):
-            if functions is not None:
-                functions.check_columns({name for prompt in prompts for name in prompt.columns})
+        for prompts in (self.data.train, self.data.eval):
+            self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
+        if self.scorer.held_out is not None:
+            self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
         self.policy_parameters = self.models.policy_parameters()
@@ -154,13 +149,10 @@ class Trainer:
             phase=lambda text: self.progress.phase(text),
             warn=lambda text: self.progress.print(text),
         )
-        self.step = 0
-        self._saved_step: int | None = None
+        self.step, self._saved_step = 0, None
         self._evaluated: set[int] = set()
-        self._signal: int | None = None
-        self._stopped: str | None = None
-        # While a step runs: the state that it started from, which a checkpoint holds if the step fails.
-        self._step_start: dict[str, Any] | None = None
+        self._signal = self._stopped = None  # what ends the run before its last step
+        self._step_start = None  # while a step runs, the state before it: what a checkpoint holds if it fails
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -187,7 +179,7 @@ class Trainer:
             self._signals(),
             self.progress,
         ):
-            self._print_notices(logger)
+            self._print_notices(logger.earlier_run)
             if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
                 self._write_alarms()  # a killed run may have written alarms of later steps
             try:
@@ -212,9 +204,9 @@ class Trainer:
         interrupted_by, stopped = (None, None) if final else (self._signal, self._stopped)
         return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
 
-    def _print_notices(self, logger: MetricsLogger) -> None:
-        if logger.earlier_run is not None:
-            self.progress.print(f"moved the files of an earlier run to {logger.earlier_run}")
+    def _print_notices(self, earlier_run: Path | None) -> None:
+        if earlier_run is not None:
+            self.progress.print(f"moved the files of an earlier run to {earlier_run}")
         if self._resume and not self._resumed:
             self.progress.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
         for count, fate in ((self.data.num_dropped, "dropped"), (self.data.num_truncated, "truncated on the left")):
@@ -409,12 +401,8 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """A copy of all state but parameters and optimizer: {"rng": tensors, "state": JSON values}."""
         tensors, generators = rng_state()
-        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        states = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return {"rng": tensors, "state": copy.deepcopy(states | {"rng": generators})}
-
-    def _stateful(self) -> dict[str, Any]:
-        names = ("sampler", "algorithm", "rewards", "scheduler", "watch")
-        return {name: getattr(self, name) for name in names}
 
     def _saved_parameters(self) -> dict[str, dict[str, Tensor]]:
         """The parameters that a checkpoint holds, by group and name."""
@@ -472,8 +460,8 @@ class Trainer:
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         load_optimizer(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
-        for name, part in self._stateful().items():
-            part.load_state_dict(checkpoint.state[name])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(checkpoint.state[name])
         set_rng_state(checkpoint.tensors("rng"), checkpoint.state["rng"])
         self.step = self._saved_step = checkpoint.step
         metrics = self.output_dir / METRICS_FILE

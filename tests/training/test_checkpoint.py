@@ -1,4 +1,4 @@
-"""Checkpoints: to the bit, whole after a kill at any instant, damage always noticed."""
+"""Checkpoints restore every bit, are whole after a kill at any instant, and never load damaged."""
 # ruff: noqa: NPY002  numpy's global generator is what libraries draw from, and what is tested here
 
 import base64
@@ -895,7 +895,7 @@ def test_an_optimizer_over_other_parameters_is_refused():
     shapes = r"group 0, parameter 0 has shape \[4, 3\], was saved with shape \[3, 4\]"
     with pytest.raises(CheckpointError, match=shapes):
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 3))]), tensors, meta)
-    with pytest.raises(CheckpointError, match=r"group 0, parameter 1 has shape \[3, 4\], was saved with shape none"):
+    with pytest.raises(CheckpointError, match=r"group 0, parameter 1 has shape \[3, 4\], was saved with shape None"):
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2)]), tensors, meta)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what they leave behind, how they end, and that a resumed one gives the same bits."""
+"""Whole runs on a tiny model: their files, how they end, and that a resumed run gives the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    """Drawing plots is most of a tiny run's time; the test that looks at them undoes this."""
+    """Skip the report's plots, which take most of a tiny run's time; one test undoes this."""
     monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
 
 
@@ -302,13 +302,13 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
 
 
 def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch):
-    """With one part a step its forward is kept: a pass less, and the gradient of a pass anew."""
+    """With one micro-batch a step, the update reuses the scoring pass and its gradients equal those of a new pass."""
     passes, gradients = {}, {}
-    for name in ("kept", "anew"):
+    for name in ("kept", "new"):
         settings = config(world, tmp_path / name, ppo__num_ppo_epochs=2, ppo__num_mini_batches=1)
         trainer = Trainer(settings, progress=ProgressDisplay(4))
-        trainer.models.value.weight.data.fill_(0.1)  # so that it has a say in the backbone's gradient
-        if name == "anew":
+        trainer.models.value.weight.data.fill_(0.1)  # not zero, so that the backbone's gradient depends on it
+        if name == "new":
             monkeypatch.setattr(trainer.models, "hidden_before_update", trainer.models.hidden)
         counted, steps = [], []
         trainer.models.policy.model.register_forward_hook(lambda *_, counted=counted: counted.append(1))
@@ -327,11 +327,11 @@ def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch)
         trainer.algorithm.estimate_advantages(experience)
         trainer.algorithm.update(trainer.learner, experience)
         passes[name], gradients[name] = len(counted), steps
-    assert passes == {"kept": 2, "anew": 3}
-    kept, anew = (steps[0] for steps in gradients.values())
+    assert passes == {"kept": 2, "new": 3}
+    kept, new = (steps[0] for steps in gradients.values())
     for name, gradient in kept.items():
-        scale = anew[name].abs().max().item()
-        torch.testing.assert_close(gradient, anew[name], rtol=0, atol=1e-3 * scale + 1e-7)
+        scale = new[name].abs().max().item()
+        torch.testing.assert_close(gradient, new[name], rtol=0, atol=1e-3 * scale + 1e-7)
 
 
 def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
@@ -360,7 +360,7 @@ def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
 
 
 def test_a_models_own_sampling_defaults_change_nothing(world, tmp_path):
-    """Chat models ship with top-p, penalties and the like; the policy is sampled as it is scored."""
+    """Chat models ship with top-p, penalties and the like, which sampling ignores, as scoring does."""
     trainer = Trainer(config(world, tmp_path / "run"))
     prompts = trainer.data.train[:6]
     torch.manual_seed(0)

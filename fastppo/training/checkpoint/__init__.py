@@ -12,14 +12,6 @@ from fastppo.training.checkpoint.store import (
 )
 
 __all__ = [
-    "MAY_DIFFER",
-    "Checkpoint",
-    "CheckpointError",
-    "check_same_run",
-    "discard_checkpoints",
-    "find_checkpoint",
-    "load_checkpoint",
-    "load_optimizer",
-    "optimizer_tensors",
-    "save_checkpoint",
-]
+    "MAY_DIFFER", "Checkpoint", "CheckpointError", "check_same_run", "discard_checkpoints", "find_checkpoint",
+    "load_checkpoint", "load_optimizer", "optimizer_tensors", "save_checkpoint",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,22 +12,18 @@ from fastppo.training.checkpoint.store import CheckpointError
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's `state_dict` into named tensors and JSON values.
-
-    Args:
-        optimizer: any optimizer with torch's `state_dict` and `param_groups`. States may nest and may hold tensors,
-            numbers, strings and None.
+    """Split an optimizer's `state_dict`, which may nest and hold tensors, numbers, strings and None.
 
     Returns:
         tensors: dotted name (`state.0.exp_avg`) -> the optimizer's own tensor, not a copy.
-        meta: JSON values: all other states, hyperparameters, and the parameters' shapes.
+        meta: everything else as JSON values: other states, hyperparameters, the parameters' shapes.
 
     Raises:
         TypeError: a state of another type; the message names it.
     """
     tensors: dict[str, Tensor] = {}
     packed = {key: _pack(value, key, tensors) for key, value in optimizer.state_dict().items()}
-    return tensors, {"state_dict": packed, "shapes": _parameter_shapes(optimizer)}
+    return tensors, {"state_dict": packed, "shapes": _shapes(optimizer)}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -38,13 +35,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     Raises:
         CheckpointError: the parameters' shapes differ, a tensor is missing, or the optimizer does not take a state.
     """
-    was, now = _by_parameter(meta["shapes"]), _by_parameter(_parameter_shapes(optimizer))
-    for name in {**was, **now}:
-        if was.get(name) != now.get(name):
-            raise CheckpointError(
-                f"the optimizer's parameters are not the checkpoint's: {name} has shape {now.get(name, 'none')}, "
-                f"was saved with shape {was.get(name, 'none')}"
-            )
+    for group, (was, now) in enumerate(zip_longest(meta["shapes"], _shapes(optimizer), fillvalue=[])):
+        for index, (old, new) in enumerate(zip_longest(was, now)):
+            if old != new:
+                parameter = f"group {group}, parameter {index} has shape {new}, was saved with shape {old}"
+                raise CheckpointError(f"the optimizer's parameters are not the checkpoint's: {parameter}")
     try:
         state_dict = {key: _unpack(value, tensors) for key, value in meta["state_dict"].items()}
     except KeyError as error:
@@ -106,9 +101,5 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _parameter_shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
+def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
     return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _by_parameter(shapes: list[list[list[int]]]) -> dict[str, list[int]]:
-    return {f"group {g}, parameter {i}": shape for g, group in enumerate(shapes) for i, shape in enumerate(group)}

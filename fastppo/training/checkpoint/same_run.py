@@ -8,18 +8,9 @@ from typing import Any
 
 from fastppo.training.checkpoint.store import CheckpointError
 
-MAY_DIFFER = frozenset(
-    {
-        "output_dir",
-        "total_steps",
-        "tensorboard",
-        "on_nonfinite",
-        "checkpoint",
-        "eval",
-        "watch",
-        "model.allow_download",
-    }
-)
+MAY_DIFFER = frozenset({
+    "output_dir", "total_steps", "tensorboard", "on_nonfinite", "checkpoint", "eval", "watch", "model.allow_download",
+})  # fmt: skip
 """Keys, with all keys below them, that may change on resume: no training step depends on them.
 
 `total_steps` is among them so that a run can be prolonged. A learning-rate schedule that decays to an end then decays
@@ -30,15 +21,12 @@ _ABSENT = object()
 
 
 def check_same_run(saved: dict[str, Any], given: dict[str, Any], *, may_differ: Collection[str] = MAY_DIFFER) -> None:
-    """Raise unless two configurations agree.
+    """Raise a CheckpointError with every differing key and both values, unless two configuration trees agree.
 
     Args:
-        saved: the checkpoint's configuration tree.
-        given: the configuration tree of the run that resumes.
+        saved: the checkpoint's configuration.
+        given: that of the run that resumes.
         may_differ: dotted keys that are not compared, each with all keys below it (`eval` or `eval.*`).
-
-    Raises:
-        CheckpointError: the configurations differ; the message has every differing key with both values.
     """
     free = tuple(f"{key.removesuffix('.*')}." for key in may_differ)
     differences = [
