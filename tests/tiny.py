@@ -1,5 +1,4 @@
-"""A tiny random Llama with a real tokenizer, made on the spot: what tests use in place of a downloaded model; and short
-runs on it: their configurations, and what they leave behind."""
+"""A tiny random Llama with a real tokenizer, for tests without a download; and helpers for short training runs."""
 
 from __future__ import annotations
 
@@ -76,7 +75,7 @@ def make_tiny_model(
 
 
 def build_changed_config(tree: dict[str, Any], changes: dict[str, Any]):
-    """The configuration of a tree of plain values, `section__key=value` set in it first."""
+    """Build the configuration of a tree of plain values after setting each `section__key=value` in it."""
     from fastppo.training.config import build_config
 
     for dotted, value in changes.items():
@@ -89,7 +88,7 @@ def build_changed_config(tree: dict[str, Any], changes: dict[str, Any]):
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
-    """A run's metric lines, without the clock's."""
+    """A run's metrics, one dict a line, without times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time") and k != "tokens_per_second"} for r in rows]
 

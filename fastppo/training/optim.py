@@ -1,4 +1,4 @@
-"""Optimizers by name, and their learning-rate schedule."""
+"""Optimizers and learning-rate schedules by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastppo.config_fields import ConfigError
 from fastppo.training.config import OptimConfig
@@ -15,52 +16,33 @@ from fastppo.training.config import OptimConfig
 def build_optimizer(
     config: OptimConfig, policy_parameters: Iterable[nn.Parameter], value_parameters: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW over two groups of parameters, the critic's with a learning rate of its own.
+    """AdamW with two parameter groups, policy and critic, each with its own learning rate.
 
     `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861).
 
     Raises:
-        ConfigError: bitsandbytes is asked for and not installed.
+        ConfigError: bitsandbytes is needed and not installed.
     """
     groups = [
         {"params": list(policy_parameters), "lr": config.learning_rate},
         {"params": list(value_parameters), "lr": config.value_learning_rate or config.learning_rate},
     ]
-    arguments = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ConfigError("optim.name: adamw_8bit needs bitsandbytes (pip install bitsandbytes)") from None
-        return bitsandbytes.optim.AdamW8bit(groups, **arguments)
-    return torch.optim.AdamW(groups, fused=True, **arguments)
+    betas = (config.adam_beta1, config.adam_beta2)
+    arguments = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
+    if config.name != "adamw_8bit":
+        return torch.optim.AdamW(groups, fused=True, **arguments)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError("optim.name: adamw_8bit needs bitsandbytes (pip install bitsandbytes)") from None
+    return bitsandbytes.optim.AdamW8bit(groups, **arguments)
 
 
-def scale_learning_rate(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
-) -> None:
-    """Multiply every group's learning rate by `factor`, now and for the rest of its schedule.
+def build_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+    """One of transformers' schedules, stepped once per training step.
 
-    A checkpoint of both holds the change.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
-        group["initial_lr"] *= factor
-    # What the schedule's own multiplier of each step is applied to.
-    scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-
-
-def build_scheduler(
-    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """One of transformers' schedules, stepped once a training step.
-
-    Their rates begin (with a warm-up) and end (with a decay) at 0. A training step at a rate of 0 would be wasted, so
-    the first one here is the schedule's second.
+    A warm-up starts at rate 0 and a decay ends there. To waste no training step, step 1 uses the schedule's second
+    rate, and the schedule is one step longer than the run.
     """
     from transformers import get_scheduler
 
@@ -71,3 +53,11 @@ def build_scheduler(
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         scheduler.step()
     return scheduler
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, factor: float) -> None:
+    """Multiply every group's learning rate by `factor`, now and for the rest of its schedule; kept in checkpoints."""
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+    scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]

@@ -1,10 +1,10 @@
-"""The training loop: rollout, score, estimate, update; again.
+"""The training loop: rollout, scores, advantages, update; evaluations, alarms and checkpoints between steps.
 
     prompts ── sample ──> completions ── reward functions ──> scores
                   └─ one forward of policy, critic and reference ──> old log-probs, values, KL
     the algorithm: shaped rewards ──> advantages ── its update ──> parameters
 
-What is in memory when a step begins, and nothing else, decides how the run goes on; a checkpoint is exactly that.
+A checkpoint holds all state that a step starts from, so a resumed run continues exactly as if never stopped.
 """
 
 from __future__ import annotations
@@ -64,35 +64,33 @@ from fastppo.training.watch import Alarm, Watch, most_severe
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
+STATEFUL = ("sampler", "algorithm", "rewards", "scheduler", "watch")
+"""The trainer's attributes whose `state_dict` a checkpoint holds."""
 
 
 @dataclass
 class TrainResult:
     """How a run ended."""
 
-    step: int
-    """Steps that are done."""
-    interrupted_by: int | None
-    """The signal that stopped the run after a whole step, or None."""
+    step: int  # number of completed steps
+    interrupted_by: int | None  # the signal that stopped the run
     report: Path
-    final: Path | None
-    """The final policy's folder, once every step is done."""
-    stopped: str | None = None
-    """The alarm that ended the run before its last step, or None."""
+    final: Path | None  # folder of the final policy; None if steps remain
+    stopped: str | None = None  # the alarm that stopped the run
 
 
 class Trainer:
-    """Policy optimization of one language model, from a configuration.
+    """Train one language model by policy optimization, from a configuration.
 
     Args:
-        config: the whole run.
+        config: the run's configuration.
         rewards: Python callables f(prompts, completions, **columns) to use instead of `config.rewards`.
-        progress: where to show the run; a display on standard output if not given.
-        resume: go on from the newest whole checkpoint in `config.output_dir`, to the same bits on a CPU.
+        progress: the progress display; by default one on standard output.
+        resume: continue from the newest undamaged checkpoint in `config.output_dir`; bit-identical on a CPU.
 
     Raises:
-        ConfigError, ModelError, DataError, RewardError, CheckpointError: something that was asked for cannot be had;
-            one line that says what, before any work is done.
+        ConfigError, ModelError, DataError, RewardError, CheckpointError: the configuration cannot be run. The message
+            is one line; no training has been done.
     """
 
     def __init__(
@@ -106,7 +104,7 @@ class Trainer:
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
-        self.config = config
+        self.config, self.progress = config, progress
         self.output_dir = Path(config.output_dir).expanduser()
         self.device = choose_device(config.device)
         _check_writable(self.output_dir)
@@ -115,7 +113,8 @@ class Trainer:
                 select(op, self.device, torch.float32, config.backend_name)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-        checkpoint = self._open_output(resume)
+        checkpoint = self._find_checkpoint(resume)
+        self._resume, self._resumed = resume, checkpoint is not None
 
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
@@ -133,12 +132,12 @@ class Trainer:
             max_new_tokens=config.rollout.max_new_tokens,
             allow_download=config.model.allow_download,
         )
+        self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards, self.algorithm)
         for prompts in (self.data.train, self.data.eval):
             self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
-        self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
-        self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards)
         if self.scorer.held_out is not None:
             self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
+        self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
         self.policy_parameters = self.models.policy_parameters()
         self.value_parameters = self.models.value_parameters()
@@ -155,28 +154,25 @@ class Trainer:
             phase=lambda text: self.progress.phase(text),
             warn=lambda text: self.progress.print(text),
         )
-        self.step = 0
-        self._saved_step: int | None = None
+        self.step, self._saved_step = 0, None
         self._evaluated: set[int] = set()
+        self._signal = self._stopped = None  # what ends the run before its last step
+        self._step_start = None  # while a step runs, the state before it: what a checkpoint holds if it fails
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.progress = progress
-        self._signal: int | None = None
-        self._stopped: str | None = None
-        # What a checkpoint of the steps that are done holds besides parameters and optimizer.
-        self._between_steps = self._snapshot()
 
     # The run
 
     def train(self) -> TrainResult:
-        """Run the steps that are left, with evaluation, checkpoints, samples and a report.
+        """Run the remaining steps, with evaluations, checkpoints, samples and a report.
 
-        SIGINT and SIGTERM let the current step finish, write a checkpoint and return; a second one stops at once.
+        On SIGINT or SIGTERM the current step finishes, a checkpoint is written, and this returns; a second signal
+        stops at once.
 
         Raises:
             NonFiniteError: a NaN or Inf in a loss, gradient or probability, with `on_nonfinite: stop`.
-            RewardError: a reward function failed. The steps before it are saved.
-            CheckpointError: a checkpoint could not be written; older ones are whole.
+            RewardError: a reward function failed. Completed steps are saved.
+            CheckpointError: a checkpoint could not be written; older ones are intact.
         """
         config = self.config
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
@@ -188,25 +184,19 @@ class Trainer:
             self._signals(),
             self.progress,
         ):
-            if logger.earlier_run is not None:
-                self.progress.print(f"what an earlier run left here was moved to {logger.earlier_run}")
-            if self._nothing_to_resume:
-                self.progress.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
-            for count, fate in ((self.data.num_dropped, "left out"), (self.data.num_truncated, "cut to their end")):
-                if count:
-                    self.progress.print(f"{count} prompts too long: {fate}")
+            self._print_notices(logger.earlier_run)
             if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
-                self._write_alarms()  # of the steps that are done, also where a killed run had gone on
+                self._write_alarms()  # a killed run may have written alarms of later steps
             try:
                 self._evaluate_if_due(logger)
                 if self.step == 0 and self._saved_step is None and self.watch.good_steps:
-                    self._checkpoint()  # trouble may come before the first regular one
+                    self._checkpoint()  # a rollback may be due before the first regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
             except CheckpointError:
                 raise
             except Exception:
-                self._save_whole_steps()
+                self._save_completed_steps()
                 raise
             if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
                 self._checkpoint()
@@ -219,9 +209,19 @@ class Trainer:
         interrupted_by, stopped = (None, None) if final else (self._signal, self._stopped)
         return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
 
+    def _print_notices(self, earlier_run: Path | None) -> None:
+        if earlier_run is not None:
+            self.progress.print(f"moved the files of an earlier run to {earlier_run}")
+        if self._resume and not self._resumed:
+            self.progress.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+        for count, fate in ((self.data.num_dropped, "dropped"), (self.data.num_truncated, "truncated on the left")):
+            if count:
+                self.progress.print(f"{count} prompts too long: {fate}")
+
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
         began = time.perf_counter()
+        self._step_start = self._state()
         self.learner.changed = False
         self.learner.where = f"step {self.step + 1}"
         try:
@@ -231,44 +231,37 @@ class Trainer:
         except NonFiniteError as error:
             saved = "none" if self._saved_step is None else f"step {self._saved_step}"
             raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from None
-        self.step += 1
+        self.step, self._step_start = self.step + 1, None
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
-        metrics, alarms = self._watched(metrics)
-        self._between_steps = self._snapshot()
-        self.learner.changed = False
-        logger.log(self.step, metrics)
+        metrics, alarms = self._log(metrics, logger)
         self.progress.update(self.step, metrics)
         last = self.step == config.total_steps
-        # The evaluation comes before the checkpoint, so that a run that is killed after it has lost nothing; the last
-        # one comes once the policy is saved.
+        # The evaluation precedes the checkpoint, so that a run killed after it repeats neither. The last evaluation
+        # follows the saving of the policy.
         if self._act(alarms, logger) or (not last and self._evaluate_if_due(logger)):
             return
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or last):
             self._checkpoint()
 
     def train_step(self) -> dict[str, float]:
-        """One rollout and the updates made of it. Returns the step's metrics."""
+        """Run one rollout and the updates from it. Returns the step's metrics."""
         config = self.config
         metrics: dict[str, float] = {}
-        with _clock(metrics, "rollout"):
-            self.progress.phase("rollout")
+        with self._phase("rollout", metrics):
             prompts = [self.data.train[index] for index in next(self.sampler)]
             prompts = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
             rollout = self.scorer.sample(prompts)
-        with _clock(metrics, "reward"):
-            self.progress.phase("reward")
+        with self._phase("reward", metrics):
             rewards = self.scorer.reward(prompts, rollout)
-        with _clock(metrics, "score"):
-            self.progress.phase("score")
+        with self._phase("score", metrics):
             experience = self.scorer.score(rollout, rewards)
             shaped = self.algorithm.estimate_advantages(experience)
-        with _clock(metrics, "update"):
+        with self._phase("update", metrics):
             updates = self.algorithm.update(self.learner, experience)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
 
-        sequence_kl = experience.kl.sum(1).mean().item() if experience.kl is not None else None
         metrics |= self.scorer.reward_metrics(rewards)
         metrics |= {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
         metrics |= {name: value.item() for name, value in shaped.items()}
@@ -280,20 +273,28 @@ class Trainer:
             "tokens": rollout.mask.sum().item(),
         }
         metrics |= text_health(rollout) | length_health(rollout) | advantage_health(experience)
-        if sequence_kl is not None:
-            metrics["kl/reference"] = sequence_kl
+        if experience.kl is not None:
+            metrics["kl/reference"] = experience.kl.sum(1).mean().item()
             metrics["kl/reference_per_token"] = (experience.kl.sum() / experience.mask.sum().clamp(min=1)).item()
-            self.algorithm.kl_controller.update(sequence_kl, len(experience))
+            self.algorithm.kl_controller.update(metrics["kl/reference"], len(experience))
         refresh = config.algorithm_config.reference_refresh_steps
         if refresh and (self.step + 1) % refresh == 0:
             self.models.refresh_reference()
         return metrics | updates
 
+    @contextmanager
+    def _phase(self, name: str, metrics: dict[str, float]) -> Iterator[None]:
+        """Show a phase of the step and measure its seconds."""
+        self.progress.phase(name)
+        began = time.perf_counter()
+        yield
+        metrics[f"time/{name}"] = time.perf_counter() - began
+
     def _evaluate_if_due(self, logger: MetricsLogger) -> bool:
         """Evaluate before the first step, after the last, and every `eval.every`; each once, also across resumes.
 
         Returns:
-            Whether the run was rolled back for what was found.
+            Whether the run was rolled back because of the result.
         """
         step, every = self.step, self.config.eval.every
         last = step == self.config.total_steps
@@ -304,9 +305,7 @@ class Trainer:
         name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
         self.progress.phase("evaluate")
         metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
-        metrics, alarms = self._watched(metrics)
-        self._between_steps = self._snapshot()
-        logger.log(self.step, metrics)
+        metrics, alarms = self._log(metrics, logger)
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
         kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
         self.progress.print(
@@ -315,29 +314,35 @@ class Trainer:
         )
         return self._act(alarms, logger, over=last)
 
-    # Trouble
+    # Alarms
 
-    def _watched(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[Alarm]]:
-        """The metrics with what the watch adds to them, and the alarms they raise."""
+    def _log(self, metrics: dict[str, float], logger: MetricsLogger) -> tuple[dict[str, float], list[Alarm]]:
+        """Log metrics and those that the watch derives from them; returns all, and the alarms that they raise."""
         derived, alarms = self.watch.observe(self.step, metrics)
         if self.step == 1:
             for metric in self.watch.unseen():
-                self.progress.print(f"watch: there is no metric {metric} so far, so its rule does nothing")
+                self.progress.print(f"watch: there is no metric {metric} so far, so its rule has no effect")
         counts = {"watch/alarms": len(alarms), "watch/rollbacks": self.watch.rollbacks}
-        return metrics | derived | {name: count for name, count in counts.items() if count}, alarms
+        metrics = metrics | derived | {name: count for name, count in counts.items() if count}
+        logger.log(self.step, metrics)
+        return metrics, alarms
 
     def _act(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> bool:
-        """Carry out the most severe action of the alarms; only report them if the run is over.
+        """Take the most severe action that the alarms ask for; where the run is `over`, only report them.
 
         Returns:
             Whether the run was rolled back.
         """
         if not alarms:
             return False
+        action, outcome, factor = most_severe(alarms), "run stopped", self.config.watch.lr_factor
         checkpoint = None
-        action, outcome = most_severe(alarms), ""
         if over:
             action, outcome = "warn", "the run was over"
+        elif action == "lower_lr":
+            outcome = f"learning rate times {factor:g}"
+            self.watch.lr_scale *= factor
+            scale_learning_rate(self.optimizer, self.scheduler, factor)
         elif action == "rollback":
             good_step = min(alarm.good_step for alarm in alarms if alarm.action == "rollback")
             checkpoint = find_checkpoint(self.output_dir / CHECKPOINTS, until=good_step)
@@ -346,33 +351,23 @@ class Trainer:
             elif checkpoint is None:
                 action, outcome = "stop", f"run stopped: no checkpoint of step {good_step} or before to roll back to"
             else:
-                outcome = (
-                    f"rolled back to step {checkpoint.step}, with other random numbers and a learning rate times "
-                    f"{self.config.watch.lr_factor:g}"
-                )
-        elif action == "lower_lr":
-            outcome = f"learning rate times {self.config.watch.lr_factor:g}"
-        elif action == "stop":
-            outcome = "run stopped"
+                changes = f"other random numbers and a learning rate times {factor:g}"
+                outcome = f"rolled back to step {checkpoint.step}, with {changes}"
         for alarm in alarms:
             alarm.outcome = "warned" if alarm.action == "warn" else outcome
             self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
         if action == "rollback":
             self._roll_back(checkpoint, logger)
-        elif action == "lower_lr":
-            self.watch.lr_scale *= self.config.watch.lr_factor
-            scale_learning_rate(self.optimizer, self.scheduler, self.config.watch.lr_factor)
         elif action == "stop":
             self._stopped = next(alarm.reason for alarm in alarms if alarm.action != "warn")
-        self._between_steps = self._snapshot()
         self._write_alarms()
         return action == "rollback"
 
     def _roll_back(self, checkpoint: Checkpoint, logger: MetricsLogger) -> None:
-        """Go on from an earlier checkpoint, with other random numbers and a lower learning rate.
+        """Restore an earlier checkpoint and continue with other random numbers and a lower learning rate.
 
-        Prompts come in the order they would have come in anyway; what is sampled for them differs. A kill at any
-        instant here leaves checkpoints from which the run comes to this rollback again, or one that has it behind it.
+        The order of prompts is unchanged; the completions sampled for them differ. If the process is killed meanwhile,
+        the resumed run either repeats this rollback or starts after it.
         """
         logger.keep_aside(checkpoint.step, self.watch.rollbacks + 1)
         before = self.watch.state_dict()
@@ -380,8 +375,6 @@ class Trainer:
         scale_learning_rate(self.optimizer, self.scheduler, self.watch.rolled_back(before, self.config.watch.lr_factor))
         digest = hashlib.sha256(f"{self.config.seed}/rollback {self.watch.rollbacks}".encode()).digest()
         seed_everything(int.from_bytes(digest[:8], "little"))
-        self._between_steps = self._snapshot()
-        self.learner.changed = False
         discard_checkpoints(self.output_dir / CHECKPOINTS, after=checkpoint.step)
         self._checkpoint()
         logger.rewind(checkpoint.step)
@@ -392,9 +385,10 @@ class Trainer:
     # Saving
 
     def save_policy(self, folder: Path) -> Path:
-        """Write a plain folder that transformers loads: the policy (adapters merged), its tokenizer and its critic."""
-        temporary = folder.with_name(f".saving-{folder.name}")
-        _remove(temporary)
+        """Write the policy (adapters merged), tokenizer and critic to a folder that transformers loads."""
+        temporary, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("saving", "replaced"))
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         policy = self.models.policy
         if self.config.model.lora is not None:
             policy = copy.deepcopy(policy).merge_and_unload()
@@ -404,84 +398,62 @@ class Trainer:
             value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
             self.models.value.save_pretrained(value_folder)
         if folder.exists():
-            replaced = folder.with_name(f".replaced-{folder.name}")
-            _remove(replaced)
             folder.rename(replaced)
-            temporary.rename(folder)
-            _remove(replaced)
-        else:
-            temporary.rename(folder)
+        temporary.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         return folder
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Everything but parameters and optimizer states, by value: what the next step starts from."""
+    def _state(self) -> dict[str, Any]:
+        """A copy of all state but parameters and optimizer: {"rng": tensors, "state": JSON values}."""
         tensors, generators = rng_state()
-        return {
-            "rng": tensors,
-            "state": copy.deepcopy(
-                {
-                    "rng": generators,
-                    "sampler": self.sampler.state_dict(),
-                    "algorithm": self.algorithm.state_dict(),
-                    "rewards": self.rewards.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "watch": self.watch.state_dict(),
-                }
-            ),
-        }
+        states = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        return {"rng": tensors, "state": copy.deepcopy(states | {"rng": generators})}
+
+    def _saved_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters that a checkpoint holds, by group and name."""
+        refreshed = self.config.algorithm_config.reference_refresh_steps
+        reference = self.models.reference_parameters() if refreshed else {}
+        groups = {"policy": self.policy_parameters, "value": self.value_parameters, "reference": reference}
+        return {group: parameters for group, parameters in groups.items() if parameters}
 
     def _checkpoint(self) -> None:
         self.progress.phase("checkpoint")
+        state = self._step_start or self._state()
         optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
         save_checkpoint(
             self.output_dir / CHECKPOINTS,
             self.step,
-            tensors={
-                **self._saved_parameters(),
-                "optimizer": optimizer,
-                "rng": self._between_steps["rng"],
-            },
-            state=self._between_steps["state"] | {"optimizer": optimizer_meta},
+            tensors={**self._saved_parameters(), "optimizer": optimizer, "rng": state["rng"]},
+            state=state["state"] | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
             keep_for=self.watch.good_steps,
         )
         self._saved_step = self.step
 
-    def _saved_parameters(self) -> dict[str, dict[str, Tensor]]:
-        """The parameters that a checkpoint holds, by group and name."""
-        groups = {"policy": self.policy_parameters}
-        if self.value_parameters:
-            groups["value"] = self.value_parameters
-        if self.config.algorithm_config.reference_refresh_steps:
-            groups["reference"] = self.models.reference_parameters()
-        return {group: {name: p.detach() for name, p in parameters.items()} for group, parameters in groups.items()}
-
-    def _save_whole_steps(self) -> None:
-        """On the way out of a step that failed before it changed any parameter: keep what the steps before it made."""
-        if self.learner.changed or self.step in (0, self._saved_step):
+    def _save_completed_steps(self) -> None:
+        """After an error: save the completed steps, unless the failed one has changed parameters."""
+        if (self._step_start and self.learner.changed) or self.step in (0, self._saved_step):
             return
         if all(torch.isfinite(parameter).all() for parameter in self.learner.parameters().values()):
             self._checkpoint()
             self.progress.print(f"saved a checkpoint of step {self.step}")
 
-    def _open_output(self, resume: bool) -> Checkpoint | None:
-        """The checkpoint to go on from; refuses to mix two runs in one folder."""
+    def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to resume from, if any; raises rather than mix two runs in one folder."""
         root = self.output_dir / CHECKPOINTS
-        self._resumed = self._nothing_to_resume = False
+        saved = any(root.glob("step-*"))
         if not resume:
-            if any(root.glob("step-*")) or (self.output_dir / FINAL).exists():
+            if saved or (self.output_dir / FINAL).exists():
                 raise CheckpointError(
-                    f"{self.output_dir}: holds an earlier run; go on with --resume, or choose another --output_dir"
+                    f"{self.output_dir}: holds an earlier run; continue it with --resume, or choose another output_dir"
                 )
             return None
         checkpoint = find_checkpoint(root)
-        if checkpoint is None and any(root.glob("step-*")):
-            raise CheckpointError(f"{root}: none of the checkpoints is whole; start a new run with another output_dir")
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_dict(self.config))
-            self._resumed = True
-        self._nothing_to_resume = checkpoint is None
+        elif saved:
+            raise CheckpointError(f"{root}: all checkpoints are damaged; start a new run with another output_dir")
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -492,14 +464,10 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
-        state = checkpoint.state
-        load_optimizer(self.optimizer, checkpoint.tensors("optimizer"), state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.algorithm.load_state_dict(state["algorithm"])
-        self.rewards.load_state_dict(state["rewards"])
-        self.watch.load_state_dict(state["watch"])
-        set_rng_state(checkpoint.tensors("rng"), state["rng"])
+        load_optimizer(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(checkpoint.state[name])
+        set_rng_state(checkpoint.tensors("rng"), checkpoint.state["rng"])
         self.step = self._saved_step = checkpoint.step
         metrics = self.output_dir / METRICS_FILE
         rows = read_metrics(metrics) if metrics.exists() else []
@@ -507,7 +475,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for an end after this step; the second is the usual one."""
+        """The first SIGINT or SIGTERM ends the run after the current step; the second raises KeyboardInterrupt."""
 
         def ask(number: int, frame: Any) -> None:
             if self._signal is not None:
@@ -517,7 +485,7 @@ class Trainer:
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's
+        except ValueError:  # only the main thread may handle signals
             before = {}
         try:
             yield
@@ -528,21 +496,7 @@ class Trainer:
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
+        atomic_write(folder / ".writable", b"")
+        (folder / ".writable").unlink()
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written to ({error.strerror})") from None
-
-
-@contextmanager
-def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    metrics[f"time/{name}"] = time.perf_counter() - began
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What the process frees stays its own."""
+"""Memory that the process frees is kept for its next allocations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ kept = sys.argv[1] == "kept" and keep_freed_memory()
 def step():
     return [torch.ones(4 * 2**20) for _ in range(8)]  # 8 blocks of 16 MiB
 
-for _ in range(4):  # the C library finds its places
+for _ in range(4):  # warm-up
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -33,7 +33,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_used_again_without_page_faults():
     def run(setting):
         command = [sys.executable, "-c", PROGRAM, setting]
-        # Where blocks of this size go by themselves depends on what happened to be freed before.
+        # By default glibc adapts this threshold to what was freed before.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
         kept, faults = subprocess.run(
             command, capture_output=True, text=True, check=True, env=environment

@@ -1,6 +1,7 @@
-"""Checkpoints: to the bit, whole after a kill at any instant, damage always noticed."""
+"""Checkpoints restore every bit, are whole after a kill at any instant, and never load damaged."""
 # ruff: noqa: NPY002  numpy's global generator is what libraries draw from, and what is tested here
 
+import base64
 import errno
 import itertools
 import json
@@ -15,16 +16,17 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import fastppo
-from fastppo.training import checkpoint as module
 from fastppo.training import config as run_config
 from fastppo.training.checkpoint import (
     MAY_DIFFER,
@@ -36,6 +38,7 @@ from fastppo.training.checkpoint import (
     load_optimizer,
     optimizer_tensors,
     save_checkpoint,
+    store,
 )
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
@@ -48,13 +51,11 @@ def same_bits(left, right):
     return torch.equal(left, right)
 
 
-def never(message):
-    raise AssertionError(f"unexpected warning: {message}")
+pytestmark = pytest.mark.filterwarnings("error::fastppo.FastPPOWarning")
 
 
-def save(root, step, *, keep_last=2, warn=never, **content):
-    content = {**payload(step), **content}
-    return save_checkpoint(root, step, **content, keep_last=keep_last, warn=warn)
+def save(root, step, *, keep_last=2, **content):
+    return save_checkpoint(root, step, **{**payload(step), **content}, keep_last=keep_last)
 
 
 def payload(step, mark=0):
@@ -87,7 +88,7 @@ def names(root):
 def test_layout_and_round_trip_of_every_kind_of_tensor(tmp_path):
     root = tmp_path / "deep" / "er"
     weight, square = torch.randn(13, 7), torch.randn(6, 6)
-    bits = torch.from_numpy(np.random.randint(0, 2**32, 101, dtype=np.uint32)).view(torch.float32)
+    bits = torch.randint(-(2**31), 2**31, (101,), dtype=torch.int32).view(torch.float32)
     tensors = {
         "tied.b": weight,
         "tied.a": weight,
@@ -117,12 +118,10 @@ def test_layout_and_round_trip_of_every_kind_of_tensor(tmp_path):
         "bool": torch.rand(17) > 0.5,
         "names of any kind/é": torch.randn(2),
     }
-    path = save_checkpoint(
-        root, 10, tensors={"policy": tensors, "none": {}}, state={}, config={}, keep_last=1, warn=never
-    )
+    path = save_checkpoint(root, 10, tensors={"policy": tensors, "none": {}}, state={}, config={}, keep_last=1)
     assert path == root / "step-000010"
     assert names(path) == ["config.json", "manifest.json", "none.safetensors", "policy.safetensors", "state.json"]
-    found = find_checkpoint(root, warn=never)
+    found = find_checkpoint(root)
     assert (found.path, found.step, found.groups) == (path, 10, ("none", "policy"))
     assert found.tensors("none") == {}
     restored = found.tensors("policy")
@@ -162,19 +161,8 @@ def test_tied_weights_of_a_model_stay_tied(tmp_path):
     assert other.head.weight is other.embed.weight
 
 
-@pytest.mark.parametrize("most", [1, 7, 64])
-def test_pieces_and_short_writes(tmp_path, monkeypatch, most):
-    write = os.write
-    monkeypatch.setattr(module, "_CHUNK", 33)
-    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:most]))
-    save(tmp_path, 4)
-    monkeypatch.undo()
-    assert_is(find_checkpoint(tmp_path, warn=never), 4)
-
-
 def test_state_keeps_every_bit_of_a_float(tmp_path):
-    generator = random.Random()
-    doubles = [struct.unpack("d", generator.randbytes(8))[0] for _ in range(500)]
+    doubles = [struct.unpack("d", random.randbytes(8))[0] for _ in range(500)]
     state = {"doubles": doubles, "special": [math.inf, -math.inf, -0.0, 5e-324], "text": 'é\n"\ud800', "big": 2**200}
     state |= {"none": None, "yes": True, "nested": {"": [{}, [], 0, False]}}
     restored = load_checkpoint(save(tmp_path, 0, state=state)).state
@@ -220,7 +208,7 @@ def test_a_tensor_without_memory_of_its_own_is_refused(tmp_path):
         def __tensor_flatten__(self):
             raise NotImplementedError
 
-    with pytest.raises(TypeError, match=r"a Sharded has no memory of its own"):
+    with pytest.raises(TypeError, match=r"tensors\['policy'\]\['weight'\]: a Sharded wraps other tensors"):
         save(tmp_path, 1, tensors={"policy": {"weight": torch.ones(2).as_subclass(Sharded)}})
 
 
@@ -228,6 +216,56 @@ def test_unknown_group_names_the_known_ones(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"no group 'value', only optimizer, policy"):
         find_checkpoint(tmp_path).tensors("value")
+
+
+# A checkpoint from before `save_file` wrote them: {file name: bytes as Latin-1} as JSON, zlib, base64.
+WRITTEN_BEFORE = (
+    "eNq1VtuO2zYQ/RVDaN+UBSlKIhkEu0AfAvQlP7AyjBE5XKu1JVWSc+lC/15erNvGmywQ1A8czuHwcDQX0s+RampTPd391Td19H4XPRf1roh6RF1Y"
+    "lRb1WNRRvIvOUFcG++GFoWm6MwzO1M6hH9q2eaeOqP5um6q2eOytPmPXV03tGQPSD9g6lQXVVCfsne5Y/TIM6I+aQYdW/6LTOc/iCTpCkuXhfNRC"
+    "KSMxzYhUlBOktJREA4c804wDN5zmpTaQKJISk0spkBGeZWgykVPL4kjHOLiwisstH+hNF6gUCfK8zIggQkmghhOVJVpzRYnMWQnKAE2JAMoToWXK"
+    "M4EIJSOAwMpy60LbnCr17a4HgwPWfdP1tzxhSXozGhnTSgMwJROV5nmGeZJrViLVYDVIGdhYIJNaq9IY4CmlQBRgliZEl+nWlaYdqrM9sPupN4Tc"
+    "8sZglqdaoGKMSc5TRjJAzglkWOYqT6gNDIo8F9aJNJUmQwBaZpTlvFRGwdUbO4zXAlqR56ikINyknJVSJqWNOBFG5AxUpngmU6YTbXKllZSlkIZS"
+    "JoFrQbSgjKc+8dcyv/mdrtyLCyFUuJFQP5Ifj89FdDiccQANAxwOIVSbdmlde1g5VKHXiuh5LKIxnsuf3E1dYnfq4VuLwewjS8JOG4OAPe6d6k9q"
+    "jOlx8Kl5JPEu3W8I8Wt7gM9P33P+8dHV/5Y0uc2axjtxk/XQ//NLxCLe0WQ/jjv3exlRQR6cUPqDExLuPch8Rij74HL3fbvMiSP/c+KKooiOCNpJ"
+    "C9gRzyV6dcppAN6SzCTesVcTmlwz2jVf+reyvRJve2/sUhLojnAyv1YVrtisb+Nrcf39T5+J5D5MZOIzWPKzE7q8n9Yf6gDkDy922KV562zjpNH3"
+    "vlwUcVWwPB3LKzV39csn5qArNWyuMYcugEV+m0weAzLL3fWis7/nabJ62RbMkYSCDFHddvdsNsYrlk2j/oxoNv4h19yeb6Tz9gvjNJsm+yCDGKc7"
+    "v4UOzoenrrm0/Spo06FFdPKHkbssnqHSNlu/cc05dmlPuA67jfedjNeKlJN29WX5bPvR4XyK74hY0C9YPR2Hg0YF34IfhC6rcO6fOvBNauDU47Jy"
+    "hq++gG4s2ZsBQR3dSn05nZYFBe1w6aA83dqlK2Oww3qoXjEwlz5cF1tS63njIqMPLz9l6C6r7T4P/SZ+ZJu4kMf9+pH3Tb7adN06MSTrjPtxv7zH"
+    "Nfi/SZ/gU3hLx/8A9r8BJg=="
+)
+
+
+def test_checkpoints_of_the_earlier_writer_load(tmp_path):
+    """Tied, transposed and bfloat16 tensors, and an AdamW after one step."""
+    path = tmp_path / "step-000003"
+    path.mkdir()
+    for name, text in json.loads(zlib.decompress(base64.b64decode(WRITTEN_BEFORE))).items():
+        (path / name).write_bytes(text.encode("latin-1"))
+    found = find_checkpoint(tmp_path)
+    assert (found.step, found.config, found.groups) == (3, {"seed": 1}, ("optimizer", "policy"))
+    assert math.isnan(found.state["nan"])
+    policy, weight = found.tensors("policy"), torch.arange(6.0).reshape(2, 3) / 7
+    assert policy["embed"] is policy["head"]
+    assert same_bits(policy["embed"], weight)
+    assert same_bits(policy["rows"], weight.t()[1:])
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter], lr=0.5)
+    parameter.grad = torch.tensor([0.25, 3.0], dtype=torch.bfloat16)
+    optimizer.step()
+    assert same_bits(policy["half"], parameter)
+    resumed = torch.optim.AdamW([torch.nn.Parameter(policy["half"])], lr=0.1)
+    load_optimizer(resumed, found.tensors("optimizer"), found.state["optimizer"])
+    expected = optimizer_tensors(optimizer)[0]
+    restored = optimizer_tensors(resumed)[0]
+    assert expected.keys() == restored.keys()
+    assert all(same_bits(restored[name], expected[name]) for name in expected)
+    assert resumed.param_groups[0]["lr"] == 0.5
+
+
+def test_files_have_the_permissions_of_other_new_files(tmp_path):
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "other", *save(tmp_path, 1).iterdir())}
+    assert len(modes) == 1
 
 
 # Which checkpoints stay
@@ -238,7 +276,7 @@ def test_keep_last(tmp_path):
     tmp_path.joinpath("step-best").mkdir()
     for step in (5, 999_999, 1_000_000, 1_000_005):
         save(tmp_path, step, keep_last=3)
-        assert_is(find_checkpoint(tmp_path, warn=never), step)
+        assert_is(find_checkpoint(tmp_path), step)
     steps = ["step-1000000", "step-1000005", "step-999999"]
     assert names(tmp_path) == sorted([*steps, "notes.txt", "step-best"])
     save(tmp_path, 1_000_006, keep_last=1)
@@ -251,8 +289,8 @@ def test_one_from_before_a_step_is_kept_and_found(tmp_path):
     assert names(tmp_path) == ["step-000000", "step-000003", "step-000006"]
     save(tmp_path, 9, keep_last=2, keep_for={5})
     assert names(tmp_path) == ["step-000003", "step-000006", "step-000009"]
-    assert_is(find_checkpoint(tmp_path, until=5, warn=never), 3)
-    assert find_checkpoint(tmp_path, until=2, warn=never) is None
+    assert_is(find_checkpoint(tmp_path, until=5), 3)
+    assert find_checkpoint(tmp_path, until=2) is None
     discard_checkpoints(tmp_path, after=5)
     assert names(tmp_path) == ["step-000003"]
     save(tmp_path, 4, keep_last=1, keep_for={4})
@@ -278,14 +316,14 @@ def test_a_step_saved_again_takes_the_place_of_the_first(tmp_path):
     for mark in range(3):
         assert save(tmp_path, 3, **payload(3, mark), keep_last=3) == tmp_path / "step-000003"
         assert names(tmp_path) == ["step-000003"]
-        assert_is(find_checkpoint(tmp_path, warn=never), 3, mark)
+        assert_is(find_checkpoint(tmp_path), 3, mark)
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):
     save(tmp_path, 1)
     for name in (".saving-step-000002-0123abcd", ".trash-step-000000-0123abcd"):
         shutil.copytree(tmp_path / "step-000001", tmp_path / name)
-    assert_is(find_checkpoint(tmp_path, warn=never), 1)
+    assert_is(find_checkpoint(tmp_path), 1)
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
@@ -294,22 +332,21 @@ def test_an_old_one_that_cannot_be_deleted_is_only_warned_of(tmp_path, monkeypat
     def refuse(path, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    messages = []
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    save(tmp_path, 2, keep_last=1, warn=messages.append)
-    assert len(messages) == 1
-    assert "step 2 is saved, but" in messages[0]
+    with pytest.warns(fastppo.FastPPOWarning, match="step 2 is saved, but") as caught:
+        save(tmp_path, 2, keep_last=1)
+    assert len(caught) == 1
     monkeypatch.undo()
-    assert_is(find_checkpoint(tmp_path, warn=never), 2)
+    assert_is(find_checkpoint(tmp_path), 2)
 
 
 # Damage
 
 
 def test_nothing_there(tmp_path):
-    assert find_checkpoint(tmp_path / "absent", warn=never) is None
-    assert find_checkpoint(tmp_path, warn=never) is None
+    assert find_checkpoint(tmp_path / "absent") is None
+    assert find_checkpoint(tmp_path) is None
     tmp_path.joinpath("file").touch()
     with pytest.raises(CheckpointError, match="cannot be listed"):
         find_checkpoint(tmp_path / "file")
@@ -340,21 +377,21 @@ def test_damage_is_named_and_passed_over(tmp_path, harm):
         root = tmp_path / name
         save(root, 1)
         harm(save(root, 2) / name)
-        messages = []
-        assert_is(find_checkpoint(root, warn=messages.append), 1)
-        assert len(messages) == 1
-        assert "step-000002" in messages[0]
-        assert name in messages[0]
-        assert harm not in (cut, grow) or name == "manifest.json" or "bytes were written" in messages[0]
+        with pytest.warns(fastppo.FastPPOWarning, match="skipped a damaged checkpoint") as caught:
+            assert_is(find_checkpoint(root), 1)
+        [message] = [str(warning.message) for warning in caught]
+        assert "step-000002" in message
+        assert name in message
+        assert harm not in (cut, grow) or name == "manifest.json" or "bytes were written" in message
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(root / "step-000002")
         harm(root / "step-000001" / name)
-        with pytest.warns(fastppo.FastPPOWarning, match="passed over") as caught:
+        with pytest.warns(fastppo.FastPPOWarning, match="skipped a damaged checkpoint") as caught:
             assert find_checkpoint(root) is None
         assert len(caught) == 2
         # The run goes on from what is left, over the damaged ones.
         save(root, 2)
-        assert_is(find_checkpoint(root, warn=never), 2)
+        assert_is(find_checkpoint(root), 2)
 
 
 def test_any_flipped_bit_of_a_manifest_is_noticed(tmp_path):
@@ -379,14 +416,14 @@ def test_a_newer_format_is_named(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads(path.joinpath("manifest.json").read_bytes())
     del manifest["sha256"]
-    path.joinpath("manifest.json").write_bytes(module._manifest_bytes({**manifest, "version": 2}))
+    path.joinpath("manifest.json").write_bytes(store._manifest_bytes({**manifest, "version": 2}))
     with pytest.raises(CheckpointError, match=r"fastppo-checkpoint version 2, this fastppo reads .* version 1"):
         load_checkpoint(path)
 
 
 # Kills and full disks
 
-CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir")
+CALLS = ("mkdir", "open", "fsync", "rename", "unlink", "rmdir")
 
 
 class Killed(BaseException):
@@ -407,33 +444,53 @@ class Fault:
         self.lock = threading.Lock()
         for name in CALLS:
             monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
+        monkeypatch.setattr(Path, "write_bytes", self.wrap_writer(Path.write_bytes))
+        monkeypatch.setattr(store, "save_file", self.wrap_writer(store.save_file, self.as_safetensors_says_it))
+
+    def fails(self):
+        """Counts a call; whether it fails."""
+        with self.lock:
+            self.count += 1
+            return self.count == self.at or (isinstance(self.failure, Killed) and self.count > self.at)
 
     def wrap(self, name, call):
         def wrapped(target, *args, **options):
-            with self.lock:
-                self.count += 1
-                count = self.count
-            gone = isinstance(self.failure, Killed) and count > self.at
-            if name == "write" and not gone:
-                self.unsynced.add(os.fstat(target).st_ino)
-            if name == "write" and count == self.at:
-                call(target, args[0][: len(args[0]) // 2])
-            if count == self.at or gone:
+            if self.fails():
                 raise self.failure
             result = call(target, *args, **options)
             if name == "rename":
                 self.renames.append((target, args[0]))
-            if name == "open" and args[0] & os.O_CREAT:
-                self.unnamed.add((target.parent.stat().st_ino, os.fstat(result).st_ino))
             if name == "fsync":
                 status = os.fstat(target)
                 self.unsynced.discard(status.st_ino)
-                self.unnamed = {pair for pair in self.unnamed if pair[0] != status.st_ino}
                 if stat.S_ISDIR(status.st_mode):
+                    self.unnamed = {pair for pair in self.unnamed if pair[0] != status.st_ino}
                     self.renames.clear()
             return result
 
         return wrapped
+
+    def wrap_writer(self, write, translate=lambda error: error):
+        """`write` fails before it makes the file, or once half of the file is written."""
+
+        def wrapped(*args, **options):
+            path = next(argument for argument in args if isinstance(argument, Path))
+            if self.fails():
+                raise translate(self.failure)
+            write(*args, **options)
+            self.unsynced.add(path.stat().st_ino)
+            self.unnamed.add((path.parent.stat().st_ino, path.stat().st_ino))
+            if self.fails():
+                os.truncate(path, path.stat().st_size // 2)
+                raise translate(self.failure)
+
+        return wrapped
+
+    @staticmethod
+    def as_safetensors_says_it(error):
+        if not isinstance(error, OSError):
+            return error
+        return SafetensorError(f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})")
 
     @property
     def happened(self):
@@ -480,7 +537,7 @@ def test_killed_at_every_call(tmp_path, before, step):
         if not fault.happened:
             break
         fault.lose_power(root)
-        found = find_checkpoint(root, warn=never)
+        found = find_checkpoint(root)
         new = found.state["mark"] == 1
         assert new or not finished
         assert_is(found, *((step, 1) if new else (2, 0)))
@@ -489,11 +546,11 @@ def test_killed_at_every_call(tmp_path, before, step):
             load_checkpoint(path)  # what is being deleted is out of sight, too
         # The next save works and clears up.
         save(root, 4, keep_last=1)
-        assert_is(find_checkpoint(root, warn=never), 4)
+        assert_is(find_checkpoint(root), 4)
         assert names(root) == ["step-000004"]
         shutil.rmtree(root)
     assert finished
-    assert at > 40  # every file is opened, written and synced, and folders are renamed and deleted
+    assert at > 40  # every file is written and synced, and folders are renamed and deleted
     assert seen == {False, True}
 
 
@@ -505,16 +562,17 @@ def test_every_call_may_fail(tmp_path, before, step, number):
     outcomes = set()
     for at in itertools.count(1):
         shutil.copytree(before, root)
-        warned, refused = [], ""
-        with pytest.MonkeyPatch.context() as monkeypatch:
+        refused = ""
+        with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             fault = Fault(monkeypatch, at, OSError(number, os.strerror(number)))
             try:
-                path = save(root, step, **payload(step, mark=1), keep_last=2, warn=warned.append)
+                path = save(root, step, **payload(step, mark=1), keep_last=2)
             except CheckpointError as error:
                 refused = str(error)
         if not fault.happened:
             break
-        found = find_checkpoint(root, warn=never)
+        found = find_checkpoint(root)
         if refused:
             assert f"step {step} could not be saved" in refused
             assert os.strerror(number) in refused
@@ -534,24 +592,6 @@ def test_every_call_may_fail(tmp_path, before, step, number):
     assert {(True, False), (False, True)} <= outcomes
 
 
-def test_one_full_file_stops_the_others(tmp_path, monkeypatch):
-    written = []
-
-    def write(descriptor, data):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("small.safetensors"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        time.sleep(0.001)
-        written.append(len(data))
-        return len(data)
-
-    monkeypatch.setattr(module, "_CHUNK", 1000)
-    monkeypatch.setattr(os, "write", write)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save(tmp_path, 1, tensors={"small": {}, "large": {"weight": torch.zeros(1_000_000)}})
-    assert sum(written) < 2_000_000
-    assert names(tmp_path) == []
-
-
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     save(tmp_path, 1)
     for at in range(1, 12):
@@ -560,18 +600,17 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 save(tmp_path, 2)
         assert names(tmp_path) == ["step-000001"]
-    assert_is(find_checkpoint(tmp_path, warn=never), 1)
+    assert_is(find_checkpoint(tmp_path), 1)
 
 
 KILLED_WHILE_SAVING = """
-    import os, random, select, signal, sys, time
+    import os, random, signal, sys, time, warnings
     from pathlib import Path
     sys.path[:0] = sys.argv[2:]
     import torch
     from fastppo.training.checkpoint import find_checkpoint, save_checkpoint
 
-    def refuse(message):
-        raise AssertionError(message)
+    warnings.simplefilter("error")
 
     def tensors(step):
         weight = torch.full((5000,), float(step))
@@ -580,7 +619,7 @@ KILLED_WHILE_SAVING = """
     def save_for_ever(root, step, writer):
         while True:
             content = {"tensors": tensors(step), "state": {"at": step}, "config": {}}
-            save_checkpoint(root, step, **content, keep_last=2, warn=refuse)
+            save_checkpoint(root, step, **content, keep_last=2)
             os.write(writer, step.to_bytes(8, "little"))
             step += 1
 
@@ -606,7 +645,7 @@ KILLED_WHILE_SAVING = """
             reported += part
         os.close(reader)
         newest = int.from_bytes(reported[-8:], "little")
-        found = find_checkpoint(root, warn=refuse)
+        found = find_checkpoint(root)
         assert newest <= found.step <= newest + 1, (newest, found.step)
         newest = found.step
         assert found.state == {"at": newest}
@@ -621,7 +660,7 @@ KILLED_WHILE_SAVING = """
 
 
 def test_killed_by_sigkill_at_random_moments(tmp_path):
-    repository = Path(module.__file__).parents[2]
+    repository = Path(fastppo.__file__).parents[1]
     paths = [str(repository), str(repository / "kernels")]
     command = [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_SAVING), str(tmp_path / "root"), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -629,15 +668,16 @@ def test_killed_by_sigkill_at_random_moments(tmp_path):
     assert int(done.stdout.split()[-1]) >= 10
 
 
-def fill_up(root):
+def fill_up(root, reason):
     """Save until there is no more room; everything that had been saved stays whole."""
     small, large = ({"policy": {"weight": torch.randn(size)}} for size in (10_000, 1_000_000))
     save(root, 1, tensors=small)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"step 2 could not be saved: .*Older checkpoints are untouched"):
+        message = rf"step 2 could not be saved: .*{reason}\. Older checkpoints are untouched"
+        with pytest.raises(CheckpointError, match=message):
             save(root, 2, tensors=large)
         assert names(root) == ["step-000001"]
-    assert same_bits(find_checkpoint(root, warn=never).tensors("policy")["weight"], small["policy"]["weight"])
+    assert same_bits(find_checkpoint(root).tensors("policy")["weight"], small["policy"]["weight"])
     save(root, 3, tensors=small)
     assert names(root) == ["step-000001", "step-000003"]
 
@@ -646,7 +686,7 @@ def test_file_size_limit(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        fill_up(tmp_path)
+        fill_up(tmp_path, r"File too large: '.*policy\.safetensors'")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -658,9 +698,8 @@ def test_full_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        fill_up(tmp_path)
-        with pytest.raises(CheckpointError, match=r"No space left on device \(it needs 4\.000 GB|it needs 0\.004 GB"):
-            save(tmp_path, 4, tensors={"policy": {"weight": torch.randn(1_000_000)}})
+        # 1,000,000 float32 on 2 MiB, of which a little is taken.
+        fill_up(tmp_path, r"No space left on device: .* \(it needs 0\.004 GB, 0\.002 GB are free\)")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -795,7 +834,7 @@ class Learner:
         save(root, 3, tensors=groups, state={"optimizer": meta, "rng": rng_meta})
 
     def load(self, root):
-        found = find_checkpoint(root, warn=never)
+        found = find_checkpoint(root)
         self.model.load_state_dict(found.tensors("policy"))
         load_optimizer(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
         set_rng_state(found.tensors("rng"), found.state["rng"])
@@ -853,9 +892,10 @@ def test_restoring_shares_no_memory_with_what_was_given(name):
 
 def test_an_optimizer_over_other_parameters_is_refused():
     tensors, meta = optimizer_tensors(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 4))]))
-    with pytest.raises(CheckpointError, match=r"group 0, parameter 0: shape \[3, 4\] was saved, it is \[4, 3\]"):
+    shapes = r"group 0, parameter 0 has shape \[4, 3\], was saved with shape \[3, 4\]"
+    with pytest.raises(CheckpointError, match=shapes):
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 3))]), tensors, meta)
-    with pytest.raises(CheckpointError, match=r"groups of \[1\] were saved, there are \[2\]"):
+    with pytest.raises(CheckpointError, match=r"group 0, parameter 1 has shape \[3, 4\], was saved with shape None"):
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2)]), tensors, meta)
 
 
@@ -916,7 +956,7 @@ def test_random_numbers_go_on(tmp_path, bit_generator):
     expected = [draw() for _ in range(3)]
     assert not same_draws(expected[0], expected[1])
     draw()
-    found = find_checkpoint(tmp_path, warn=never)
+    found = find_checkpoint(tmp_path)
     for _ in range(2):
         set_rng_state(found.tensors("rng"), found.state["rng"])
         assert all(same_draws(draw(), numbers) for numbers in expected)

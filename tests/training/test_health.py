@@ -1,4 +1,4 @@
-"""Numbers of a rollout's health and the perplexity, against their definitions computed another way."""
+"""Metrics of a rollout's health, and the perplexity, against independent computations of their definitions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_variety_and_repetition_of_random_completions():
     assert health["text/repetition"] == pytest.approx(sum(repeated) / len(repeated))
 
 
-def test_what_is_too_short_for_a_number_has_none():
+def test_too_short_completions_have_no_metric():
     assert text_health(rollout([[3], [3]])) == {"text/distinct_1": 0.5}
     assert text_health(rollout([[1, 1, 1, 1, 1], [2]]))["text/repetition"] == 0.5
 
@@ -62,7 +62,7 @@ def experience(advantages: torch.Tensor, mask: torch.Tensor) -> Experience:
     return made
 
 
-def test_the_farthest_advantage():
+def test_extreme_advantage():
     advantages, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.6
     mask[0, 0] = True
     advantages[0, 0] = 50.0
@@ -77,7 +77,7 @@ def test_the_farthest_advantage():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_perplexity_is_that_of_the_models_own_loss(tmp_path, batch_size):
+def test_perplexity_equals_that_of_the_models_own_loss(tmp_path, batch_size):
     config = ModelConfig(name_or_path=str(make_tiny_model(tmp_path / "model", seed=random.randrange(1000))))
     tokenizer, models = load_tokenizer(config), PolicyModels(config, device=torch.device("cpu"))
     lines = ["The weather was bad.", "  ", "My new neighbor is quiet, but the dog\u2028barks.", "a" * 500, "x", "I"]

@@ -1,4 +1,4 @@
-"""Runs in trouble: what an alarm does to a run, and that a killed run comes to the same end."""
+"""What alarms do to a run: rollback, lower learning rate, stop; also if the run is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(world, out, **changes):
     return build_changed_config(tree, changes)
 
 
-# A learning rate at which one step is enough to leave the model in ruins.
+# A learning rate at which one step ruins the model.
 COLLAPSE = {
     "optim__learning_rate": 0.3,
     "watch__lr_factor": 0.003,
@@ -61,7 +61,7 @@ COLLAPSE = {
 
 @pytest.fixture(scope="module")
 def collapsed(world, tmp_path_factory):
-    """Such a run that nothing disturbed, and how it ended."""
+    """A run with COLLAPSE that was not interrupted: its folder and its result."""
     out = tmp_path_factory.mktemp("collapsed") / "run"
     return out, Trainer(config(world, out, **COLLAPSE)).train()
 
@@ -86,7 +86,7 @@ def test_a_run_that_collapses_is_rolled_back_and_finishes(collapsed):
 
 
 class Killed(BaseException):
-    """Nothing in a run catches it, as nothing catches SIGKILL."""
+    """Like SIGKILL, not caught by anything in a run."""
 
 
 @pytest.mark.parametrize("moment", ["before", "amid", "after"])
@@ -155,7 +155,7 @@ def test_a_rule_may_stop_the_run_and_a_resume_goes_on(world, tmp_path, capsys):
     assert resumed.train().step == 5
 
 
-def test_a_rule_of_a_metric_that_never_comes_is_told_of(world, tmp_path, capsys):
+def test_a_rule_for_an_unknown_metric_is_reported(world, tmp_path, capsys):
     changes = rule(metric="policy/entropie", below=0.1)
     Trainer(config(world, tmp_path / "run", total_steps=1, **changes)).train()
     assert "watch: there is no metric policy/entropie so far" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def one_letter(completions, **_):
     return [text.count("e") / 8 for text in completions]
 
 
-def test_a_second_reward_and_the_perplexity_reveal_a_policy_that_games_the_first(world, tmp_path):
+def test_a_held_out_reward_and_the_perplexity_reveal_reward_hacking(world, tmp_path):
     out = tmp_path / "run"
     gamed = {
         "total_steps": 25,

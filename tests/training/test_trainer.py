@@ -1,10 +1,11 @@
-"""Whole runs on a tiny model: what they leave behind, how they end, and that a resumed one gives the same bits."""
+"""Whole runs on a tiny model: their files, how they end, and that a resumed run gives the same bits."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -29,12 +30,35 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    """Drawing plots is most of a tiny run's time; the test that looks at them undoes this."""
+    """Skip the report's plots, which take most of a tiny run's time; one test undoes this."""
     monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
 
 
 def vowels(prompts, completions, **_):
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
+
+
+REWARDS = """
+import itertools, os, time
+from pathlib import Path
+
+calls = itertools.count(1)
+
+
+def vowels(prompts, completions, **_):
+    if "HOLD" in os.environ:  # <folder>:<n>: call n says that it was reached, call n + 1 waits to be let go
+        folder, at = os.environ["HOLD"].rsplit(":", 1)
+        call = next(calls)
+        if call == int(at):
+            Path(folder, "reached").touch()
+        while call > int(at) and not Path(folder, "release").exists():
+            time.sleep(0.01)
+    return [sum(c in "aeiou" for c in t) / max(len(t), 1) for t in completions]
+
+
+def early(completion_ids):
+    return [[1.0 / (1 + i + t % 7) for i, t in enumerate(ids)] for ids in completion_ids]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +68,7 @@ def world(tmp_path_factory):
     make_tiny_model(folder / "model")
     rows = [json.dumps({"prompt": f"The number {i} is {'very ' * (i % 3)}"}) for i in range(40)]
     (folder / "prompts.jsonl").write_text("\n".join(rows))
-    (folder / "reward.py").write_text(
-        "import os, time\n\n\n"
-        "def vowels(prompts, completions, **_):\n"
-        "    time.sleep(float(os.environ.get('SLOW', '0')))\n"
-        "    return [sum(c in 'aeiou' for c in t) / max(len(t), 1) for t in completions]\n\n\n"
-        "def early(completion_ids):\n"
-        "    return [[1.0 / (1 + i + t % 7) for i, t in enumerate(ids)] for ids in completion_ids]\n"
-    )
+    (folder / "reward.py").write_text(REWARDS)
     return folder
 
 
@@ -285,13 +302,13 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
 
 
 def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch):
-    """With one part a step its forward is kept: a pass less, and the gradient of a pass anew."""
+    """With one micro-batch a step, the update reuses the scoring pass and its gradients equal those of a new pass."""
     passes, gradients = {}, {}
-    for name in ("kept", "anew"):
+    for name in ("kept", "new"):
         settings = config(world, tmp_path / name, ppo__num_ppo_epochs=2, ppo__num_mini_batches=1)
         trainer = Trainer(settings, progress=ProgressDisplay(4))
-        trainer.models.value.weight.data.fill_(0.1)  # so that it has a say in the backbone's gradient
-        if name == "anew":
+        trainer.models.value.weight.data.fill_(0.1)  # not zero, so that the backbone's gradient depends on it
+        if name == "new":
             monkeypatch.setattr(trainer.models, "hidden_before_update", trainer.models.hidden)
         counted, steps = [], []
         trainer.models.policy.model.register_forward_hook(lambda *_, counted=counted: counted.append(1))
@@ -310,11 +327,11 @@ def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch)
         trainer.algorithm.estimate_advantages(experience)
         trainer.algorithm.update(trainer.learner, experience)
         passes[name], gradients[name] = len(counted), steps
-    assert passes == {"kept": 2, "anew": 3}
-    kept, anew = (steps[0] for steps in gradients.values())
+    assert passes == {"kept": 2, "new": 3}
+    kept, new = (steps[0] for steps in gradients.values())
     for name, gradient in kept.items():
-        scale = anew[name].abs().max().item()
-        torch.testing.assert_close(gradient, anew[name], rtol=0, atol=1e-3 * scale + 1e-7)
+        scale = new[name].abs().max().item()
+        torch.testing.assert_close(gradient, new[name], rtol=0, atol=1e-3 * scale + 1e-7)
 
 
 def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
@@ -343,7 +360,7 @@ def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
 
 
 def test_a_models_own_sampling_defaults_change_nothing(world, tmp_path):
-    """Chat models ship with top-p, penalties and the like; the policy is sampled as it is scored."""
+    """Chat models ship with top-p, penalties and the like, which sampling ignores, as scoring does."""
     trainer = Trainer(config(world, tmp_path / "run"))
     prompts = trainer.data.train[:6]
     torch.manual_seed(0)
@@ -531,56 +548,84 @@ def test_two_runs_are_never_mixed(world, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data__train": "/nothing.jsonl"}, DataError, "nothing.jsonl"),
-        ({"data__max_prompt_length": 2}, DataError, "2"),
-        ({"rollout__max_new_tokens": 127}, DataError, "longer|context"),
-        ({"device": "cuda:7"}, ConfigError, "device"),
-        ({"rewards": []}, ConfigError, "rewards: at least one"),
-        ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir"),
+        ({"rewards": []}, ConfigError, "rewards: at least one is required"),
+        ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir: /proc/nowhere cannot be written to"),
+        ({"device": "cuda:7"}, ConfigError, "device: 'cuda:7' cannot be used"),
         ({"backend": "triton"}, ConfigError, "backend"),
+        ({"data__train": "/nothing.jsonl"}, DataError, "/nothing.jsonl"),
+        ({"data__max_prompt_length": 2}, DataError, "max_prompt_length"),
+        ({"rollout__max_new_tokens": 127}, DataError, "max_new_tokens"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(world, tmp_path, changes, error, message):
+def test_bad_input_is_refused_before_any_work(world, tmp_path, monkeypatch, changes, error, message):
+    """Nothing is written; and no model is loaded to find an error that shows without one."""
+    if error is ConfigError:
+        monkeypatch.setattr("fastppo.training.trainer.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was run"))
     changes = {"output_dir": str(tmp_path / "run")} | changes
-    with pytest.raises(error, match=message):
+    with pytest.raises(error) as caught:
         Trainer(config(world, changes.pop("output_dir"), **changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "run").rglob("*")) == []
 
 
-def spawn(world, out, *extra, slow="0"):
-    """`fastppo train` as a process of its own."""
-    import yaml
+class Process:
+    """`fastppo train` as a process of its own, 12 steps, a checkpoint after each.
 
-    from fastppo.training.config import to_dict
+    Its reward function touches `folder/reached` at call `hold`, and waits at the next for `folder/release`, so that the
+    run cannot end, or go on far, before the test has done what it is about.
+    """
 
-    path = world / f"{out.name}.yaml"
-    path.write_text(yaml.safe_dump(to_dict(config(world, out, total_steps=12, checkpoint__every=1))))
-    environment = os.environ | {"SLOW": slow, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastppo", "train", str(path), *extra],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=world,
-    )  # fmt: skip
+    def __init__(self, world, out, *extra, hold=None):
+        import yaml
 
+        from fastppo.training.config import to_dict
 
-def wait_for_checkpoint(process, out, step):
-    deadline = time.time() + 300
-    while not (out / "checkpoints" / f"step-{step:06d}").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < deadline
-        time.sleep(0.005)
+        path = world / f"{out.name}.yaml"
+        path.write_text(yaml.safe_dump(to_dict(config(world, out, total_steps=12, checkpoint__every=1))))
+        self.folder = out.with_name(f"{out.name}-{time.monotonic_ns()}")
+        self.folder.mkdir()
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+        if hold is not None:
+            environment["HOLD"] = f"{self.folder}:{hold}"
+        with open(self.folder / "output", "w") as output:  # not a pipe, which blocks the run once it is full
+            command = [sys.executable, "-m", "fastppo", "train", str(path), *extra]
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=world
+            )
+
+    def wait(self):
+        """The exit status, and what was printed."""
+        try:
+            return self.process.wait(timeout=300), (self.folder / "output").read_text()
+        finally:
+            self.process.kill()
+
+    def wait_until_reached(self):
+        deadline = time.monotonic() + 300
+        while not (self.folder / "reached").exists():
+            assert self.process.poll() is None, (self.folder / "output").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
 
 
 @pytest.mark.slow
 def test_kill_9_and_resume_give_the_bits_of_a_run_that_was_never_killed(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    first = spawn(world, whole)
-    assert first.wait() == 0, first.communicate()[0]
-    process = spawn(world, killed)
-    for step in (3, 7):
-        wait_for_checkpoint(process, killed, step)
-        process.kill()
-        process.wait()
-        process = spawn(world, killed, "--resume")
-    assert process.wait() == 0, process.communicate()[0]
+    status, output = Process(world, whole).wait()
+    assert status == 0, output
+    extra = []
+    for _ in range(3):
+        run = Process(world, killed, *extra, hold=3)
+        run.wait_until_reached()
+        time.sleep(0.3 * random.random())  # while the step is scored, updates the policy and is saved; or in the next
+        run.process.kill()
+        status, output = run.wait()
+        assert status == -signal.SIGKILL, output
+        extra = ["--resume"]
+    status, output = Process(world, killed, "--resume").wait()
+    assert status == 0, output
     assert same(weights_of(whole), weights_of(killed))
     assert metrics_of(whole) == metrics_of(killed)
 
@@ -588,13 +633,14 @@ def test_kill_9_and_resume_give_the_bits_of_a_run_that_was_never_killed(world, t
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves_it(world, tmp_path):
     out = tmp_path / "run"
-    process = spawn(world, out, slow="0.3")
-    wait_for_checkpoint(process, out, 1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
+    run = Process(world, out, hold=3)  # an evaluation, step 1, step 2
+    run.wait_until_reached()
+    run.process.send_signal(signal.SIGINT)
+    (run.folder / "release").touch()
+    status, output = run.wait()
+    assert status == 128 + signal.SIGINT, output
     assert "stopping after this step" in output
     step = metrics_of(out)[-1]["step"]
-    assert 1 <= step < 12
+    assert step in (2, 3)
     assert Trainer(config(world, out, total_steps=12, checkpoint__every=1), resume=True).step == step
     assert (out / "report.html").exists()
