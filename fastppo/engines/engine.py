@@ -166,11 +166,6 @@ def empty_gradients(policy: Head, needs: Needs) -> Gradients:
     return tuple(x.new_empty(x.shape) if needed else some.new_empty(0) for x, needed in zip(policy, needs, strict=True))
 
 
-def expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Σ_v p_v x_v where 0 · (−inf) is 0: a token that cannot occur adds nothing."""
-    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
-
-
 def contributing(targets: Tensor, upstream: Upstream) -> Tensor:
     """[N] bool: real rows with an upstream scalar that is not zero; the others have no gradient."""
     present = [g != 0 for g in upstream if g is not None]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo.engines.engine import expectation
 from fastppo.engines.transform import LogitTransform
 from fastppo.ops.outputs import FisherOutput, LogprobOutput
 
@@ -42,6 +41,11 @@ def logprob(z: Tensor, targets: Tensor, *, ignore_index: int = -100, return_entr
     if return_entropy:
         entropy = -expectation(log_p.exp(), log_p).masked_fill(~valid, 0.0)
     return LogprobOutput(taken.masked_fill(~valid, 0.0), entropy, logsumexp.masked_fill(~valid, 0.0))
+
+
+def expectation(p: Tensor, x: Tensor) -> Tensor:
+    """Σ_v p_v x_v where 0 · (−inf) is 0: a token that cannot occur adds nothing."""
+    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

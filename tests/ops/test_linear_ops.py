@@ -460,11 +460,11 @@ def test_clipped_rows_are_left_out_of_the_second_pass(monkeypatch):
     old[:30] -= 1.0  # ratio e: clipped wherever the advantage is positive
     h, w = leaves(hidden, weight)
     seen = []
-    from fastppo.engines.chunked.linear import _LogitGradient
+    from fastppo.engines.chunked.linear import LogitGradient
 
-    original = _LogitGradient.tile
+    original = LogitGradient.tile
     monkeypatch.setattr(
-        _LogitGradient, "tile", lambda self, *a: seen.append(len(self.policy.hidden)) or original(self, *a)
+        LogitGradient, "tile", lambda self, *a: seen.append(len(self.policy.hidden)) or original(self, *a)
     )
     fastppo.linear_ppo_loss(h, w, targets, old, torch.ones(40), backend="chunked").loss.backward()
     assert seen == [10]

@@ -40,15 +40,19 @@ def linear_statistics(problem: Problem) -> list[Tensor]:
     out = torch.zeros(4 if reference is None else 8, targets.numel(), dtype=dtype, device=targets.device)
     block, width = tiling(rows.numel(), *policy.weight.shape, options.budget)
     for index in rows.split(block):
-        p, q = _Logits.of(policy, index, options), _Logits.of(reference, index, options)
-        out[:, index] = _block_statistics(p, q, targets[index], kl_kind, width)
+        p, q = (None if head is None else Logits(head, index, options) for head in (policy, reference))
+        out[:, index] = block_statistics(p, q, targets[index], kl_kind, width)
     return list(out)
 
 
 def linear_vjp(problem: Problem, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
     rows = contributing(problem.targets, upstream).nonzero().squeeze(-1)
     block, width = tiling(rows.numel(), *problem.policy.weight.shape, problem.options.budget)
-    blocks = [_LogitGradient(problem, saved, upstream, index) for index in rows.split(block)]
+    heads = (problem.policy, None if upstream.kl is None else problem.reference)
+    blocks = []
+    for index in rows.split(block):
+        p, q = (None if head is None else Logits(head, index, problem.options) for head in heads)
+        blocks.append(LogitGradient(p, q, problem.targets, problem.kl_kind, saved, upstream, index))
     return pull_back(problem.policy, rows, blocks, width, needs, problem.options.compute_dtype)
 
 
@@ -57,18 +61,13 @@ def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[lis
     return saved, linear_vjp(problem, saved, loss.row_gradients(saved[0]), needs)
 
 
-class _Logits:
+class Logits:
     """The logits of a block of rows, a vocabulary tile at a time."""
 
     def __init__(self, head: Head, index: Tensor, options: Options) -> None:
         self.hidden = head.hidden[index].to(options.compute_dtype)  # [R, D]
-        self.weight, self.bias = head.weight, head.bias  # [V, D], [V]
-        self.transform = options.transform
-        self.dtype = accumulation_dtype(head.hidden.dtype)
-
-    @classmethod
-    def of(cls, head: Head | None, index: Tensor, options: Options) -> _Logits | None:
-        return None if head is None else cls(head, index, options)
+        self.weight, self.bias, self.vocab = head.weight, head.bias, head.weight.shape[0]  # [V, D], [V]
+        self.transform, self.dtype = options.transform, accumulation_dtype(head.hidden.dtype)
 
     def tile(self, lo: int, hi: int) -> Tensor:
         """z [R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
@@ -78,13 +77,12 @@ class _Logits:
         return self.transform.apply_(x)
 
 
-def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tensor, kl_kind: str, width: int) -> Tensor:
-    """[4 or 8, R]: the statistics of one block of rows."""
-    vocab = policy.weight.shape[0]
-    p = _Online(policy.hidden.shape[0], policy.dtype, policy.hidden.device)
-    q = None if reference is None else _Online(policy.hidden.shape[0], policy.dtype, policy.hidden.device)
-    for lo in range(0, vocab, width):
-        hi = min(lo + width, vocab)
+def block_statistics(policy: Logits, reference: Logits | None, targets: Tensor, kl_kind: str, width: int) -> Tensor:
+    """[4 or 8, R]: the statistics of one block of rows, whose targets are [R]."""
+    p = _Online(targets, policy.dtype)
+    q = None if reference is None else _Online(targets, policy.dtype)
+    for lo in range(0, policy.vocab, width):
+        hi = min(lo + width, policy.vocab)
         z = policy.tile(lo, hi)
         p.see_target(z, targets, lo, hi)
         if q is None:
@@ -93,14 +91,11 @@ def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tenso
             q.fold_beside(p, reference.tile(lo, hi), z)
         else:
             p.fold_beside(q, z, reference.tile(lo, hi))
-    statistics = [p.logprobs(), p.entropy(vocab), p.row_max, p.log_sum()]
+    statistics = [p.logprobs(), p.entropy(policy.vocab), p.row_max, p.log_sum()]
     if q is not None:
-        if kl_kind == "forward":
-            divergence = q.divergence_from(p)
-            center = torch.zeros_like(divergence)
-        else:
-            divergence = p.divergence_from(q)
-            center = divergence
+        forward = kl_kind == "forward"
+        divergence = q.divergence_from(p) if forward else p.divergence_from(q)
+        center = torch.zeros_like(divergence) if forward else divergence
         statistics += [divergence.clamp(min=0.0), center, q.row_max, q.log_sum()]
     return torch.stack(statistics)
 
@@ -108,9 +103,9 @@ def _block_statistics(policy: _Logits, reference: _Logits | None, targets: Tenso
 class _Online:
     """Online softmax statistics of a block of rows; every sum is kept relative to the running row maximum."""
 
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.row_max = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
-        self.sum = self.row_max.new_zeros(rows)  # Σ eᶻ⁻ᵐ
+    def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
+        self.row_max = targets.new_full(targets.shape, torch.finfo(dtype).min, dtype=dtype)
+        self.sum = torch.zeros_like(self.row_max)  # Σ eᶻ⁻ᵐ
         self.weighted = self.sum.clone()  # Σ eᶻ⁻ᵐ (z − m)
         self.difference = self.sum.clone()  # Σ eᶻ⁻ᵐ ((z − m) − (z' − m')), z' the other model's
         # A target that no tile has is outside the vocabulary, and must not pass for a probability.
@@ -126,7 +121,9 @@ class _Online:
         shift = self._raise_max(z)
         exp = z.exp()
         scale = shift.exp()
-        self.weighted = (self.weighted + self.sum * shift) * scale + _row_dot(exp, z.clamp_(min=VERY_NEGATIVE))
+        self.weighted = (self.weighted + self.sum * shift) * scale + torch.linalg.vecdot(
+            exp, z.clamp_(min=VERY_NEGATIVE)
+        )
         self.sum = self.sum * scale + exp.sum(1)
         return exp
 
@@ -141,7 +138,7 @@ class _Online:
         shift = (max_before - self.row_max).clamp_(min=VERY_NEGATIVE)
         other_shift = (other_max_before - other.row_max).clamp_(min=VERY_NEGATIVE)
         before = (self.difference + sum_before * (shift - other_shift)) * shift.exp()
-        self.difference = before + _row_dot(exp, z.sub_(other_z))
+        self.difference = before + torch.linalg.vecdot(exp, z.sub_(other_z))
 
     def divergence_from(self, other: _Online) -> Tensor:
         """KL(this ‖ other), after `fold_beside` of every tile."""
@@ -165,30 +162,35 @@ class _Online:
         return ((self.target - self.row_max) - self.log_sum()).clamp_(max=0.0)
 
 
-class _LogitGradient:
-    """∂loss/∂x of a block of rows, x the raw logits, a vocabulary tile at a time."""
+class LogitGradient:
+    """∂loss/∂x of a block of rows [R] (indices), x the raw logits, a vocabulary tile at a time."""
 
-    def __init__(self, problem: Problem, saved: list[Tensor], upstream: Upstream, index: Tensor) -> None:
-        self.policy, self.reference = _Logits.of(problem.policy, index, problem.options), None
-        self.targets, self.hidden = problem.targets[index], self.policy.hidden
-        self.rows = RowCoefficients.of(saved[1], upstream, index)
+    def __init__(
+        self, policy: Logits, reference: Logits | None, targets: Tensor, kl_kind: str, saved: list[Tensor],
+        upstream: Upstream, index: Tensor,
+    ) -> None:  # fmt: skip
+        self.policy, self.reference, self.kl_kind = policy, reference, kl_kind
+        self.targets, self.rows = targets[index], RowCoefficients.of(saved[1], upstream, index)
         self.row_max, self.log_sum = saved[2][index], saved[3][index]
-        if upstream.kl is not None:
-            self.reference, self.kl_kind = _Logits.of(problem.reference, index, problem.options), problem.kl_kind
+        if reference is not None:
             self.kl_center, self.ref_row_max, self.ref_log_sum = (x[index] for x in saved[5:8])
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.policy.hidden
 
     def tile(self, lo: int, hi: int) -> Tensor:
         """[R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
         z = self.policy.tile(lo, hi)
         capped = z.clone() if self.policy.transform.softcap is not None else z
-        log_p = log_softmax_(z, self.row_max, self.log_sum)
+        log_p = _log_softmax_(z, self.row_max, self.log_sum)
         p = log_p.exp()
         coefficient = self.rows.a.unsqueeze(1)
         if self.rows.b is not None:
             coefficient = self.rows.b.unsqueeze(1) * log_p + coefficient
         dz = p * coefficient
         if self.reference is not None:
-            log_q = log_softmax_(self.reference.tile(lo, hi), self.ref_row_max, self.ref_log_sum)
+            log_q = _log_softmax_(self.reference.tile(lo, hi), self.ref_row_max, self.ref_log_sum)
             dz += self.rows.d_kl.unsqueeze(1) * self._divergence_gradient(p, log_p, log_q)
         here = ((self.targets >= lo) & (self.targets < hi)).nonzero().squeeze(-1)
         dz[here, self.targets[here] - lo] += self.rows.c[here]
@@ -201,10 +203,6 @@ class _LogitGradient:
         return p * (log_p - log_q - self.kl_center.unsqueeze(1))
 
 
-def log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
+def _log_softmax_(z: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
     """z becomes log p, in place; the two subtractions stay apart for the sake of logits with a large common offset."""
     return z.sub_(row_max.unsqueeze(1)).clamp_(min=VERY_NEGATIVE).sub_(log_sum.unsqueeze(1))
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
