@@ -1,14 +1,14 @@
-"""The CPU backend beside its floor and its rivals, in one run: time and peak memory of the PPO loss and of log-probs.
+"""Time and peak memory of the PPO loss and of log-probs on a CPU: fastppo's backends, their floor and other projects.
 
     python benchmarks/cpu.py                                   # SmolLM2's head: 1,024 tokens, D 576, V 49,152, bfloat16
     python benchmarks/cpu.py --dim 2048 --dtype float32 --rounds 5
     python benchmarks/cpu.py --output benchmarks/results/cpu.json; python benchmarks/plot.py benchmarks/results/cpu.json
 
-The floor is the plain matrix products alone: h Wᵀ, ∂zᵀ h and ∂z W one after the other, into memory that is there
-already. Contenders take turns within a round, so that whatever else the machine does strikes all of them, each twice in
-a row, the second time by the clock: it finds the caches and scratch of its own kind, as in a loop of steps. What counts
-is the median and its ratio to the floor. Memory is the peak above what was resident before the call, the last call's
-gradients among it; scratch that a backend holds on to between calls is not seen there, but is within its budget.
+The floor is the plain matrix products alone: h Wᵀ, ∂zᵀ h and ∂z W, into preallocated memory. All contenders run once a
+round, so that other load on the machine affects each of them. A turn is two calls, of which the second is timed: it
+finds its own data in the caches, as in a loop of steps. The table has medians and their ratio to the floor. Memory is
+the peak above what was resident before the call, including the previous call's gradients; it does not include scratch
+that a backend keeps between calls, which is within its budget.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="besides the floors, contenders with one of these comma-separated words in them")
+    parser.add_argument("--only", help="comma-separated words: run the floors and contenders with one in their name")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""GAE: the C++ scan and the loop over time, against a plain copy of as many bytes.
+"""GAE on a CPU: the C++ scan and the loop over time, against a plain copy of as many bytes.
 
     OMP_WAIT_POLICY=passive pytest benchmarks/gae.py --benchmark-enable --benchmark-group-by=param:case
 
 The scan reads two arrays and writes two, so the floor is a copy of two arrays; `gb_per_s` counts their bytes once each.
-With OMP_WAIT_POLICY=passive PyTorch's threads sleep between copies as the scan's do; without it they spin, and the copy
-of what fits the cache starts some 50 µs sooner.
+With OMP_WAIT_POLICY=passive PyTorch's threads sleep between copies, as the scan's do. Without it they spin, and a copy
+within the cache starts some 50 µs sooner.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --dry-run                            tiny sizes on a CPU: does it run, and is it right
     python benchmarks/plot.py results/gpu-….json                  draws it
 
-Every stage (gpu_stages/) is a process of its own, killed with all it started when its time is over, so that a fault of
-one costs the others nothing. Every result is a line in OUT/rows.jsonl as soon as there is one. At the end, whatever
-happened, OUT/gpu-DEVICE-DATE.json holds all of them, and a table of at most 10,000 characters is printed last.
-Stages print to OUT/log.txt. See device.md for how to run this on a machine without a package index.
+Every stage (gpu_stages/) runs in its own process, which is killed with its children at its time limit, so that a fault
+in one stage does not affect the others. Every result is appended to OUT/rows.jsonl at once. At the end, also after
+faults, OUT/gpu-DEVICE-DATE.json contains all of them, and a table of at most 10,000 characters is printed last. Stages
+print to OUT/log.txt. See device.md for how to run this on a machine without a package index.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/roofline.py --tflops 800 --gb-per-s 3000 --tokens 8192 --dim 4096 --vocab 128256
 
-Give ceilings that were measured on the chip (benchmarks/gpu.py measures them), not those of its data sheet. Bytes are
-what an operator must move once, if everything else stays in cache; each kernel's docstring has its own count.
+Use rates that were measured on the chip (benchmarks/gpu.py measures them), not those of its data sheet. Bytes are what
+an operator must move at least once, with everything else in cache; each kernel's docstring has its own count.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def runner(gpu, out: Path, budget_s: float, **bodies: str):
         code = STAGE.format(benchmarks=str(BENCHMARKS), rows=str(out / "rows.jsonl"), stage=stage, body=bodies[stage])
         return [sys.executable, "-c", code]
 
-    return gpu.Runner({name: gpu.Stage(15.0, 4.0, attempts=3) for name in bodies}, command, out, budget_s)
+    return gpu.Runner({name: gpu.Stage(15.0, 4.0, attempts=2) for name in bodies}, command, out, budget_s)
 
 
 def results(run) -> dict[tuple[str, str], str]:
