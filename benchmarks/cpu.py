@@ -28,7 +28,8 @@ import peers
 import torch
 
 import fastppo
-from fastppo.engines import cpu, extension
+from fastppo.engines import extension
+from fastppo.engines.cpu import products
 
 MIB = 2**20
 
@@ -117,7 +118,7 @@ def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable
         "torch.compile of naive, loss": compiled,
         "chunked, loss": loss("chunked"),
     }
-    if extension.load() and cpu.PRODUCTS:
+    if extension.load() and products.PRODUCTS:
         calls |= {
             "cpu, loss": loss("cpu"),
             "cpu 64 MiB, loss": loss("cpu", 64 * MIB),
@@ -210,7 +211,7 @@ def describe_machine() -> dict:
         "torch": torch.__version__,
         "fastppo": fastppo.__version__ if hasattr(fastppo, "__version__") else "",
         "instruction set": module.instruction_sets()[0] if module else "extension not built",
-        "products": " ".join(cpu.PRODUCTS),
+        "products": " ".join(products.PRODUCTS),
         "load_average": os.getloadavg()[0],
     }
 
