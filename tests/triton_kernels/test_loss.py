@@ -132,7 +132,9 @@ def test_bfloat16_is_as_close_to_float64_as_the_naive_path(device, options, scal
     """By norm, every output and gradient is about as far off as bfloat16 logits and their autograd, or nearer.
 
     The worst case is a distribution so flat that the naive path's rounded logits cost nothing. Then the naive ∂weight
-    has two roundings in it, of ∂z and of itself, and ours three, of E, of α ⊙ hidden and of itself: √1.5 times as much.
+    has two roundings in it, of ∂z and of itself, and ours three, of E, of α ⊙ hidden and of itself: on average √1.5
+    times as much. But E at the targets is nearly the same number in every row, and where that lies just above a power
+    of two, its rounding errors are the largest that there are: by norm 2⁻⁸ / √3 each, or 2⁻⁸ for three of them.
     """
     hidden, weight, b, *rest = inputs(4, 33, 72, 515, device, dtype=torch.bfloat16)
     x = (hidden * scale, weight, b if bias else None, *rest)
@@ -140,10 +142,12 @@ def test_bfloat16_is_as_close_to_float64_as_the_naive_path(device, options, scal
     exact = loss(x, "reference", torch.float64, **options)
     # The bias's gradient is a sum over few rows here, in which the naive path's roundings largely cancel.
     factors = [1.0, 1.0, 1.0, 1.2, 1.25, 1.8]
-    results = zip(loss(x, "triton", **options), naive_loss(x, **options), exact, factors, strict=True)
-    for fused, naive, want, factor in results:
+    roundings = [0.0, 0.0, 0.0, 2.0**-8, 2.0**-8, 2.0**-8]  # of the gradients
+    results = zip(loss(x, "triton", **options), naive_loss(x, **options), exact, factors, roundings, strict=True)
+    for fused, naive, want, factor, rounding in results:
         if want is not None:
-            assert (fused - want).norm() <= factor * (naive - want).norm() + 1e-6 * want.norm()
+            bound = max(factor * (naive - want).norm() + 1e-6 * want.norm(), rounding * want.norm())
+            assert (fused - want).norm() <= bound
 
 
 def naive_loss(x, **options):
