@@ -1,7 +1,7 @@
 """Seeds every test from one number, and runs tests/triton_kernels in a process beside all other tests.
 
-The number is in the header of the run and in the environment variable FASTPPO_SEED, which sets it; without it each run
-draws a new one. What a test draws depends on this number and the test's own id, not on which other tests are selected.
+The number is in the header of the run. FASTPPO_SEED sets it, and FASTPPO_SEED=random draws a new one. What a test draws
+depends on this number and the test's own id, not on which other tests are selected.
 
 Whether Triton's interpreter is used is decided when triton is imported, for the whole process, so its tests need their
 own. It occupies one core for as long as the other tests occupy theirs.
@@ -24,8 +24,10 @@ import pytest
 # Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# In the environment, so that processes started by tests (the interpreted kernels, xdist's workers) have it too.
-SEED = int(os.environ.setdefault("FASTPPO_SEED", str(secrets.randbelow(2**32))))
+if os.environ.setdefault("FASTPPO_SEED", "0") == "random":
+    # In the environment, so that processes started by tests (the interpreted kernels, xdist's workers) have it too.
+    os.environ["FASTPPO_SEED"] = str(secrets.randbelow(2**32))
+SEED = int(os.environ["FASTPPO_SEED"])
 
 THE_TEST = "test_the_kernels_agree_with_float64_in_the_interpreter"  # in test_triton_kernels.py
 
