@@ -59,7 +59,7 @@ class ValueHead(nn.Module):
             *num_values, hidden_size = tensors["weight"].shape
             head = cls(hidden_size, *num_values)
             head.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: not a saved value head ({' '.join(str(error).split())})") from error
         return head.to(device)
 

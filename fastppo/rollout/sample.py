@@ -97,8 +97,8 @@ def _generate(
     A config that is only passed to generate() is completed from the model's own, so a model that ships with a
     repetition penalty would be sampled from another distribution than the one it is scored with.
     """
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    before = [(owner, owner.generation_config) for owner in {policy, base} if "generation_config" in vars(owner)]
+    # Wrappers, such as peft's and torch.compile's, forward to the model that owns it.
+    before = [(m, m.generation_config) for m in policy.modules() if "generation_config" in vars(m)]
     try:
         for owner, _ in before:
             owner.generation_config = generation

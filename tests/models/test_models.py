@@ -12,6 +12,7 @@ import architectures
 import pytest
 import torch
 from packaging.version import Version
+from safetensors.torch import save_file
 from tiny import make_tiny_model
 from torch import nn
 
@@ -324,6 +325,9 @@ def test_resolve_says_what_is_wrong(tmp_path, monkeypatch):
         str(tmp_path / "absent"): "no such file or folder",
         "./absent": "no such file or folder",
         "absent.gguf": "no such file or folder",
+        "nobody--here/absent": "no such file or folder",
+        "~nobody-here/absent": "no such file or folder",
+        "absent/" + 300 * "x": "no such file or folder",
         str(tmp_path / "empty"): "neither a config.json nor a .gguf file",
         str(tmp_path / "weights.bin"): "a folder or a .gguf file",
         "nobody-here/no-such-model": "model.allow_download: true",
@@ -487,6 +491,13 @@ def test_value_model_survives_a_round_trip(tiny, tmp_path, dtype):
     assert _is_checkpointing(again)
     assert [p.dtype for p in again.parameters()] == [p.dtype for p in model.parameters()]
     assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3, 4)])
+def test_a_value_head_of_another_shape_is_refused(tmp_path, shape):
+    save_file({"weight": torch.zeros(shape), "bias": torch.zeros(())}, tmp_path / "value_head.safetensors")
+    with pytest.raises(ModelError, match="not a saved value head"):
+        ValueHead.from_pretrained(tmp_path)
 
 
 def test_damaged_value_models_are_refused(tiny, tmp_path):
