@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def dequantized() -> dict[str, Any]:
-    """Arguments of `from_pretrained` that unpack a GGUF file's weights for good.
-
-    By default transformers 5.x treats the model as a quantized one, which it refuses to cast, train or save.
-    """
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # 4.x always unpacks
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
 def check_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Raise ModelError if the tokenizer has the file's bos as eos (transformers 5.0): no completion would end."""
     if tokenizer.eos_token_id != tokenizer.bos_token_id:

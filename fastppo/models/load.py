@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ import torch
 from torch import nn
 
 from fastppo.models import gguf
+from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.head import check_head
 from fastppo.models.source import ModelError, ModelSource, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from fastppo.models.config import LoraConfig, ModelConfig
 
 
 def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -98,15 +96,24 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
     Raises:
         ModelError: the model or tokenizer cannot be loaded.
     """
+    import transformers
+    from transformers.utils import logging
+
     is_model = "dtype" in arguments
     if is_model:
         arguments["output_loading_info"] = True
-    where, reader = Path(source.path, source.gguf_file or ""), contextlib.nullcontext()
-    if source.gguf_file:
-        reader = gguf.faster_reader(where)
-        arguments |= {"gguf_file": source.gguf_file} | (gguf.dequantized() if is_model else {})
+    where = Path(source.path, source.gguf_file or "")
     try:
-        with _no_progress_bar(), reader:
+        with contextlib.ExitStack() as stack:
+            if logging.is_progress_bar_enabled():
+                logging.disable_progress_bar()
+                stack.callback(logging.enable_progress_bar)
+            if source.gguf_file:
+                stack.enter_context(gguf.faster_reader(where))
+                arguments["gguf_file"] = source.gguf_file
+                if is_model and hasattr(transformers, "GgufConfig"):  # 4.x, which lacks it, always unpacks the weights
+                    # By default 5.x treats the model as a quantized one, which it refuses to cast, train or save.
+                    arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = auto_class.from_pretrained(
                 source.path,
                 trust_remote_code=config.trust_remote_code,
@@ -193,19 +200,6 @@ def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: t
     half = config.dtype != "float32" or config.autocast is not None  # its kernels do not support float32
     supported = getattr(model, "_supports_flash_attn", False)
     return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

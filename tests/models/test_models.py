@@ -501,9 +501,12 @@ def test_a_value_head_of_another_shape_is_refused(tmp_path, shape):
 
 
 def test_damaged_value_models_are_refused(tiny, tmp_path):
-    with pytest.raises(ModelError, match="no config"):
-        ValueModel.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a saved value head"):
+        ValueModel.from_pretrained(tmp_path / "absent")
     model = ValueModel.from_causal_lm(load_causal_lm(_config(tiny)))
+    model.head.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        ValueModel.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     file = tmp_path / "value_head.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
