@@ -6,9 +6,9 @@ from fastppo.models.load import (
     apply_lora,
     context_length,
     disable_dropout,
-    freeze_copy,
     load_causal_lm,
     load_tokenizer,
+    merge_lora,
 )
 from fastppo.models.source import ModelError, ModelSource, resolve
 from fastppo.models.value import ValueHead, ValueModel

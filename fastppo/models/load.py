@@ -185,15 +185,19 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         raise ModelError(f"model.lora: {_first_line(error)}") from error
 
 
-def freeze_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model as the reference policy: in eval mode, without gradients, tied weights still tied.
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """Copy a model with its adapters merged into the weights, as a plain model that computes the same.
 
-    Raises:
-        ModelError: the model has adapters; its reference is the model itself with them off (``disable_adapter()``).
+    If either of two tied embeddings has adapters, the copy's are not tied: merging would change the other one too.
     """
-    if hasattr(model, "disable_adapter"):
-        raise ModelError("a model with adapters needs no frozen copy: use it with its adapters off")
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    merged = copy.deepcopy(model)
+    base = merged.get_base_model()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head.weight is embeddings.weight and (hasattr(head, "lora_A") or hasattr(embeddings, "lora_A")):
+        linear = head.get_base_layer() if hasattr(head, "lora_A") else head
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+    return merged.merge_and_unload()
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:

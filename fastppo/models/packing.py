@@ -57,8 +57,8 @@ def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: in
     """Lay out B sequences, those with equal prompts together, in the number of rows that costs least.
 
     Args:
-        sequences: [B, P + T] int64, P columns of prompts padded on the left, T = `num_completion` of completions
-            padded on the right.
+        sequences: [B, P + T] int64 on a CPU, P columns of prompts padded on the left, T = `num_completion` of
+            completions padded on the right.
         attention_mask: [B, P + T], 1 for tokens.
         dim: width of the model, which sets the cost of attention relative to the rest.
 
@@ -81,8 +81,7 @@ def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: in
     if min(costs) >= _cost(*sequences.shape, dim):
         return None
     completions = [row[width : width + count] for row, count in zip(ids, counts, strict=True)]
-    packed = _lay_out(layouts[costs.index(min(costs))], completions, num_completion)
-    return Packed(*(x.to(sequences.device) for x in packed))
+    return _lay_out(layouts[costs.index(min(costs))], completions, num_completion)
 
 
 def _cost(rows: int, length: int, dim: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 from fastppo.models.config import ModelConfig
 from fastppo.models.head import LMHead, backbone_and_head
-from fastppo.models.load import apply_lora, context_length, freeze_copy, load_causal_lm
+from fastppo.models.load import apply_lora, context_length, load_causal_lm
 from fastppo.models.packing import can_pack, completion_hidden
 from fastppo.models.value import ValueHead, ValueModel
 
@@ -48,16 +49,13 @@ class PolicyModels:
         if config.lora is not None:
             policy = apply_lora(policy, config.lora)
         elif config.reference == "frozen":
-            self._reference = freeze_copy(policy)
+            self._reference = copy.deepcopy(policy).eval().requires_grad_(False)
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
         self.policy = policy
         can_pack(backbone_and_head(policy)[0])  # tried now, since under functional_call it could not be
+        self.has_reference = config.reference == "frozen"
         self._kept: _KeptPass | None = None
-
-    @property
-    def has_reference(self) -> bool:
-        return self.config.reference == "frozen"
 
     def autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.autocast) if self.config.autocast else None

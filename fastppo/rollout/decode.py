@@ -146,10 +146,11 @@ def _groups(policy: nn.Module) -> Iterator[list[nn.Linear]]:
 
 def _is_plain(module: nn.Module | None) -> bool:
     """Whether a call of the module is `nn.Linear.forward` on a dense weight and nothing else."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
-        return False
-    return not (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
     )
 
 

@@ -25,15 +25,16 @@ from fastppo.models import (
     check_head,
     context_length,
     disable_dropout,
-    freeze_copy,
     load_causal_lm,
     load_tokenizer,
+    merge_lora,
     resolve,
     token_hidden,
 )
 from fastppo.models.attention import NAME as SHORT_ATTENTION
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.load import _flash_attention_fits
+from fastppo.models.policy_models import PolicyModels
 
 transformers = pytest.importorskip("transformers")
 
@@ -161,10 +162,26 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(tiny):
     torch.testing.assert_close(wrapped(input_ids=ids).logits, before)
     assert all("lora_" in name for name, p in wrapped.named_parameters() if p.requires_grad)
     assert not wrapped.training
-    with pytest.raises(ModelError, match="adapters off"):
-        freeze_copy(wrapped)
     with pytest.raises(ModelError, match="before"):
         ValueModel.from_causal_lm(wrapped)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "v_proj"])
+def test_a_saved_model_with_merged_adapters_computes_the_same(tmp_path, tie, target):
+    pytest.importorskip("peft")
+    model = load_causal_lm(_config(make_tiny_model(tmp_path / "m", tie=tie)))
+    model = apply_lora(model, LoraConfig(r=2, target_modules=[target, "q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, 300, (2, 6))
+    expected = model(input_ids=ids).logits
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    saved = load_causal_lm(_config(tmp_path / "merged"))
+    torch.testing.assert_close(saved(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-3)
+    assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == (tie and target == "v_proj")
+    assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_head_trained_whole_by_peft():
@@ -198,14 +215,15 @@ def test_lora_variants_and_mistakes_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_load_and_freeze(tmp_path, tie):
-    model = load_causal_lm(_config(make_tiny_model(tmp_path / "m", tie=tie), dtype="bfloat16"))
+def test_the_reference_is_a_frozen_copy(tmp_path, tie):
+    config = _config(make_tiny_model(tmp_path / "m", tie=tie), dtype="bfloat16")
+    models = PolicyModels(config, device=torch.device("cpu"))
+    model, reference = models.policy, models._reference
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert context_length(model) == 128
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
 
-    reference = freeze_copy(model)
     assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tie
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
