@@ -1,31 +1,14 @@
 """Causal language models from transformers, and what the operators need of them."""
 
+# ruff: noqa: F401
 from fastppo.models.head import LMHead, backbone_and_head, check_head, token_hidden
 from fastppo.models.load import (
     apply_lora,
     context_length,
     disable_dropout,
-    freeze_copy,
     load_causal_lm,
     load_tokenizer,
+    merge_lora,
 )
 from fastppo.models.source import ModelError, ModelSource, resolve
 from fastppo.models.value import ValueHead, ValueModel
-
-__all__ = [
-    "LMHead",
-    "ModelError",
-    "ModelSource",
-    "ValueHead",
-    "ValueModel",
-    "apply_lora",
-    "backbone_and_head",
-    "check_head",
-    "context_length",
-    "disable_dropout",
-    "freeze_copy",
-    "load_causal_lm",
-    "load_tokenizer",
-    "resolve",
-    "token_hidden",
-]

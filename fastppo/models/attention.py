@@ -2,12 +2,7 @@
 
 PyTorch's fused CPU attention pays for its blocking at every (sequence, head), which dominates for short sequences, and
 transformers repeats the keys and values of grouped heads for it. Here the queries of a group are stacked over their key
-head and multiplied in two plain products. One layer of SmolLM2-135M (9 query heads, 3 key heads of 64) in bfloat16,
-forward and backward, processor time of one Zen 4 core in ms:
-
-    sequences x tokens                      32 x 33    8 x 105    4 x 200    4 x 512
-    scaled_dot_product_attention               29.5       30.5       27.4      115.7
-    plain products                              6.2       10.9       17.2      115.5
+head and multiplied in two plain products: 5 times as fast at 33 tokens, 1.6 times at 200, equal at 512 (docs/LOG.md).
 
 Scores and softmax are float32, as in the fused kernel. The backward pass needs the scores, so longer sequences, whose
 scores would take more memory than everything else, use scaled_dot_product_attention.

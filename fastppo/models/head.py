@@ -63,7 +63,8 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
     backbone = causal.base_model
     if backbone is causal:  # a text-only class whose prefix is the multimodal wrapper's, as in Llama 4
         backbone = causal.model
-    return backbone, LMHead(weight, bias, _logit_scale(config), _softcap(config))
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return backbone, LMHead(weight, bias, _logit_scale(config), softcap)
 
 
 def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = True) -> None:
@@ -163,7 +164,3 @@ def _logit_scale(config: object) -> float:
             divides = False
         scale = scale / value if divides else scale * value
     return scale
-
-
-def _softcap(config: object) -> float | None:
-    return next((value for name in _SOFTCAPS if (value := getattr(config, name, None))), None)

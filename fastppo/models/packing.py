@@ -57,8 +57,8 @@ def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: in
     """Lay out B sequences, those with equal prompts together, in the number of rows that costs least.
 
     Args:
-        sequences: [B, P + T] int64, P columns of prompts padded on the left, T = `num_completion` of completions
-            padded on the right.
+        sequences: [B, P + T] int64 on a CPU, P columns of prompts padded on the left, T = `num_completion` of
+            completions padded on the right.
         attention_mask: [B, P + T], 1 for tokens.
         dim: width of the model, which sets the cost of attention relative to the rest.
 
@@ -77,12 +77,11 @@ def pack(sequences: Tensor, attention_mask: Tensor, num_completion: int, dim: in
 
     longest = max(len(prompt) + counts[row] for prompt, rows in groups.items() for row in rows)
     layouts = [_fill_rows(groups, counts, longest * times) for times in (1, 2, 4, 8, 16)]
-    costs = [_cost(len(rows), max(map(_tokens, rows)), dim) for rows in layouts]
-    if min(costs) >= _cost(*sequences.shape, dim):
+    rows, length = min(layouts, key=lambda layout: _cost(len(layout[0]), layout[1], dim))
+    if _cost(len(rows), length, dim) >= _cost(*sequences.shape, dim):
         return None
     completions = [row[width : width + count] for row, count in zip(ids, counts, strict=True)]
-    packed = _lay_out(layouts[costs.index(min(costs))], completions, num_completion)
-    return Packed(*(x.to(sequences.device) for x in packed))
+    return _lay_out(rows, length, completions, num_completion)
 
 
 def _cost(rows: int, length: int, dim: int) -> float:
@@ -97,12 +96,10 @@ class _Piece(NamedTuple):
     tokens: int
 
 
-def _tokens(row: list[_Piece]) -> int:
-    return sum(piece.tokens for piece in row)
-
-
-def _fill_rows(groups: dict[tuple[int, ...], list[int]], counts: list[int], capacity: int) -> list[list[_Piece]]:
-    """The pieces of each row, by first-fit decreasing: groups are cut into pieces of at most `capacity` tokens."""
+def _fill_rows(
+    groups: dict[tuple[int, ...], list[int]], counts: list[int], capacity: int
+) -> tuple[list[list[_Piece]], int]:
+    """Rows of at most `capacity` tokens, by first-fit decreasing, and the number of tokens in the longest of them."""
     pieces: list[_Piece] = []
     for prompt, sequences in groups.items():
         used, members = len(prompt), []
@@ -122,11 +119,10 @@ def _fill_rows(groups: dict[tuple[int, ...], list[int]], counts: list[int], capa
             taken.append(0)
         rows[row].append(piece)
         taken[row] += piece.tokens
-    return rows
+    return rows, max(taken)
 
 
-def _lay_out(rows: list[list[_Piece]], completions: list[list[int]], num_completion: int) -> Packed:
-    length = max(map(_tokens, rows))
+def _lay_out(rows: list[list[_Piece]], length: int, completions: list[list[int]], num_completion: int) -> Packed:
     input_ids, position_ids = torch.zeros(2, len(rows), length, dtype=torch.long)
     # The piece and the sequence of each token; -1 at padding and, for the sequence, in a prompt.
     piece_of, sequence_of = torch.full((2, len(rows), length), -1)

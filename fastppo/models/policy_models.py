@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,7 @@ from torch.func import functional_call
 
 from fastppo.models.config import ModelConfig
 from fastppo.models.head import LMHead, backbone_and_head
-from fastppo.models.kept_pass import KeptPass, parameter_version
-from fastppo.models.load import apply_lora, context_length, freeze_copy, load_causal_lm
+from fastppo.models.load import apply_lora, context_length, load_causal_lm
 from fastppo.models.packing import can_pack, completion_hidden
 from fastppo.models.value import ValueHead, ValueModel
 
@@ -34,21 +36,26 @@ class PolicyModels:
         self.config, self.device = config, device
         policy = load_causal_lm(config, device=device)
         self.context_length = context_length(policy)
-        self.value = None if num_values == 0 else _value_function(config, policy, device, num_values)
+        self.value: ValueHead | ValueModel | None = None
+        if num_values != 0 and config.value_model == "shared":
+            self.value = ValueHead(backbone_and_head(policy)[1].weight.shape[1], num_values).to(device)
+        elif num_values != 0:
+            source = policy
+            if config.value_name_or_path is not None:
+                value_config = dataclasses.replace(config, name_or_path=config.value_name_or_path)
+                source = load_causal_lm(value_config, device=device)
+            self.value = ValueModel.from_causal_lm(source, num_values)
         self._reference: nn.Module | None = None
         if config.lora is not None:
             policy = apply_lora(policy, config.lora)
         elif config.reference == "frozen":
-            self._reference = freeze_copy(policy)
+            self._reference = copy.deepcopy(policy).eval().requires_grad_(False)
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
         self.policy = policy
         can_pack(backbone_and_head(policy)[0])  # tried now, since under functional_call it could not be
-        self._kept: KeptPass | None = None
-
-    @property
-    def has_reference(self) -> bool:
-        return self.config.reference == "frozen"
+        self.has_reference = config.reference == "frozen"
+        self._kept: _KeptPass | None = None
 
     def autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.autocast) if self.config.autocast else None
@@ -71,7 +78,7 @@ class PolicyModels:
             return functional_call(_CompletionHidden(self.policy), named, arguments)
         if torch.is_grad_enabled() and self._kept is not None:
             kept, self._kept = self._kept, None
-            states = kept.states(parameter_version(self.policy), sequences, attention_mask)
+            states = kept.states(_version(self.policy), *arguments)
             if states is not None:
                 return states, backbone_and_head(self.policy)[1]
         return completion_hidden(self.policy, *arguments)
@@ -86,7 +93,8 @@ class PolicyModels:
         """
         with torch.enable_grad():
             states, head = self.hidden(sequences, attention_mask, num_completion)
-        self._kept = KeptPass(parameter_version(self.policy), sequences, attention_mask, states)
+        row_of = {row: index for index, row in enumerate(_rows(sequences, attention_mask))}
+        self._kept = _KeptPass(_version(self.policy), row_of, states)
         return states.detach(), head
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
@@ -126,7 +134,7 @@ class PolicyModels:
         try:
             yield
         finally:
-            self._kept = None  # `parameter_version` misses the steps of fused optimizers
+            self._kept = None  # `_version` misses the steps of fused optimizers
             models.train(before)
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
@@ -149,6 +157,31 @@ class PolicyModels:
             parameter.copy_(policy[name])
 
 
+class _KeptPass(NamedTuple):
+    """A forward pass whose backward pass has not run yet."""
+
+    version: int  # `_version` of the policy at the time of the pass
+    row_of: dict[tuple[int, ...], int]  # by the tokens and the attention mask of a sequence
+    hidden: Tensor  # [B, T, D], with its graph
+
+    def states(self, version: int, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Tensor | None:
+        """States [B, T, D] of sequences of this pass, in any order; None for others or if the parameters changed."""
+        # Equal sequences have equal states, so one row may stand for several of them.
+        order = [self.row_of.get(row) for row in _rows(sequences, attention_mask)]
+        if None in order or (version, len(order), num_completion) != (self.version, *self.hidden.shape[:2]):
+            return None
+        return self.hidden[torch.tensor(order, device=self.hidden.device)]
+
+
+def _version(model: nn.Module) -> int:
+    """A number that grows with every in-place change of a parameter, except by fused optimizers."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+def _rows(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in torch.cat(tensors, 1).tolist()]
+
+
 class _CompletionHidden(nn.Module):
     """`completion_hidden` as a module, as functional_call needs it."""
 
@@ -158,17 +191,6 @@ class _CompletionHidden(nn.Module):
 
     def forward(self, *arguments) -> tuple[Tensor, LMHead]:
         return completion_hidden(self.policy, *arguments)
-
-
-def _value_function(
-    config: ModelConfig, policy: nn.Module, device: torch.device, num_values: int | None
-) -> ValueHead | ValueModel:
-    if config.value_model == "shared":
-        return ValueHead(backbone_and_head(policy)[1].weight.shape[1], num_values).to(device)
-    if config.value_name_or_path is not None:
-        source = ModelConfig(**(vars(config) | {"name_or_path": config.value_name_or_path, "lora": None}))
-        policy = load_causal_lm(source, device=device)
-    return ValueModel.from_causal_lm(policy, num_values)
 
 
 def _round_products(reference: nn.Module, dtype: torch.dtype) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 _PACKAGE = "package:"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ModelError(ValueError):
@@ -35,19 +34,24 @@ def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
     """
     if name_or_path.startswith(_PACKAGE):
         return _in_folder(_in_package(name_or_path), name_or_path)
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.exists(path):  # unlike pathlib's, also false for what cannot be a path
         return _in_folder(path, name_or_path)
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith("."):
-        raise ModelError(f"{name_or_path}: no such file or folder")
-    if not allow_download:
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-        if not isinstance(try_to_load_from_cache(name_or_path, "config.json"), str):
-            raise ModelError(
-                f"{name_or_path}: neither a folder here nor a model in the local Hugging Face cache; "
-                "model.allow_download: true lets it be downloaded"
-            )
+    absent = ModelError(f"{name_or_path}: no such file or folder")
+    if path.suffix == ".gguf":
+        raise absent
+    try:
+        cached = isinstance(try_to_load_from_cache(name_or_path, "config.json"), str)
+    except HFValidationError:
+        raise absent from None
+    if not cached and not allow_download:
+        raise ModelError(
+            f"{name_or_path}: neither a folder here nor a model in the local Hugging Face cache; "
+            "model.allow_download: true lets it be downloaded"
+        )
     return ModelSource(name_or_path, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastppo.models.config import ModelConfig
 from fastppo.models.head import backbone_and_head, token_hidden
 from fastppo.models.load import load_model
 from fastppo.models.source import ModelError, ModelSource
-
-if TYPE_CHECKING:
-    from fastppo.models.config import ModelConfig
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -59,7 +56,7 @@ class ValueHead(nn.Module):
             *num_values, hidden_size = tensors["weight"].shape
             head = cls(hidden_size, *num_values)
             head.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: not a saved value head ({' '.join(str(error).split())})") from error
         return head.to(device)
 
@@ -101,11 +98,6 @@ class ValueModel(nn.Module):
         """
         from transformers import AutoModel
 
-        from fastppo.models.config import ModelConfig
-
-        config = config or ModelConfig()
-        if not Path(folder, "config.json").exists():
-            raise ModelError(f"{folder}: not a saved value model (no config.json)")
         head = ValueHead.from_pretrained(folder, device=device)
-        backbone = load_model(AutoModel, ModelSource(str(folder), None), config, torch.device(device))
+        backbone = load_model(AutoModel, ModelSource(str(folder), None), config or ModelConfig(), torch.device(device))
         return cls(backbone, head).eval()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -119,8 +120,11 @@ def _can_prepare(policy: nn.Module) -> bool:
         and torch.backends.mkldnn.enabled
         and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        # A compiled module has traced the forwards of its children.
-        and not any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in policy.modules())
+        # A compiled module has traced the forwards of its children, and other ones would be compiled anew.
+        and not any(
+            m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable")
+            for m in policy.modules()
+        )
     )
 
 
@@ -142,10 +146,11 @@ def _groups(policy: nn.Module) -> Iterator[list[nn.Linear]]:
 
 def _is_plain(module: nn.Module | None) -> bool:
     """Whether a call of the module is `nn.Linear.forward` on a dense weight and nothing else."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
-        return False
-    return not (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
     )
 
 
@@ -154,6 +159,7 @@ class _Product:
 
     def __init__(self, layers: list[nn.Linear], batch: int) -> None:
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.thread = threading.get_ident()
         weight = torch.cat([layer.weight.bfloat16() for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.bfloat16() for layer in layers])
@@ -161,7 +167,8 @@ class _Product:
         self.outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):  # switched off by the model for this layer
+        # Autocast may be off for this layer. Another thread may train the model, or sample from it too.
+        if not torch.is_autocast_enabled("cpu") or threading.get_ident() != self.thread:
             return F.linear(x, self.layers[index].weight, self.layers[index].bias)
         if x is not self.x:
             out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")

@@ -52,7 +52,11 @@ def sample(
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
     """
-    pad, eos = tokenizer.pad_token_id, _eos_ids(policy, tokenizer) if eos_ids is None else eos_ids
+    pad, eos = tokenizer.pad_token_id, eos_ids
+    if eos is None:
+        own = policy.generation_config.eos_token_id  # chat models often have several
+        eos = tokenizer.eos_token_id if own is None else own
+        eos = [eos] if isinstance(eos, int) else list(eos)
     rows = [torch.tensor(prompt.input_ids, dtype=torch.long) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
     prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
@@ -67,10 +71,13 @@ def sample(
     for batch in zip(ids.split(size), prompt_mask.split(size), strict=True):
         if use_decode:
             parts.append(decode(policy, *batch, eos=eos, pad=pad, **limits))
-        else:
-            recorder = _RecordLogprobs(config.temperature) if with_logprobs else None
-            parts.append(_generate(policy, *batch, generation, recorder))
-            recorded += [torch.cat(recorder.steps, 1)] if with_logprobs else []
+            continue
+        recorder = _RecordLogprobs(config.temperature)
+        out = _generate(policy, *batch, generation, LogitsProcessorList([recorder] if with_logprobs else []))
+        parts.append(out[:, ids.shape[1] :])
+        if with_logprobs:
+            recorder.take(out)
+            recorded.append(torch.cat(recorder.steps, 1))
 
     tokens = _join(parts, pad)
     is_eos = torch.isin(tokens, torch.tensor(eos, dtype=torch.long, device=device))
@@ -90,20 +97,19 @@ def sample(
 
 
 def _generate(
-    policy: nn.Module, ids: Tensor, mask: Tensor, generation: GenerationConfig, recorder: _RecordLogprobs | None
+    policy: nn.Module, ids: Tensor, mask: Tensor, generation: GenerationConfig, processors: LogitsProcessorList
 ) -> Tensor:
-    """[b, T] tokens by transformers' generate(), with `generation` in place of the model's own generation config.
+    """[b, P + T] tokens by transformers' generate(), with `generation` in place of the model's own generation config.
 
     A config that is only passed to generate() is completed from the model's own, so a model that ships with a
     repetition penalty would be sampled from another distribution than the one it is scored with.
     """
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    before = [(owner, owner.generation_config) for owner in {policy, base} if "generation_config" in vars(owner)]
+    # Wrappers, such as peft's and torch.compile's, forward to the model that owns it.
+    before = [(m, m.generation_config) for m in policy.modules() if "generation_config" in vars(m)]
     try:
         for owner, _ in before:
             owner.generation_config = generation
-        processors = LogitsProcessorList([recorder] if recorder else [])
-        out = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+        return policy.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
     except RuntimeError as error:
         if "probability tensor contains" in str(error):  # raised by torch.multinomial
             raise FloatingPointError("the policy's probabilities are not finite") from error
@@ -111,9 +117,6 @@ def _generate(
     finally:
         for owner, own in before:
             owner.generation_config = own
-    if recorder:
-        recorder.take(out)
-    return out[:, ids.shape[1] :]
 
 
 class _RecordLogprobs(LogitsProcessor):
@@ -141,10 +144,3 @@ def _join(parts: list[Tensor], fill: float) -> Tensor:
     """Parts [b, T_i] as one [B, T], filled on the right."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
-
-
-def _eos_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the model's own (chat models often have several), or the tokenizer's."""
-    own = policy.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if own is None else own
-    return [ids] if isinstance(ids, int) else list(ids)

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
 from fastppo.engines.dispatch import select
-from fastppo.models import ValueHead, load_tokenizer
+from fastppo.models import ValueHead, load_tokenizer, merge_lora
 from fastppo.models.policy_models import PolicyModels
 from fastppo.training.checkpoint import (
     Checkpoint,
@@ -391,7 +391,7 @@ class Trainer:
             shutil.rmtree(leftover, ignore_errors=True)
         policy = self.models.policy
         if self.config.model.lora is not None:
-            policy = copy.deepcopy(policy).merge_and_unload()
+            policy = merge_lora(policy)
         policy.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
         if self.models.value is not None:

@@ -50,16 +50,19 @@ def test_the_kept_pass_is_used_once_and_is_that_of_a_new_one(models):
         torch.testing.assert_close(gradient, new[1][name], rtol=1e-3, atol=1e-4 * (1 + gradient.abs().max().item()))
 
 
-@pytest.mark.parametrize("reason", ["other parameters", "other sequences", "the update is over"])
+@pytest.mark.parametrize("reason", ["other parameters", "other sequences", "other completions", "the update is over"])
 def test_the_kept_pass_is_let_go(models, reason):
     sequences, mask = torch.randint(3, 300, (4, 7)), torch.ones(4, 7, dtype=torch.long)
-    models.hidden_before_update(sequences, mask, 3)
+    length = 3
+    models.hidden_before_update(sequences, mask, length)
     if reason == "other parameters":
         with torch.no_grad():
             for parameter in models.policy_parameters().values():
                 parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
     elif reason == "other sequences":
         sequences = sequences.roll(1, dims=1)
+    elif reason == "other completions":
+        length = 4
     else:
         with models.training():
             pass
@@ -67,7 +70,7 @@ def test_the_kept_pass_is_let_go(models, reason):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
-    hidden, _ = models.hidden(sequences, mask, 3)
+    hidden, _ = models.hidden(sequences, mask, length)
     with torch.no_grad():
-        expected, _ = models.hidden(sequences, mask, 3)
+        expected, _ = models.hidden(sequences, mask, length)
     torch.testing.assert_close(hidden.detach(), expected)

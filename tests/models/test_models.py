@@ -12,6 +12,7 @@ import architectures
 import pytest
 import torch
 from packaging.version import Version
+from safetensors.torch import save_file
 from tiny import make_tiny_model
 from torch import nn
 
@@ -24,15 +25,16 @@ from fastppo.models import (
     check_head,
     context_length,
     disable_dropout,
-    freeze_copy,
     load_causal_lm,
     load_tokenizer,
+    merge_lora,
     resolve,
     token_hidden,
 )
 from fastppo.models.attention import NAME as SHORT_ATTENTION
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.load import _flash_attention_fits
+from fastppo.models.policy_models import PolicyModels
 
 transformers = pytest.importorskip("transformers")
 
@@ -160,10 +162,26 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(tiny):
     torch.testing.assert_close(wrapped(input_ids=ids).logits, before)
     assert all("lora_" in name for name, p in wrapped.named_parameters() if p.requires_grad)
     assert not wrapped.training
-    with pytest.raises(ModelError, match="adapters off"):
-        freeze_copy(wrapped)
     with pytest.raises(ModelError, match="before"):
         ValueModel.from_causal_lm(wrapped)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "v_proj"])
+def test_a_saved_model_with_merged_adapters_computes_the_same(tmp_path, tie, target):
+    pytest.importorskip("peft")
+    model = load_causal_lm(_config(make_tiny_model(tmp_path / "m", tie=tie)))
+    model = apply_lora(model, LoraConfig(r=2, target_modules=[target, "q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, 300, (2, 6))
+    expected = model(input_ids=ids).logits
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    saved = load_causal_lm(_config(tmp_path / "merged"))
+    torch.testing.assert_close(saved(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-3)
+    assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == (tie and target == "v_proj")
+    assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_head_trained_whole_by_peft():
@@ -197,14 +215,15 @@ def test_lora_variants_and_mistakes_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_load_and_freeze(tmp_path, tie):
-    model = load_causal_lm(_config(make_tiny_model(tmp_path / "m", tie=tie), dtype="bfloat16"))
+def test_the_reference_is_a_frozen_copy(tmp_path, tie):
+    config = _config(make_tiny_model(tmp_path / "m", tie=tie), dtype="bfloat16")
+    models = PolicyModels(config, device=torch.device("cpu"))
+    model, reference = models.policy, models._reference
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert context_length(model) == 128
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
 
-    reference = freeze_copy(model)
     assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tie
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -324,6 +343,9 @@ def test_resolve_says_what_is_wrong(tmp_path, monkeypatch):
         str(tmp_path / "absent"): "no such file or folder",
         "./absent": "no such file or folder",
         "absent.gguf": "no such file or folder",
+        "nobody--here/absent": "no such file or folder",
+        "~nobody-here/absent": "no such file or folder",
+        "absent/" + 300 * "x": "no such file or folder",
         str(tmp_path / "empty"): "neither a config.json nor a .gguf file",
         str(tmp_path / "weights.bin"): "a folder or a .gguf file",
         "nobody-here/no-such-model": "model.allow_download: true",
@@ -489,10 +511,20 @@ def test_value_model_survives_a_round_trip(tiny, tmp_path, dtype):
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
+@pytest.mark.parametrize("shape", [(), (2, 3, 4)])
+def test_a_value_head_of_another_shape_is_refused(tmp_path, shape):
+    save_file({"weight": torch.zeros(shape), "bias": torch.zeros(())}, tmp_path / "value_head.safetensors")
+    with pytest.raises(ModelError, match="not a saved value head"):
+        ValueHead.from_pretrained(tmp_path)
+
+
 def test_damaged_value_models_are_refused(tiny, tmp_path):
-    with pytest.raises(ModelError, match="no config"):
-        ValueModel.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a saved value head"):
+        ValueModel.from_pretrained(tmp_path / "absent")
     model = ValueModel.from_causal_lm(load_causal_lm(_config(tiny)))
+    model.head.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        ValueModel.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     file = tmp_path / "value_head.safetensors"
     file.write_bytes(file.read_bytes()[:-4])

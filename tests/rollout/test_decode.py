@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -198,6 +199,30 @@ def test_nothing_is_prepared_outside_bfloat16_autocast_or_for_compiled_modules(m
     compiled.model.layers[0].compile()
     with autocast(), _prepared_weights(compiled, 3):
         assert not swapped(compiled)
+    with autocast(), _prepared_weights(torch.compile(model, backend="eager"), 3):
+        assert not swapped(model)
+    compiled = copy.deepcopy(model)
+    compiled.model.forward = torch.compile(compiled.model.forward, backend="eager")
+    with autocast(), _prepared_weights(compiled, 3):
+        assert swapped(compiled) == {"model"}
+
+
+@BFLOAT16
+def test_another_thread_is_given_the_gradients_of_the_model_itself(model):
+    model, found = copy.deepcopy(model), []
+
+    def train():
+        with autocast():
+            loss = model(PROMPTS).logits.float().square().mean()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+
+    train()
+    with torch.no_grad(), autocast(), _prepared_weights(model, 3):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    for own, expected in zip(*found, strict=True):
+        assert torch.equal(own, expected)
 
 
 @BFLOAT16

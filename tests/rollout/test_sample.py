@@ -60,6 +60,18 @@ def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy):
         assert rollout.mask[row].sum() == (ends[0] + 1 if ends else length)
 
 
+def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy):
+    """torch.compile wraps the model, which still owns the generation config: greedy, with at most 20 tokens."""
+    model, tokenizer = policy
+    compiled = torch.compile(model, backend="eager")
+    before = generation_configs(model)
+    prompts = [Prompt("", [4, 5], {})] * 8
+    rollout = sample(compiled, tokenizer, prompts, CONFIG, device=torch.device("cpu"), with_logprobs=True, eos_ids=[])
+    assert rollout.mask.shape == (8, 6)
+    assert len(rollout.sequences.unique(dim=0)) > 1
+    assert generation_configs(model) == before
+
+
 def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy):
     model, tokenizer = policy
     before = generation_configs(model)
