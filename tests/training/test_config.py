@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.training.config import ConfigError, build_config, documented_keys, load_config, to_dict
-from fastppo.training.config.keys import explain, overview
-from fastppo.training.config.schema import ALGORITHMS
+from fastppo.training.config import ALGORITHMS, ConfigError, build_config, load_config, to_dict
+from fastppo.training.config_keys import documented_keys, explain, overview
 
 BASE = {
     "model": {"name_or_path": "m"},
