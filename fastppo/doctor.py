@@ -62,9 +62,7 @@ def report() -> str:
 
 
 def _version(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "installed"
+        return "installed" if importlib.util.find_spec(package) else None
