@@ -27,12 +27,11 @@ _OVERRIDES = "Any key of the configuration can be given as --section.key value; 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C)."""
-    parser = argparse.ArgumentParser(
-        prog="fastppo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    run = {"epilog": _OVERRIDES, "allow_abbrev": False}  # an abbreviated option could as well be a misspelt key
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fastppo", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastppo {fastppo.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run = {"epilog": _OVERRIDES, "allow_abbrev": False}  # an abbreviated option could as well be a misspelt key
     train = commands.add_parser("train", help="train a policy", **run)
     train.add_argument("config", help="YAML file; see examples/")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in output_dir")
@@ -49,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     if overrides and arguments.command in ("doctor", "keys"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.command == "eval" and arguments.samples < 0:
+        parser.error(f"--samples must be at least 0, got {arguments.samples}")
     if arguments.command == "doctor":
         from fastppo.doctor import report
 
         return _show(report)
-    needed = ("transformers", "pydantic", "rich", "yaml", "datasets")
-    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+    if missing := [name for name in ("transformers", "pydantic", "rich", "yaml") if not importlib.util.find_spec(name)]:
         return _fail(1, f"{', '.join(missing)} missing; pip install 'fastppo[train]'")
     if arguments.command == "keys":
-        from fastppo.training.config.keys import explain, overview
+        from fastppo.training.config_keys import explain, overview
 
         return _show(lambda: explain(arguments.section) if arguments.section else overview())
     return _run(_train if arguments.command == "train" else _evaluate, arguments, overrides)
@@ -93,7 +93,7 @@ def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
         return command(arguments, load_config(arguments.config, overrides))
     except ConfigError as error:
         return _fail(2, error)
-    except (ModelError, DataError, RewardError, CheckpointError, NonFiniteError) as error:
+    except (ModelError, DataError, RewardError, CheckpointError, NonFiniteError, FloatingPointError) as error:
         return _fail(1, error)
     except OSError as error:
         return _fail(1, f"{error.filename or ''}: {error.strerror or error}")

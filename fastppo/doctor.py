@@ -37,7 +37,8 @@ def report() -> str:
     lines = [f"fastppo {fastppo.__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
     lines += ["Packages"]
     lines += [f"  {name:16} {_version(name) or f'not installed (only for: {purpose})'}" for name, purpose in _PACKAGES]
-    lines += ["", "Devices", f"  cpu              {_cpu()}, {torch.get_num_threads()} threads"]
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    lines += ["", "Devices", f"  cpu              {cpu}"]
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -51,9 +52,6 @@ def report() -> str:
     lines += ["", f"Backends (FASTPPO_BACKEND={os.environ.get('FASTPPO_BACKEND') or 'auto'})"]
     for device in devices:
         for name in NAMES:
-            if not any(name in backends for backends in BACKENDS.values()):
-                lines.append(f"  {name:16} not part of this version")
-                continue
             reason = unusable(name, device)
             state = f"unusable on {device}: {reason}" if reason else f"usable on {device}"
             if name == "cpu" and not reason and (slow := why_slow()):
@@ -64,13 +62,7 @@ def report() -> str:
 
 
 def _version(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "installed"
-
-
-def _cpu() -> str:
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        return "installed" if importlib.util.find_spec(package) else None

@@ -35,6 +35,8 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
     assert len(result["samples"]) == 8
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["metrics"]["eval/reward"] == pytest.approx(last["eval/reward"])
+    assert main(["eval", config, "--backend", "triton", "--device", "cpu"]) == 2
+    assert "'triton' cannot be used" in capsys.readouterr().err
     assert main(["eval", config, "--model", f"{out}/final", "--samples", "2"]) == 0
     assert len(re.findall(r"^[+-]\d", capsys.readouterr().out, re.M)) == 2
     # Again into the same folder, and with another configuration: refused; longer: goes on.
@@ -57,6 +59,9 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--rewards.0.function", "nowhere:f"], 1, "vowels"),
         (["--output_dir", "/proc/x"], 2, "output_dir"),
         (["--device", "quantum"], 2, "device"),
+        (["--=x"], 2, "'--=x': expected --section.key value"),
+        (["--"], 2, "'--': expected --section.key value"),
+        (["--rollout.temperature", "1e-300"], 1, "the policy's probabilities are not finite"),
     ],
 )
 def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, message):
@@ -107,11 +112,25 @@ def test_a_page_whose_reader_has_seen_enough(command):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_words_that_are_no_arguments(capsys):
+def test_keys_need_no_datasets(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["keys", "data"]) == 0
+    assert "data.train: required (str)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["keys", "ppo", "--ppo.gamma", "1"], "unrecognized arguments: --ppo.gamma 1"),
+        (["eval", "c.yaml", "--samples", "-1"], "--samples must be at least 0, got -1"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_usage(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
-        main(["keys", "ppo", "--ppo.gamma", "1"])
+        main(words)
     assert stop.value.code == 2
-    assert "unrecognized arguments: --ppo.gamma 1" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
@@ -120,22 +139,3 @@ def test_help(capsys, words):
         main(words)
     assert stop.value.code == 0
     assert "fastppo" in capsys.readouterr().out
-
-
-def test_the_example_configuration_is_valid():
-    from fastppo.training.config import load_config
-
-    config = load_config(ROOT / "examples" / "sentiment.yaml")
-    for path in (config.data.train, config.data.eval):
-        assert (ROOT / path).exists()
-
-
-def test_the_package_needs_only_torch_to_import():
-    """The operators drop into any trainer: none of the trainer's dependencies is imported with them."""
-    code = (
-        "import sys, fastppo\n"
-        "bad = {'transformers', 'pydantic', 'rich', 'datasets', 'matplotlib', 'yaml'} & set(sys.modules)\n"
-        "sys.exit(str(bad) if bad else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,30 +214,32 @@ def _kind(value: Any) -> str:
 # Plain readers: `datasets` reports a broken line without its file and number, reads CSV's `NA` and `007` as null and 7,
 # takes a short CSV row for one with nulls, and writes a cache.
 def _read(source: str, split: str, column: str, allow_download: bool) -> list[_Row]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that does not exist
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
-    if path.is_dir() or (path.suffix not in readers and not path.exists()):
-        return _from_datasets(source, path, split, allow_download)
+    if (is_folder := os.path.isdir(path)) or (path.suffix not in readers and not os.path.exists(path)):
+        return _from_datasets(source, path if is_folder else None, split, allow_download)
     if path.suffix not in readers:
         raise DataError(f"{source}: expected {', '.join(readers)} or a folder saved by datasets")
     try:
         # -sig: spreadsheets write a byte-order mark, which would become part of the first column's name.
-        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            return list(readers[path.suffix](file, source, column))
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = os.listdir(path.parent) if path.parent.is_dir() else []
         raise DataError(f"{source}: no such file{did_you_mean(path.name, beside, f'{path.parent}/')}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise DataError(f"{source}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    lines = io.StringIO(text, newline="" if path.suffix == ".csv" else None)
+    return list(readers[path.suffix](lines, source, column))
 
 
 def _jsonl(file: Iterator[str], source: str, column: str) -> Iterator[_Row]:
     for where, line in _txt(file, source, column):
         try:
             values = json.loads(line[column])
-        except (json.JSONDecodeError, RecursionError) as error:
+            json.dumps(values, ensure_ascii=False).encode()  # raises for half a surrogate pair, such as "\ud83d"
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
             raise DataError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise DataError(f"{where}: expected an object like {{{json.dumps(column)}: ...}}, got {_kind(values)}")
@@ -245,6 +249,9 @@ def _jsonl(file: Iterator[str], source: str, column: str) -> Iterator[_Row]:
 def _csv(file: Iterator[str], source: str, column: str) -> Iterator[_Row]:
     reader = csv.DictReader(file, strict=True)
     try:
+        names = [name for name in reader.fieldnames or () if name]  # spreadsheets may add empty columns
+        if len(set(names)) < len(names):
+            raise DataError(f"{source}: two columns of the header have the same name")
         for values in reader:
             where = f"{source}, line {reader.line_num}"
             if None in values or None in values.values():
@@ -260,16 +267,18 @@ def _txt(file: Iterator[str], source: str, column: str) -> Iterator[_Row]:
             yield f"{source}, line {number}", {column: line.rstrip("\n")}
 
 
-def _from_datasets(source: str, path: Path, split: str, allow_download: bool) -> list[_Row]:
-    """Rows of a folder that `datasets` saved or, where there is none, of a dataset on the Hub."""
-    if not path.is_dir() and not allow_download:
+def _from_datasets(source: str, folder: Path | None, split: str, allow_download: bool) -> list[_Row]:
+    """Rows of a folder that `datasets` saved or, if it is None, of a dataset on the Hub."""
+    if folder is None and not allow_download:
         raise DataError(f"{source}: no such file or folder; model.allow_download: true lets the Hub be asked")
-    import datasets
-
     try:
-        loaded = datasets.load_from_disk(path) if path.is_dir() else datasets.load_dataset(source, split=split)
+        import datasets
+    except ImportError:
+        raise DataError(f"{source}: needs the package datasets; pip install 'fastppo[train]'") from None
+    try:
+        loaded = datasets.load_from_disk(folder) if folder else datasets.load_dataset(source, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # the library's own errors, and the Hub's, derive from these
-        what = "not a folder saved by datasets" if path.is_dir() else "cannot be loaded from the Hub"
+        what = "not a folder saved by datasets" if folder else "cannot be loaded from the Hub"
         raise DataError(f"{source}: {what} ({' '.join(str(error).split())})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

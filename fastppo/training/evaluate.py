@@ -27,7 +27,7 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     Raises:
         ModelError, DataError, RewardError: something cannot be loaded, or there are no held-out prompts.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.backend_name)
     tokenizer = load_tokenizer(config.model)
     rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
     models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
-from fastppo.engines.dispatch import select
 from fastppo.models import ValueHead, load_tokenizer, merge_lora
 from fastppo.models.policy_models import PolicyModels
 from fastppo.training.checkpoint import (
@@ -106,13 +105,8 @@ class Trainer:
         check_consistency(config)
         self.config, self.progress = config, progress
         self.output_dir = Path(config.output_dir).expanduser()
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, config.backend_name)
         _check_writable(self.output_dir)
-        for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):
-            try:
-                select(op, self.device, torch.float32, config.backend_name)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
         checkpoint = self._find_checkpoint(resume)
         self._resume, self._resumed = resume, checkpoint is not None
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.training.config import ConfigError, build_config, documented_keys, load_config, to_dict
-from fastppo.training.config.keys import explain, overview
-from fastppo.training.config.schema import ALGORITHMS
+from fastppo.training.config import ALGORITHMS, ConfigError, build_config, load_config, to_dict
+from fastppo.training.config_keys import documented_keys, explain, overview
 
 BASE = {
     "model": {"name_or_path": "m"},
@@ -62,6 +61,14 @@ def test_round_trip(tmp_path):
         (["--rewards.0.name", "mean"], "is the name of a metric already"),
         (["--algorithm", "pppo"], "trpo, npg, cpi; did you mean 'ppo'?"),
         (["--device", "cpu", "--device"], "--device: needs a value"),
+        (["--output_dir", ""], "output_dir: string should have at least 1 character, got ''"),
+        (["--seed", "2024-99-99"], "seed: input should be a valid integer, unable to parse"),
+        (["--seed", "1" * 5000], "seed: "),
+        (["--rollout.generation_batch_size", "1" * 30], "rollout.generation_batch_size: input should be less than"),
+        (["--ppo.lam", "[" * 3000], "ppo.lam: input should be a valid number"),
+        (["--ppo.lam", "!!bool x"], "ppo.lam: input should be a valid number"),
+        (["--model", "x"], "model: expected keys and their values, got 'x'"),
+        (["--rewards." + "9" * 5000, "{}"], "is not an index of a list of 1"),
         (["--rewards.x.weight", "2"], "--rewards.x.weight: 'x' is not an index of a list of 1"),
         (["--rewards.0.name.x", "2"], "--rewards.0.name.x: rewards.0.name is a single value and has no keys below it"),
         (["--watch.rules.0.above", "2"], "--watch.rules.0.above: '0' is not an index of a list of 0"),
@@ -130,6 +137,15 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+    for text, problem in (
+        ("seed: 1\nppo: {lam: 1}\nseed: 2\n", r"'seed' is given twice in .*, line 3"),
+        ("ppo: {lam: 1, gamma: 1, lam: 1}", r"'lam' is given twice"),
+        ("seed: 2024-99-99", "month must be in 1..12"),
+        ("a: " + "[" * 3000, "recursion"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"bad\.yaml: not valid YAML \(.*{problem}"):
+            load_config(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load_config(tmp_path / "list.yaml")
@@ -141,6 +157,13 @@ def test_a_section_that_was_set_can_be_dropped(tmp_path):
     config = load_config(path, ["--algorithm", "reinforce", "--ppo", "{}", "--reinforce.baseline", "batch-mean"])
     assert config.algorithm_config is config.reinforce
     assert config.reinforce.baseline == "batch-mean"
+
+
+def test_an_override_changes_one_of_two_aliases(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "watch: {rules: [&rule {metric: x, above: 1}, *rule]}\n")
+    rules = load_config(path, ["--watch.rules.1.above", "2"]).watch.rules
+    assert [rule.above for rule in rules] == [1, 2]
 
 
 def test_every_way_to_write_an_override(tmp_path):
@@ -243,4 +266,5 @@ def test_the_examples_are_valid():
     examples = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
     assert len(examples) >= 3
     for path in examples:
-        load_config(path)
+        data = load_config(path).data
+        assert all((path.parents[1] / source).exists() for source in (data.train, data.eval) if source)

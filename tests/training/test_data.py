@@ -76,7 +76,7 @@ def test_chats_and_texts_in_one_file_keep_their_order(tokenizer, tmp_path):
     assert [tokenizer.decode(prompt.input_ids) for prompt in train] == [prompt.text for prompt in train]
 
 
-def test_saved_dataset(tokenizer, tmp_path):
+def test_saved_dataset(tokenizer, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     splits = {name: datasets.Dataset.from_dict({"prompt": [name, "x"], "n": [1, 2]}) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
@@ -90,6 +90,9 @@ def test_saved_dataset(tokenizer, tmp_path):
         _load(tokenizer, tmp_path / "both", train_split="dev")
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match="not a folder saved by datasets"):
+        _load(tokenizer, tmp_path / "plain")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="plain: needs the package datasets; pip install"):
         _load(tokenizer, tmp_path / "plain")
 
 
@@ -213,10 +216,13 @@ def test_the_context_limits_too(tokenizer, tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', r"line 2: the prompt is empty"),
         ("p.jsonl", '{"prompt": "a", "completions": "b"}\n', r"no column may be named 'completions'"),
         ("p.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5000 + "}", r"line 1: not valid JSON"),
+        ("p.jsonl", '{"prompt": "\\ud83d"}\n', r"line 1: not valid JSON .*surrogates"),
         ("p.csv", "prompt,id\n", "holds no prompts"),
         ("p.csv", "prompt,id\na,1\nb\n", r"line 3: has another number of fields than the header's 2"),
         ("p.csv", "prompt,id\na,1,2\n", r"line 2: has another number of fields"),
         ("p.csv", 'prompt\n"a" b\n', r"line 2: not valid CSV"),
+        ("p.csv", "prompt,id,,,id\na,1,,,2\n", r"two columns of the header have the same name"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.parquet", "x", r"expected \.jsonl, \.csv, \.txt or a folder"),
     ],
@@ -231,9 +237,12 @@ def test_mistakes_in_a_file_are_one_line(tokenizer, tmp_path, name, content, mes
 
 
 def test_files_that_cannot_be_read(tokenizer, tmp_path):
-    (tmp_path / "prompts.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(DataError, match="not UTF-8"):
+    (tmp_path / "prompts.jsonl").write_bytes(b" " * 9000 + b'{"prompt": "\xff"}')
+    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 9012\)"):
         _load(tokenizer, tmp_path / "prompts.jsonl")
+    for name, problem in (("~nobody-here/x.jsonl", "no such file"), ("a\0.jsonl", "cannot be read")):
+        with pytest.raises(DataError, match=problem):
+            _load(tokenizer, name)
     with pytest.raises(DataError, match=r"no such file; did you mean '.*/prompts\.jsonl'\?"):
         _load(tokenizer, tmp_path / "prompt.jsonl")
     with pytest.raises(DataError, match=r"no such file$"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastppo.algorithms.config import AlgorithmConfig
 from fastppo.config_fields import ConfigError
-from fastppo.training.config.schema import ALGORITHMS, Config, RewardConfig
+
+if TYPE_CHECKING:
+    from fastppo.training.config import Config
 
 # Metrics that evaluation logs beside the rewards, whose names must differ.
 _TAKEN = {"mean", "std", "reward", "reward_std", "length", "kl", "perplexity", "perplexity_reference"}
@@ -45,7 +48,7 @@ def _rewards(config: Config) -> Iterator[str]:
             yield f"{key}: give exactly one of `function` and `model`"
         if names.count(name) > 1:
             yield f"{key}.name: {name!r} is used twice; metrics are kept by name"
-        if not constraint and reward.multiplier_learning_rate != RewardConfig("").multiplier_learning_rate:
+        if not constraint and reward.multiplier_learning_rate != type(reward)("_").multiplier_learning_rate:
             yield f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one"
         if constraint and reward.weight < 0:
             yield f"{key}.weight: the initial multiplier of a constraint must be at least 0, got {reward.weight:g}"
@@ -74,8 +77,9 @@ def _watch(config: Config) -> Iterator[str]:
 
 def _other_algorithms(config: Config) -> Iterator[str]:
     chosen = config.algorithm
-    for name in ALGORITHMS:
-        for key in _changed(getattr(config, name)) if name != chosen else ():
+    for name in (f.name for f in dataclasses.fields(config) if f.name != chosen):
+        section = getattr(config, name)
+        for key in _changed(section) if isinstance(section, AlgorithmConfig) else ():
             where = f"set {chosen}.{key}" if hasattr(config.algorithm_config, key) else f"{chosen} has no such key"
             yield f"{name}.{key}: has no effect, since algorithm is {chosen!r}; {where}, or drop all with --{name} {{}}"
 

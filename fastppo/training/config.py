@@ -1,23 +1,44 @@
-"""The sections of the configuration; the algorithms', models' and rollouts' stand beside what they configure."""
+"""A run's configuration: its sections, and `load_config`, which reads them from a YAML file and the command line.
+
+The sections of the algorithms, models and rollouts stand beside what they configure. Rules between keys are in
+`config_rules`, the pages of `fastppo keys` in `config_keys`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import typing
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fastppo.algorithms import config as algorithms
-from fastppo.config_fields import STRICT, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fastppo.config_fields import (
+    STRICT,
+    ConfigError,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+    did_you_mean,
+)
 from fastppo.models.config import ModelConfig
 from fastppo.rollout.config import RolloutConfig
+from fastppo.training.config_rules import check_consistency
 
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 ]
 Algorithm = Literal["reinforce", "actor_critic", "ppo", "trpo", "npg", "cpi"]
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ALGORITHMS: tuple[str, ...] = typing.get_args(Algorithm)
 
 
 @dataclass(config=STRICT)
@@ -26,7 +47,7 @@ class DataConfig:
 
     train: str = ""
     """Training prompts: a .jsonl, .csv or .txt file, a folder saved by `datasets`, or a Hub dataset id."""
-    eval: str | None = None
+    eval: Text | None = None
     """Held-out prompts, from the same kinds of source. Default: the last `eval_size` training prompts."""
     train_split: str = "train"
     """Split of a `datasets` folder or Hub dataset; for held-out prompts, `eval_split`."""
@@ -48,7 +69,7 @@ class DataConfig:
 class RewardConfig:
     """A named, weighted reward: a Python function or a sequence-classification model."""
 
-    name: str
+    name: Text
     function: str | None = None
     """`vader_sentiment`, `reasoning_gym`, `module:f` or `file.py:f`, called as f(prompts, completions, **columns)."""
     model: str | None = None
@@ -104,7 +125,7 @@ class EvalConfig:
 class WatchRule:
     """Bounds for one metric, exclusive, and the action on values `above` or `below` them."""
 
-    metric: str
+    metric: Text
     """Name in metrics.jsonl, such as policy/entropy or eval/reward."""
     above: FiniteFloat | None = None
     below: FiniteFloat | None = None
@@ -147,10 +168,10 @@ class CheckpointConfig:
 class Config:
     """A whole run."""
 
-    output_dir: str = "runs/default"
+    output_dir: Text = "runs/default"
     """Folder for checkpoints, metrics, the final policy and the report."""
     total_steps: PositiveInt = 100
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: NonNegativeInt = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
@@ -184,3 +205,126 @@ class Config:
     def algorithm_config(self) -> algorithms.AlgorithmConfig:
         """The section of the chosen algorithm."""
         return getattr(self, self.algorithm)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error; PyYAML would use the last one."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return node
+
+
+def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and apply ``--section.key value`` overrides.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: command-line words, ``["--ppo.kl_coef", "0.1"]`` or ``["--ppo.kl_coef=0.1"]``. Values are YAML, but
+            for keys that hold text, which is taken as it is. Items of a list are named by their index
+            (``--rewards.0.weight 2``).
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or a value is not valid.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror}); the configuration file comes first"
+            raise ConfigError(f"{path}: {problem}") from None
+        except Exception as error:  # PyYAML lets through what int() and datetime raise, and a RecursionError
+            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    words = iter(overrides)
+    for word in words:
+        key, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"{word!r}: expected --section.key value")
+        if not equals and (text := next(words, None)) is None:
+            raise ConfigError(f"--{key}: needs a value")
+        _override(tree, key.replace("-", "_"), text)
+    return build_config(tree)
+
+
+to_dict = dataclasses.asdict  # the tree that `build_config` builds the same Config from
+
+
+def build_config(tree: dict[str, Any]) -> Config:
+    """Check a plain tree of dicts and lists and build the Config from it.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not valid.
+    """
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+    check_consistency(config)
+    return config
+
+
+def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
+    """Set one key of a tree that is not checked yet."""
+    node, hint, parts = tree, Config, dotted.split(".")
+    for depth, part in enumerate(parts, 1):
+        if isinstance(node, list):
+            if part not in map(str, range(len(node))):
+                raise ConfigError(f"--{dotted}: {part!r} is not an index of a list of {len(node)}")
+            part = int(part)
+        elif not isinstance(node, dict):
+            above = ".".join(parts[: depth - 1])
+            raise ConfigError(f"--{dotted}: {above} is a single value and has no keys below it")
+        hint = type_below(hint, part)
+        if depth < len(parts):
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = [] if typing.get_origin(hint) is list else {}
+            node[part] = copy.copy(node[part])  # an alias in the YAML file may put the same object elsewhere too
+            node = node[part]
+    if hint is not str and (hint != (str | None) or text == "null"):
+        with contextlib.suppress(Exception):  # text that is not YAML stays text; see load_config
+            text = yaml.load(text, _Loader)
+    node[part] = text
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem as `key: problem`; a misspelt key or choice comes with its nearest neighbour."""
+    first = error.errors()[0]
+    path, hint, known = [], Config, []
+    for part in first["loc"]:
+        if section := section_of(hint):
+            known = [item.name for item in dataclasses.fields(section)]
+        if section or isinstance(part, int):  # else the member of a union that pydantic tried, which is no key
+            path, hint = [*path, str(part)], type_below(hint, part)
+    key, given, problem = ".".join(path), first.get("input"), first["type"]
+    if problem == "unexpected_keyword_argument":
+        hint = did_you_mean(path[-1], known, ".".join([*path[:-1], ""]))
+        return f"{key}: unknown key{hint or '; known here: ' + ', '.join(known)}"
+    if problem == "literal_error":
+        choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{key}: {given!r} is not one of {', '.join(choices)}{did_you_mean(str(given), choices)}"
+    if problem == "missing":
+        return f"{key}: required, but not given"
+    if problem == "dataclass_type":
+        return f"{key}: expected keys and their values, got {given!r}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given!r}"
+
+
+def section_of(hint: Any) -> type | None:
+    """The section's class in the type `Section`, `Section | None` or `list[Section]`; None for a plain value."""
+    return next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
+
+
+def type_below(hint: Any, part: str | int) -> Any:
+    """The type of the item or key `part` in a value of type `hint`; None if it has none."""
+    if isinstance(part, int):
+        return next(iter(typing.get_args(hint)), None)
+    section = section_of(hint)
+    return typing.get_type_hints(section).get(part) if section else None

@@ -1,4 +1,4 @@
-"""The configuration's keys: the types behind their dotted names, and the help pages of `fastppo keys`."""
+"""The pages of `fastppo keys`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from fastppo.algorithms.config import AlgorithmConfig
 from fastppo.config_fields import ConfigError, did_you_mean
-from fastppo.training.config.schema import ALGORITHMS, Config
+from fastppo.training.config import ALGORITHMS, Config, section_of, type_below
 
 
 class Key(typing.NamedTuple):
@@ -39,19 +39,6 @@ def documented_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
         fields = (vars(base).get("__pydantic_fields__", {}).get(item.name) for base in section.__mro__)
         text = next((field.description for field in fields if field and field.description), "")
         yield Key(name, _type_name(hint), default.split("\n")[0], " ".join(text.split()))
-
-
-def section_of(hint: Any) -> type | None:
-    """The section's class in the type `Section`, `Section | None` or `list[Section]`; None for a plain value."""
-    return next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
-
-
-def type_below(hint: Any, part: str | int) -> Any:
-    """The type of the item or key `part` in a value of type `hint`; None if it has none."""
-    if isinstance(part, int):
-        return next(iter(typing.get_args(hint)), None)
-    section = section_of(hint)
-    return typing.get_type_hints(section).get(part) if section else None
 
 
 def explain(name: str) -> str:
