@@ -153,6 +153,14 @@ def test_an_exception_comes_with_its_cause_and_line():
     with pytest.raises(RewardError, match=r"line \d+: return json\.loads"):
         _score(deep)
 
+    class Decorated:
+        @torch.no_grad()
+        def __call__(self, completions):
+            return [int(text) for text in completions]
+
+    with pytest.raises(RewardError, match=r"test_rewards\.py, line \d+: return \[int"):
+        _score(Decorated())
+
     def generator(completions):
         for text in completions:
             yield int(text)

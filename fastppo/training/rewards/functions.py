@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import linecache
 import math
 import numbers
 import traceback
@@ -277,11 +276,11 @@ def _number(item: Any) -> float | None:
 
 def _line_of(function: Any, error: BaseException) -> str:
     """The last line of the function's own file that the error passed through, as ` (file.py, line 3: code)`."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    function = inspect.unwrap(function if hasattr(function, "__code__") else type(function).__call__)
+    code = getattr(function, "__code__", None)  # a builtin has none
     own = code and code.co_filename
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
-    if not lines:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    if not frames:
         return ""
-    text = linecache.getline(own, lines[-1]).strip()
-    return f" ({Path(own).name}, line {lines[-1]}{': ' + text if text else ''})"
+    text = f": {frames[-1].line}" if frames[-1].line else ""
+    return f" ({Path(own).name}, line {frames[-1].lineno}{text})"
