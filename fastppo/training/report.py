@@ -54,7 +54,6 @@ _MAX_SAMPLES = 100
 _SMOOTH_FROM = 40  # points; fewer are joined as they are
 _LOG_SCALE_FROM = 100  # largest over smallest of the middle 90% of the values
 
-
 # Plots, in the page's order, and the first words of the metrics in each; report.html.j2 has their titles and what is
 # healthy.
 _GROUPS = {
@@ -91,7 +90,6 @@ _TITLES = {
     "completion/length": "completion/length, tokens",
     "time/step": "Seconds by phase",
 }
-
 
 _FAINT = "#69707d"
 _STYLE = {
@@ -155,11 +153,9 @@ def write_report(output_dir: str | Path) -> Path:
     """
     output_dir = Path(output_dir)
     run = _load(output_dir)
-    groups = []
-    for name, panels in _panels(run).items():
-        image = _png(panels, 4.2 if name == "reward_kl" else 2.6)
+    images = {name: _png(panels, 4.2 if name == "reward_kl" else 2.6) for name, panels in _panels(run).items()}
+    for name, image in images.items():
         atomic_write(output_dir / PLOTS_FOLDER / f"{name}.png", image)
-        groups.append((name, base64.b64encode(image).decode("ascii")))
     samples = _pair_samples(*run.samples)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     environment = jinja2.Environment(
@@ -175,7 +171,7 @@ def write_report(output_dir: str | Path) -> Path:
         tiles=_tiles(run),
         total_steps=run.setting("total_steps"),
         alarms=read_alarms(output_dir),
-        groups=groups,
+        groups=[(name, base64.b64encode(image).decode("ascii")) for name, image in images.items()],
         smooth_from=_SMOOTH_FROM,
         samples=samples[:_MAX_SAMPLES],
         samples_left_out=max(0, len(samples) - _MAX_SAMPLES),
@@ -188,10 +184,8 @@ def write_report(output_dir: str | Path) -> Path:
             "machine": f"{platform.system()} {platform.machine()}, {device}",
         },
     )
-    path = output_dir / REPORT_FILE
-    # A lone surrogate has no UTF-8 form.
-    atomic_write(path, page.encode("utf-8", "replace"))
-    return path
+    atomic_write(output_dir / REPORT_FILE, page.encode("utf-8", "replace"))  # a lone surrogate has no UTF-8 form
+    return output_dir / REPORT_FILE
 
 
 def _load(output_dir: Path) -> _Run:
@@ -233,8 +227,8 @@ def _load(output_dir: Path) -> _Run:
 
 def _panels(run: _Run) -> dict[str, list[_Panel]]:
     """The panels of each group that there is data for, in the page's order."""
-    not_parts = {"reward/mean", "reward/std", "reward/gain_per_sqrt_kl"}
-    parts = [name for name in run.series if name.startswith("reward/") and name not in not_parts]
+    parts = {name for name in run.series if name.startswith("reward/")}
+    parts -= {"reward/mean", "reward/std", "reward/gain_per_sqrt_kl"}
     curves: dict[str, list[str]] = defaultdict(list)
     for name in sorted(run.series, key=lambda name: (name.startswith("eval/"), name)):  # held-out values are drawn last
         if re.match(r"watch/|eval/(.*_std|num_prompts)$", name):
@@ -242,7 +236,7 @@ def _panels(run: _Run) -> dict[str, list[_Panel]]:
         beside = f"reward/{name.removeprefix('eval/')}"
         key = _PANEL_OF.get(name, beside if beside in parts else name)
         key = "time/step" if name.startswith("time/") else key
-        if parts != [key]:  # a single reward says no more than the total
+        if parts != {key}:  # a single reward says no more than the total
             curves[key].append(name)
 
     groups: dict[str, list[_Panel]] = {name: [] for name in _GROUPS}

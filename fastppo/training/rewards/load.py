@@ -31,7 +31,7 @@ def build_rewards(
     Args:
         configs: entries of `config.rewards`, or Python functions (weight 1, named by their ``__name__``).
         device: device that reward models run on and results are moved to.
-        model_defaults: its dtype and permissions hold for reward models; float32 and no permissions if not given.
+        model_defaults: dtype and permissions of reward models. Default: float32, and no permissions.
 
     Raises:
         RewardError: a function or model cannot be found or loaded.
@@ -79,20 +79,18 @@ def find_function(name: str, spec: str) -> RewardFunction:
 
 def _load_module(name: str, where: str) -> ModuleType:
     """Import a module by its name, or execute a .py file as one."""
+    path = Path(where).expanduser().resolve()
+    if where.endswith(".py") and not path.is_file():
+        raise RewardError(f"reward {name!r}: {where}: no such file")
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
-        path = Path(where).expanduser().resolve()
-        if not path.is_file():
-            raise RewardError(f"reward {name!r}: {where}: no such file")
         # Named by its path: two files of one name differ, and neither hides an installed module.
         spec = importlib.util.spec_from_file_location(f"_fastppo_reward_{str(path).encode().hex()}", path)
         # dataclasses and typing look the module up there.
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except RewardError:
-        raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
             raise RewardError(
