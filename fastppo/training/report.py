@@ -52,7 +52,7 @@ REPORT_FILE = "report.html"
 
 _MAX_SAMPLES = 100
 _SMOOTH_FROM = 40  # points; fewer are joined as they are
-_LOG_SCALE_FROM = 100  # largest over smallest of the middle 90% of the values
+_LOG_SCALE_FROM = 300  # largest value over the 5% quantile: a share that is rarely near zero stays linear
 
 # Plots, in the page's order, and the first words of the metrics in each; report.html.j2 has their titles and what is
 # healthy.
@@ -273,8 +273,8 @@ def _draw_curves(axes: Axes, *, run: _Run, names: list[str]) -> None:
         axes.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(names) > 2 else {})
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     every = [value for name in names for value in run.series[name].values()]
-    low, most_low, most_high, high = np.quantile(every, [0, 0.05, 0.95, 1])
-    if low > 0 and most_high / most_low > _LOG_SCALE_FROM:
+    low, most, high = np.quantile(every, [0, 0.05, 1])
+    if low > 0 and high / most > _LOG_SCALE_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical text, which `_STYLE` turns off
     elif names[0].startswith("value/explained_variance") and low < -1 < high:
