@@ -16,12 +16,12 @@ Metrics with a unit or a meaning that the name does not say; any others may be l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ ALARMS_FILE = "alarms.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 
-# What is moved aside together, so that a report never mixes two runs.
-_SHOWN = (METRICS_FILE, ALARMS_FILE, TENSORBOARD_FOLDER, SAMPLES_FOLDER, "plots", "report.html")
-_SAMPLES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# What is moved aside together, so that a report never mixes two runs. The metrics go last: as long as they stand, the
+# next start finishes a move that was killed halfway.
+_RUN_FILES = ("report.html", "plots", SAMPLES_FOLDER, TENSORBOARD_FOLDER, ALARMS_FILE, METRICS_FILE)
 
 
 class MetricsLogger:
@@ -47,16 +47,13 @@ class MetricsLogger:
 
     Raises:
         ImportError: `tensorboard` is true but the package is not installed.
-        ValueError: `resume_step` is negative.
     """
 
     earlier_run: Path | None
     """Where an earlier run's metrics, samples and report were moved to, if there were any."""
 
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
-        if resume_step is not None and resume_step < 0:
-            raise ValueError(f"resume_step: expected None or a step >= 0, got {resume_step}")
-        self._new_writer, self._writer = None, None
+        self._new_writer = self._writer = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -70,11 +67,8 @@ class MetricsLogger:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / METRICS_FILE
         self.earlier_run = _set_aside(output_dir) if resume_step is None else None
-        elapsed = 0.0
-        if self._path.exists():
-            _truncate(self._path, resume_step or 0)
-            elapsed = max((line.get("time", 0.0) for line in read_metrics(self._path)), default=0.0)
-        self._start = time.monotonic() - elapsed
+        _truncate(self._path, resume_step or 0)
+        self._start = time.monotonic() - max((line.get("time", 0.0) for line in read_metrics(self._path)), default=0.0)
         self._open(None if resume_step is None else resume_step + 1)
 
     def _open(self, purge_step: int | None) -> None:
@@ -89,30 +83,20 @@ class MetricsLogger:
         Args:
             step: the step they belong to; 0 is before the first.
             metrics: name to number, anything that `float` takes. NaN and infinities become null in the JSON line.
-
-        Raises:
-            ValueError: a metric is called "step" or "time", which are keys of the line itself.
-            TypeError: a metric is not a number.
         """
-        values = {}
-        for name, value in metrics.items():
-            if name in ("step", "time"):
-                raise ValueError(f"metrics: {name!r} is a key of the line itself; call the metric something else")
-            try:
-                values[name] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"metrics[{name!r}]: expected one number, got {type(value).__name__}") from None
-        self._file.write(_json_line({"step": int(step), "time": round(time.monotonic() - self._start, 3), **values}))
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_json_line({"step": step, "time": round(time.monotonic() - self._start, 3), **values}))
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, int(step))
+                self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
     def keep_aside(self, step: int, number: int) -> Path:
         """Copy the lines later than `step`, before `rewind` drops them, to ``abandoned-<number>.jsonl``; returns it."""
         path = self._path.with_name(f"abandoned-{number}.jsonl")
-        atomic_write(path, b"".join(line for at, line in _lines_by_step(self._path) if at > step))
+        later = [line for line, values in _read_lines(self._path) if values.get("step", 0) > step]
+        atomic_write(path, b"".join(later))
         return path
 
     def rewind(self, step: int) -> None:
@@ -135,11 +119,11 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, in order; "step" is an int and null reads as NaN.
+    """The lines of a metrics file, in order; null reads as NaN. [] without such a file.
 
     A line that a kill or a power cut tore is skipped.
     """
-    return [line for line in _read_lines(path) if isinstance(line.get("step"), int)]
+    return [values for _, values in _read_lines(path) if "step" in values]
 
 
 def write_samples(output_dir: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -152,36 +136,23 @@ def write_samples(output_dir: str | Path, name: str, rows: Sequence[Mapping[str,
 
     Returns:
         The file.
-
-    Raises:
-        ValueError: `name` is not a plain file name, or a row has other keys.
     """
-    if not _SAMPLES_NAME.fullmatch(name):
-        raise ValueError(f"name: expected letters, digits, '_', '.' and '-', such as 'before', got {name!r}")
-    for index, row in enumerate(rows):
-        if set(row) != {"prompt", "completion", "reward", "rewards"}:
-            raise ValueError(f"rows[{index}]: expected keys prompt, completion, reward and rewards, got {sorted(row)}")
-    path = Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl"
-    atomic_write(path, b"".join(map(_json_line, rows)))
-    return path
+    return _write_lines(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl", rows)
 
 
 def read_samples(output_dir: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows that `write_samples` wrote; a reward that was not finite reads as NaN."""
-    return _read_lines(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl")
+    return [row for _, row in _read_lines(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl")]
 
 
 def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) -> Path:
     """Write every alarm of the run so far, each with the fields of `watch.Alarm`, to ``output_dir/alarms.jsonl``."""
-    path = Path(output_dir) / ALARMS_FILE
-    atomic_write(path, b"".join(map(_json_line, alarms)))
-    return path
+    return _write_lines(Path(output_dir) / ALARMS_FILE, alarms)
 
 
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
     """The alarms that `write_alarms` wrote; [] without such a file. A value that was infinite reads as NaN."""
-    path = Path(output_dir) / ALARMS_FILE
-    return _read_lines(path) if path.exists() else []
+    return [alarm for _, alarm in _read_lines(Path(output_dir) / ALARMS_FILE)]
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -216,46 +187,43 @@ def _json_line(value: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _read_line(line: bytes) -> dict[str, Any] | None:
-    """The object, with NaN for null; None for a line that is not a whole one."""
-    try:
-        value = json.loads(
-            line, object_hook=lambda pairs: {key: math.nan if item is None else item for key, item in pairs.items()}
-        )
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+def _write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> Path:
+    atomic_write(path, b"".join(map(_json_line, values)))
+    return path
 
 
-def _read_lines(path: str | Path) -> list[dict[str, Any]]:
+def _read_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Every whole line, with its newline, and its object with NaN for null."""
+    data = Path(path).read_bytes() if Path(path).exists() else b""
     # Not splitlines(): text may hold U+2028 and other separators that JSON leaves as they are.
-    lines = map(_read_line, Path(path).read_bytes().split(b"\n"))
-    return [line for line in lines if line is not None]
+    for line in data.split(b"\n"):
+        try:
+            values = json.loads(line, object_hook=_nan_for_null)
+        except ValueError:  # a kill or a power cut tore the line
+            continue
+        if isinstance(values, dict):
+            yield line + b"\n", values
 
 
-def _lines_by_step(path: Path) -> list[tuple[int, bytes]]:
-    """(step, line with its newline) of every whole line of a metrics file, byte for byte."""
-    lines = ((line, _read_line(line)) for line in path.read_bytes().split(b"\n"))
-    return [(values["step"], line + b"\n") for line, values in lines if values and isinstance(values.get("step"), int)]
+def _nan_for_null(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Keep the whole lines up to `last_step`."""
-    atomic_write(path, b"".join(line for step, line in _lines_by_step(path) if step <= last_step))
+    """Keep the whole lines up to `last_step`, byte for byte."""
+    kept = [line for line, values in _read_lines(path) if values.get("step", math.inf) <= last_step]
+    atomic_write(path, b"".join(kept))
 
 
 def _set_aside(output_dir: Path) -> Path | None:
+    """Move what an earlier run wrote to a folder of its own, if it got as far as its first metrics."""
     path = output_dir / METRICS_FILE
     if not path.exists() or path.stat().st_size == 0:
         return None
-    number = 1
-    while (output_dir / f"earlier-{number}").exists():
-        number += 1
-    folder = output_dir / f"earlier-{number}"
+    folders = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    folder = next(folder for folder in folders if not folder.exists())
     folder.mkdir()
-    # The metrics go last: as long as they stand, a move that was killed halfway is finished by the next start.
-    abandoned = [path.name for path in output_dir.glob("abandoned-*.jsonl")]
-    for name in (*abandoned, *reversed(_SHOWN)):
-        if (output_dir / name).exists():
-            os.replace(output_dir / name, folder / name)
+    for path in (*output_dir.glob("abandoned-*.jsonl"), *(output_dir / name for name in _RUN_FILES)):
+        if path.exists():
+            path.replace(folder / path.name)
     return folder

@@ -5,6 +5,7 @@ A display never ends a run: it goes silent once its terminal or pipe is closed.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -55,19 +56,12 @@ class ProgressDisplay:
         console: where to show it; standard output if not given.
         enabled: True shows the live display; False writes one plain line per step, without control characters; None
             shows the live display if `console` writes to a terminal.
-
-    Raises:
-        ValueError: total_steps < 1, or start_step outside [0, total_steps].
     """
 
     def __init__(
         self, total_steps: int, *, start_step: int = 0, console: Console | None = None, enabled: bool | None = None
     ) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
-        if not 0 <= start_step <= total_steps:
-            raise ValueError(f"start_step: expected 0 to total_steps ({total_steps}), got {start_step}")
-        self._console = console if console is not None else Console()
+        self._console = console or Console()
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -118,10 +112,8 @@ class ProgressDisplay:
         else:
             self.phase("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
         if self._bar is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._bar.stop()  # also shows the cursor again
-            except OSError:
-                self._silent = True
 
     def _facts(self) -> dict[str, str]:
         facts = {key: format_number(self._metrics.get(metric)) for key, metric in _SHOWN.items()}

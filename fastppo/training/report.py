@@ -52,8 +52,7 @@ REPORT_FILE = "report.html"
 
 _MAX_SAMPLES = 100
 _SMOOTH_FROM = 40  # points; fewer are joined as they are
-_LOG_SCALE_FROM = 300  # largest over smallest value
-
+_LOG_SCALE_FROM = 300  # largest value over the 5% quantile: a share that is rarely near zero stays linear
 
 # Plots, in the page's order, and the first words of the metrics in each; report.html.j2 has their titles and what is
 # healthy.
@@ -91,7 +90,6 @@ _TITLES = {
     "completion/length": "completion/length, tokens",
     "time/step": "Seconds by phase",
 }
-
 
 _FAINT = "#69707d"
 _STYLE = {
@@ -155,11 +153,9 @@ def write_report(output_dir: str | Path) -> Path:
     """
     output_dir = Path(output_dir)
     run = _load(output_dir)
-    groups = []
-    for name, panels in _panels(run).items():
-        image = _png(panels, 4.2 if name == "reward_kl" else 2.6)
+    images = {name: _png(panels, 4.2 if name == "reward_kl" else 2.6) for name, panels in _panels(run).items()}
+    for name, image in images.items():
         atomic_write(output_dir / PLOTS_FOLDER / f"{name}.png", image)
-        groups.append((name, base64.b64encode(image).decode("ascii")))
     samples = _pair_samples(*run.samples)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     environment = jinja2.Environment(
@@ -175,7 +171,7 @@ def write_report(output_dir: str | Path) -> Path:
         tiles=_tiles(run),
         total_steps=run.setting("total_steps"),
         alarms=read_alarms(output_dir),
-        groups=groups,
+        groups=[(name, base64.b64encode(image).decode("ascii")) for name, image in images.items()],
         smooth_from=_SMOOTH_FROM,
         samples=samples[:_MAX_SAMPLES],
         samples_left_out=max(0, len(samples) - _MAX_SAMPLES),
@@ -188,10 +184,8 @@ def write_report(output_dir: str | Path) -> Path:
             "machine": f"{platform.system()} {platform.machine()}, {device}",
         },
     )
-    path = output_dir / REPORT_FILE
-    # A lone surrogate has no UTF-8 form.
-    atomic_write(path, page.encode("utf-8", "replace"))
-    return path
+    atomic_write(output_dir / REPORT_FILE, page.encode("utf-8", "replace"))  # a lone surrogate has no UTF-8 form
+    return output_dir / REPORT_FILE
 
 
 def _load(output_dir: Path) -> _Run:
@@ -203,7 +197,7 @@ def _load(output_dir: Path) -> _Run:
         )
     run = _Run(name=output_dir.resolve().name)
     # An evaluation's line and the step's own have the same step.
-    for line in sorted(read_metrics(metrics), key=lambda line: line["step"]) if metrics.exists() else []:
+    for line in sorted(read_metrics(metrics), key=lambda line: line["step"]):
         run.steps = step = line.pop("step")
         run.seconds = max(run.seconds, line.pop("time", 0.0))
         for name, value in line.items():
@@ -215,9 +209,15 @@ def _load(output_dir: Path) -> _Run:
         run.config_text = config.read_text(encoding="utf-8", errors="replace")
         with contextlib.suppress(yaml.YAMLError):  # then the text alone is shown
             run.config = yaml.safe_load(run.config_text)
-    # step-000010 and the like: with their leading zeros, the latest sorts last.
-    latest = "after" if "after" in samples else max((name for name in samples if name.startswith("step-")), default="")
-    run.samples = [read_samples(output_dir, name) if name in samples else [] for name in ("before", latest)]
+    # step-000010 and the like: with their leading zeros, the latest sorts last. Steps that a rollback or a kill undid
+    # have left samples too, and a run that was prolonged has those after its earlier end.
+    steps = [name for name in samples if re.fullmatch(r"step-\d+", name)]
+    if run.steps:
+        steps = [name for name in steps if int(name.removeprefix("step-")) <= run.steps]
+    total = run.setting("total_steps")
+    unfinished = isinstance(total, int) and run.steps < total
+    latest = "after" if "after" in samples and not (unfinished and steps) else max(steps, default="")
+    run.samples = [read_samples(output_dir, name) for name in ("before", latest)]
     run.after_label = re.sub(r"^step-0*(?=\d)", "Step ", latest).capitalize()
     return run
 
@@ -227,8 +227,8 @@ def _load(output_dir: Path) -> _Run:
 
 def _panels(run: _Run) -> dict[str, list[_Panel]]:
     """The panels of each group that there is data for, in the page's order."""
-    not_parts = {f"reward/{name}" for name in ("mean", "std", "min", "max", "gain_per_sqrt_kl")}
-    parts = [name for name in run.series if name.startswith("reward/") and name not in not_parts]
+    parts = {name for name in run.series if name.startswith("reward/")}
+    parts -= {"reward/mean", "reward/std", "reward/gain_per_sqrt_kl"}
     curves: dict[str, list[str]] = defaultdict(list)
     for name in sorted(run.series, key=lambda name: (name.startswith("eval/"), name)):  # held-out values are drawn last
         if re.match(r"watch/|eval/(.*_std|num_prompts)$", name):
@@ -236,7 +236,7 @@ def _panels(run: _Run) -> dict[str, list[_Panel]]:
         beside = f"reward/{name.removeprefix('eval/')}"
         key = _PANEL_OF.get(name, beside if beside in parts else name)
         key = "time/step" if name.startswith("time/") else key
-        if parts != [key]:  # a single reward says no more than the total
+        if parts != {key}:  # a single reward says no more than the total
             curves[key].append(name)
 
     groups: dict[str, list[_Panel]] = {name: [] for name in _GROUPS}
@@ -271,10 +271,10 @@ def _draw_curves(axes: Axes, *, run: _Run, names: list[str]) -> None:
                 axes.plot(steps, values, ".", color=line.get_color(), markersize=4, alpha=0.3, markeredgewidth=0)
     if len(names) > 1:
         axes.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(names) > 2 else {})
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     every = [value for name in names for value in run.series[name].values()]
-    low, high = min(every), max(every)
-    if low > 0 and high / low > _LOG_SCALE_FROM:
+    low, most, high = np.quantile(every, [0, 0.05, 1])
+    if low > 0 and high / most > _LOG_SCALE_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical text, which `_STYLE` turns off
     elif names[0].startswith("value/explained_variance") and low < -1 < high:
@@ -295,8 +295,9 @@ def _draw_reward_against_kl(axes: Axes, *, run: _Run) -> None:
         ("held-out prompts", "eval/kl", "eval/reward", "o"),
     ):
         kl, reward = run.series.get(kl, {}), run.series.get(reward, {})
-        both = sorted(kl.keys() & reward.keys())
-        axes.plot(_smooth([kl[step] for step in both]), _smooth([reward[step] for step in both]), marker, label=label)
+        if both := sorted(kl.keys() & reward.keys()):
+            pair = (_smooth([values[step] for step in both]) for values in (kl, reward))
+            axes.plot(*pair, marker, label=label)
     axes.legend()
 
 

@@ -18,7 +18,7 @@ from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
-from fastppo.training.perplexity import load_texts, perplexity
+from fastppo.training.health import load_texts, perplexity
 from fastppo.training.rewards import RewardFunctions, RewardOutput, build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 

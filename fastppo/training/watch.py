@@ -2,9 +2,9 @@
 
     metrics of a step or an evaluation ──> derived metrics ──> every rule ──> alarms
 
-A rule names a metric and its bounds, waits for `patience` observations in a row outside of them, and names an action.
-The trainer carries it out; nothing here acts. The state is JSON and part of a checkpoint, so that a resumed run raises
-the same alarms as one that was never stopped.
+A rule names a metric and its bounds, waits for `patience` observations in a row outside of them, and names an action,
+which the trainer carries out. The state is part of a checkpoint: a resumed run raises the same alarms as one that was
+never stopped.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Watch:
         self._states = {_key(rule): _RuleState() for rule in self.rules}
         compared = {rule.metric for rule in self.rules if rule.relative} | {"reward/mean"}
         compared |= {f"{_EVAL}{name}{part}" for name in self.held_out for part in ("", "_std")}
-        # A metric's first observations.
         self._baselines = {name: {"count": 0, "mean": 0.0} for name in sorted(compared)}
+        """The mean of each metric's first observations."""
         self._seen: set[str] = {"reward/gain_per_sqrt_kl"}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[Alarm]]:
@@ -138,9 +138,9 @@ class Watch:
         values there.
         """
         derived = {}
-        reward, kl, start = metrics.get("reward/mean"), metrics.get("kl/reference"), self._baseline("reward/mean")
-        if reward is not None and kl is not None and kl > _LEAST_KL and start is not None:
-            derived["reward/gain_per_sqrt_kl"] = (reward - start) / math.sqrt(kl)
+        kl, start = metrics.get("kl/reference", 0.0), self._baseline("reward/mean")
+        if "reward/mean" in metrics and kl > _LEAST_KL and start is not None:
+            derived["reward/gain_per_sqrt_kl"] = (metrics["reward/mean"] - start) / math.sqrt(kl)
         for name in (f"{_EVAL}{reward}" for reward in self.held_out):
             mean, deviation = self._baseline(name), self._baseline(f"{name}_std")
             if name in metrics and mean is not None and deviation is not None:
@@ -152,7 +152,7 @@ class Watch:
         state, compared, against = self._states[_key(rule)], value, ""
         if rule.relative:
             start = self._baseline(rule.metric)
-            if not start:  # not known yet, or zero, which nothing is a share of
+            if not start:  # not known yet, or zero
                 return []
             compared = (value - start) / abs(start)
             against = f", {compared:+.0%} from {start:.4g} at the start"
@@ -218,6 +218,7 @@ class Watch:
 
 
 def _key(rule: WatchRule) -> str:
+    """A rule's name in the state."""
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(rule).items())
 
 

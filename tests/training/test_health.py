@@ -16,8 +16,7 @@ from fastppo.models.config import ModelConfig
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.sample import Rollout
 from fastppo.training.data import DataError
-from fastppo.training.health import advantage_health, length_health, text_health
-from fastppo.training.perplexity import load_texts, perplexity
+from fastppo.training.health import advantage_health, length_health, load_texts, perplexity, text_health
 
 
 def rollout(completions: list[list[int]]) -> Rollout:

@@ -274,6 +274,23 @@ def test_a_run_of_one_step(tmp_path):
     assert "Steps 1 of 8" in text
     assert "Written after step 1 of 8: the run was stopped early or is still going on." in text
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward_kl.png"]
+    axes = Figure().add_subplot()
+    report._draw_curves(axes, run=report._load(tmp_path), names=["reward/mean"])
+    assert all(tick == round(tick) for tick in axes.get_xticks())  # steps are whole, also around a single one
+
+
+def test_only_what_was_measured_stands_in_the_legend_of_reward_against_kl(tmp_path):
+    log(tmp_path, [(step, {"reward/mean": 1.0, "kl/reference": 0.1 * step}) for step in (1, 2)])
+    axes = Figure().add_subplot()
+    report._draw_reward_against_kl(axes, run=report._load(tmp_path))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training prompts"]
+
+
+def test_one_value_near_zero_does_not_make_an_axis_logarithmic(tmp_path):
+    log(tmp_path, [(step, {"policy/clip_fraction": 1e-6 if step == 7 else 0.1 + 0.001 * step}) for step in range(30)])
+    axes = Figure().add_subplot()
+    report._draw_curves(axes, run=report._load(tmp_path), names=["policy/clip_fraction"])
+    assert axes.get_yscale() == "linear"
 
 
 def test_nonfinite_values_are_left_out_and_named(tmp_path):
@@ -304,6 +321,21 @@ def test_samples_alone_and_the_latest_stand_in_for_the_last(tmp_path):
     assert "at 100" in text
     assert "at 9" not in text
     assert "After" not in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "total", "shown"), [(30, 40, "Step 20"), (15, 40, "Step 10"), (5, 40, "After"), (40, 40, "After")]
+)
+def test_samples_of_steps_that_were_undone_or_of_an_earlier_end_are_not_the_latest(tmp_path, steps, total, shown):
+    """A run of 20 steps that was prolonged to 40, or one that was rolled back."""
+    log(tmp_path, [(steps, {"lr": 1.0})])
+    (tmp_path / "config.yaml").write_text(f"total_steps: {total}\n")
+    row = {"prompt": "p", "completion": "first", "reward": 0.1, "rewards": {}}
+    for name in ("before", "step-000010", "step-000020", "after"):
+        write_samples(tmp_path, name, [row])
+    text = Page(write_report(tmp_path)).text
+    assert shown in text
+    assert not [name for name in ("Step 10", "Step 20", "After") if name != shown and name in text]
 
 
 def test_training_reward_stands_in_where_nothing_is_held_out(tmp_path):

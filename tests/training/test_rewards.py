@@ -16,13 +16,8 @@ import torch
 from tiny import make_tiny_tokenizer
 
 from fastppo.training.config import ModelConfig, RewardConfig
-from fastppo.training.rewards import (
-    Reward,
-    RewardError,
-    RewardFunctions,
-    RunningNormalizer,
-    build_rewards,
-)
+from fastppo.training.rewards import Reward, RewardError, RewardFunctions, build_rewards
+from fastppo.training.rewards.functions import RunningNormalizer
 
 PROMPTS = ["What is", "Where is", "Who is"]
 COMPLETIONS = [" this?", " that nice place?", " it"]
@@ -109,8 +104,9 @@ def test_results_of_many_kinds(result):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, "returned None, expected 3 numbers"),
-        (1.0, "returned float, expected a list of numbers"),
+        (None, "returned NoneType, expected a list of 3 numbers"),
+        (1.0, "returned float, expected a list of 3 numbers"),
+        (torch.tensor(1.0), "returned float, expected a list of 3 numbers"),
         ("123", "returned str, expected a list"),
         ({"a": 1, "b": 2, "c": 3}, "returned dict"),
         ([1, 2], "returned 2 numbers for 3 completions"),
@@ -157,6 +153,47 @@ def test_an_exception_comes_with_its_cause_and_line():
     with pytest.raises(RewardError, match=r"line \d+: return json\.loads"):
         _score(deep)
 
+    class Decorated:
+        @torch.no_grad()
+        def __call__(self, completions):
+            return [int(text) for text in completions]
+
+    with pytest.raises(RewardError, match=r"test_rewards\.py, line \d+: return \[int"):
+        _score(Decorated())
+
+    def generator(completions):
+        for text in completions:
+            yield int(text)
+
+    with pytest.raises(RewardError, match=r"reward 'mine' raised ValueError: .*line \d+: yield int"):
+        _score(generator)
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
+    def changes(prompts, completions, completion_ids, answer):
+        for row in (*completion_ids, *answer):
+            row.clear()
+        for values in (prompts, completions, answer):
+            values.clear()
+        return [0.0] * 3
+
+    def sizes(completions, completion_ids, answer):
+        return [
+            len(text) + 100 * len(ids) + 1000 * len(a)
+            for text, ids, a in zip(completions, completion_ids, answer, strict=True)
+        ]
+
+    given = list(PROMPTS), list(COMPLETIONS), {"answer": [["x"], ["y", "z"], []]}
+    rewards = RewardFunctions([Reward("changes", changes), Reward("sizes", sizes)])
+    ids = [[1], [2, 3], [4]]
+    assert rewards(*given, completion_ids=ids).total.tolist() == [1106.0, 2217.0, 103.0]
+    assert given == (PROMPTS, COMPLETIONS, {"answer": [["x"], ["y", "z"], []]})
+    assert ids == [[1], [2, 3], [4]]
+    # Too few values are refused although the function shortened the list that they are counted by.
+    rewards = RewardFunctions([Reward("empties", lambda completions: completions.clear() or completions)])
+    with pytest.raises(RewardError, match="returned 0 numbers for 3 completions"):
+        rewards(*given)
+
 
 def test_inputs_of_unequal_length_are_refused():
     rewards = RewardFunctions([Reward("length", length)])
@@ -171,8 +208,6 @@ def test_inputs_of_unequal_length_are_refused():
     [
         ([], "at least one"),
         ([Reward("a", length), Reward("a", length)], "a name of its own"),
-        ([Reward("a", 5)], "'a': 5 cannot be called"),
-        ([Reward("a", length, weight=math.nan)], "finite"),
     ],
 )
 def test_rewards_that_cannot_be(rewards, message):
@@ -273,8 +308,9 @@ def test_rewards_by_token_stand_at_their_tokens():
     [
         ([[1.0], [1.0]], r"expected 2 numbers, one for every token"),
         ([[1.0, 2.0], 1.0], r"reward 'f' gave 1.0 for completion 1, 'b', expected 1 numbers, one for every token"),
-        ([[1.0, "x"], [1.0]], r"gave 'x' to a token for completion 0, 'a', expected a finite number"),
-        ([[1.0, math.nan], [1.0]], r"gave nan to a token"),
+        ([[1.0, "x"], [1.0]], r"gave \[1.0, 'x'\] for completion 0, 'a', expected finite numbers"),
+        ([[1.0, 2.0], [math.nan]], r"gave \[nan\] for completion 1"),
+        ([[1.0, [2.0]], [1.0]], r"gave \[1.0, \[2.0\]\] for completion 0"),
     ],
 )
 def test_wrong_rewards_by_token_are_named(result, message):

@@ -18,28 +18,7 @@ To add a built-in reward that a configuration names by one word, add a class to 
     load.py        build_rewards: from the configuration; find_function: from `file.py:function` or `module:function`
 """
 
-from fastppo.training.rewards.builtin import ReasoningGym, VaderSentiment
-from fastppo.training.rewards.functions import (
-    Reward,
-    RewardError,
-    RewardFunction,
-    RewardFunctions,
-    RewardOutput,
-    RunningNormalizer,
-)
-from fastppo.training.rewards.load import build_rewards, find_function
-from fastppo.training.rewards.model import ModelReward
+from fastppo.training.rewards.functions import Reward, RewardError, RewardFunctions, RewardOutput
+from fastppo.training.rewards.load import build_rewards
 
-__all__ = [
-    "ModelReward",
-    "ReasoningGym",
-    "Reward",
-    "RewardError",
-    "RewardFunction",
-    "RewardFunctions",
-    "RewardOutput",
-    "RunningNormalizer",
-    "VaderSentiment",
-    "build_rewards",
-    "find_function",
-]
+__all__ = ["Reward", "RewardError", "RewardFunctions", "RewardOutput", "build_rewards"]

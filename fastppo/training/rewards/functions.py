@@ -3,16 +3,13 @@
     prompts, completions, columns ── each function ──> raw [B] ── optional normalizer ──> · weight ── sum ──> total [B]
 
 A function returns one number per completion or one per token. The weight of a constraint is its Lagrange multiplier.
-
-A reward is the one place where the user's own code runs inside a training step, so an error names the reward, the line
-of its code and the completion.
+Rewards are user code that runs inside a training step, so an error names the reward, its line and the completion.
 """
 
 from __future__ import annotations
 
-import difflib
+import copy
 import inspect
-import linecache
 import math
 import numbers
 import traceback
@@ -23,8 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
+from fastppo.config_fields import did_you_mean
 
 RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
 """f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
@@ -96,7 +95,7 @@ class RunningNormalizer:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+        vars(self).update(state)
 
 
 class RewardFunctions:
@@ -111,14 +110,10 @@ class RewardFunctions:
         names = [reward.name for reward in rewards]
         if not names or len(set(names)) < len(names):
             raise RewardError(f"rewards: expected at least one, each with a name of its own, got {names}")
-        for reward in rewards:
-            if not callable(reward.function):
-                raise RewardError(f"reward {reward.name!r}: {reward.function!r} cannot be called")
-            if not math.isfinite(reward.weight):
-                raise RewardError(f"reward {reward.name!r}: its weight must be finite, got {reward.weight}")
         self.rewards, self.device = list(rewards), device
         self.multipliers = {reward.name: reward.multiplier for reward in rewards if reward.multiplier}
         self._normalizers = {reward.name: RunningNormalizer() for reward in rewards if reward.normalize}
+        self._parts = {"normalizers": self._normalizers, "multipliers": self.multipliers}
 
     def __call__(
         self,
@@ -142,14 +137,14 @@ class RewardFunctions:
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
         """
-        given = {"completions": completions, **columns}
+        arguments = {"prompts": prompts, "completions": completions, **columns}
         if completion_ids is not None:
-            given = {"completion_ids": completion_ids} | given
-        for name, values in given.items():
+            arguments["completion_ids"] = completion_ids
+        for name, values in arguments.items():
             if len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} values, but there are {len(prompts)} prompts")
         # Call every function before any normalizer is updated: a failing step changes no state.
-        raw = {reward.name: _call(reward, {"prompts": prompts, **given}) for reward in self.rewards}
+        raw = {reward.name: _call(reward, arguments) for reward in self.rewards}
         by_token = {name: values for name, values in raw.items() if values.dim() == 2}
         for name in by_token.keys() & self._normalizers.keys():
             raise RewardError(f"reward {name!r}: normalize is for rewards of whole completions")
@@ -190,26 +185,28 @@ class RewardFunctions:
 
     def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """The states of normalizers and multipliers by reward name, as JSON can hold them."""
-        return {kind: {name: part.state_dict() for name, part in own.items()} for kind, own in self._parts()}
+        return {kind: {name: part.state_dict() for name, part in own.items()} for kind, own in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, dict[str, float]]]) -> None:
         """Restore `state`; raises RewardError if it belongs to other rewards."""
-        for kind, own in self._parts():
+        for kind, own in self._parts.items():
             saved = state[kind]
             if saved.keys() != own.keys():
                 raise RewardError(f"the saved run has {kind} of the rewards {sorted(saved)}, this one {sorted(own)}")
             for name, values in saved.items():
                 own[name].load_state_dict(values)
 
-    def _parts(self) -> list[tuple[str, dict[str, RunningNormalizer] | dict[str, LagrangeMultiplier]]]:
-        return [("normalizers", self._normalizers), ("multipliers", self.multipliers)]
-
 
 def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:
     """Raw rewards [B], or per token [B, T], float64 on the CPU."""
-    accepted = _accepted(reward, list(arguments))
+    # A function that changes its arguments must not change those of the next one, or the samples.
+    given = {name: [copy.copy(value) for value in arguments[name]] for name in _accepted(reward, list(arguments))}
     try:
-        result = reward.function(**{name: arguments[name] for name in accepted})
+        result = reward.function(**given)
+        if hasattr(result, "tolist"):  # a tensor or array
+            result = result.tolist()
+        if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
+            result = list(result)  # runs the rest of a generator
     except Exception as error:
         raise RewardError(
             f"reward {reward.name!r} raised {type(error).__name__}: {error}{_line_of(reward.function, error)}"
@@ -227,47 +224,39 @@ def _accepted(reward: Reward, offered: list[str]) -> list[str]:
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and p.name not in by_name.intersection(offered):
-            near = difflib.get_close_matches(p.name, offered, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it can have {', '.join(offered)}, by name"
-            raise RewardError(f"reward {reward.name!r}: its function needs {p.name!r}; {hint}")
+            hint = did_you_mean(p.name, offered) or f"; it can have {', '.join(offered)}, by name"
+            raise RewardError(f"reward {reward.name!r}: its function needs {p.name!r}{hint}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [name for name in offered if takes_all or name in by_name]
 
 
 def _checked(name: str, result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
     """The returned numbers as [B], or as [B, T] where each is a list as long as its completion."""
-    if result is None:
-        raise RewardError(f"reward {name!r} returned None, expected {len(completions)} numbers")
-    if hasattr(result, "tolist"):  # a tensor or array
-        result = result.tolist()
-    if isinstance(result, str | bytes | dict) or not isinstance(result, Iterable):
-        raise RewardError(f"reward {name!r} returned {type(result).__name__}, expected a list of numbers")
-    given = list(result)
-    if len(given) != len(completions):
-        raise RewardError(f"reward {name!r} returned {len(given)} numbers for {len(completions)} completions")
+    if not isinstance(result, list):
+        raise RewardError(
+            f"reward {name!r} returned {type(result).__name__}, expected a list of {len(completions)} numbers"
+        )
+    if len(result) != len(completions):
+        raise RewardError(f"reward {name!r} returned {len(result)} numbers for {len(completions)} completions")
 
-    def number(item: Any, index: int, what: str = "") -> float:
-        value = _number(item)
-        if value is None:
-            raise RewardError(f"reward {name!r} gave {item!r:.60} {what}{at(index)}, expected a finite number")
-        return value
-
-    def at(index: int) -> str:
-        text = completions[index]
-        return f"for completion {index}, {text if len(text) <= 60 else text[:57] + '...'!r}"
-
-    if completion_ids is None or not any(_is_list(item) for item in given):
-        return torch.tensor([number(item, index) for index, item in enumerate(given)], dtype=torch.float64)
-    values = torch.zeros(len(given), max(map(len, completion_ids)), dtype=torch.float64)
-    for index, (row, ids) in enumerate(zip(given, completion_ids, strict=True)):
-        if not _is_list(row) or len(row) != len(ids):
+    def check(good: bool, item: Any, index: int, expected: str) -> None:
+        if not good:
+            text = completions[index] if len(completions[index]) <= 60 else completions[index][:57] + "..."
             raise RewardError(
-                f"reward {name!r} gave {row!r:.60} {at(index)}, expected {len(ids)} numbers, one for every token of "
-                "completion_ids"
+                f"reward {name!r} gave {item!r:.60} for completion {index}, {text!r}, expected {expected}"
             )
-        row = [number(item, index, "to a token ") for item in row]
-        values[index, : len(ids)] = torch.tensor(row, dtype=torch.float64)
-    return values
+
+    by_token = completion_ids is not None and any(map(_is_list, result))
+    rows = []
+    for index, item in enumerate(result):
+        if by_token:
+            size = len(completion_ids[index])
+            check(_is_list(item) and len(item) == size, item, index, f"{size} numbers, one for every token")
+        row = [_number(value) for value in (item if by_token else [item])]
+        check(None not in row, item, index, "finite numbers" if by_token else "a finite number")
+        rows.append(torch.tensor(row, dtype=torch.float64))
+    padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.float64)
+    return padded if by_token else padded[:, 0]
 
 
 def _is_list(item: Any) -> bool:
@@ -287,11 +276,11 @@ def _number(item: Any) -> float | None:
 
 def _line_of(function: Any, error: BaseException) -> str:
     """The last line of the function's own file that the error passed through, as ` (file.py, line 3: code)`."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    function = inspect.unwrap(function if hasattr(function, "__code__") else type(function).__call__)
+    code = getattr(function, "__code__", None)  # a builtin has none
     own = code and code.co_filename
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
-    if not lines:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    if not frames:
         return ""
-    text = linecache.getline(own, lines[-1]).strip()
-    return f" ({Path(own).name}, line {lines[-1]}{': ' + text if text else ''})"
+    text = f": {frames[-1].line}" if frames[-1].line else ""
+    return f" ({Path(own).name}, line {frames[-1].lineno}{text})"

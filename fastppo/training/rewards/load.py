@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib
 import importlib.util
 import sys
@@ -14,6 +12,7 @@ from types import ModuleType
 import torch
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
+from fastppo.config_fields import did_you_mean
 from fastppo.models.config import ModelConfig
 from fastppo.training.config import RewardConfig
 from fastppo.training.rewards.builtin import BUILT_IN
@@ -32,7 +31,7 @@ def build_rewards(
     Args:
         configs: entries of `config.rewards`, or Python functions (weight 1, named by their ``__name__``).
         device: device that reward models run on and results are moved to.
-        model_defaults: its dtype and permissions hold for reward models; float32 and no permissions if not given.
+        model_defaults: dtype and permissions of reward models. Default: float32, and no permissions.
 
     Raises:
         RewardError: a function or model cannot be found or loaded.
@@ -42,11 +41,11 @@ def build_rewards(
         if callable(config):
             rewards.append(Reward(getattr(config, "__name__", type(config).__name__), config))
             continue
+        multiplier = None
         if config.function is not None:
             function = find_function(config.name, config.function)
         else:
             function = ModelReward(config, device=device, defaults=model_defaults or ModelConfig())
-        multiplier = None
         if config.threshold is not None:
             multiplier = LagrangeMultiplier(config.weight, config.threshold, config.multiplier_learning_rate)
         rewards.append(Reward(config.name, function, config.weight, config.normalize, multiplier))
@@ -73,29 +72,25 @@ def find_function(name: str, spec: str) -> RewardFunction:
     function = getattr(module, attribute, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(attribute, functions, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(functions) or 'none'}"
-        raise RewardError(f"reward {name!r}: no function {attribute!r} in {where}; {hint}")
+        hint = did_you_mean(attribute, functions) or f"; it has {', '.join(functions) or 'none'}"
+        raise RewardError(f"reward {name!r}: no function {attribute!r} in {where}{hint}")
     return function
 
 
 def _load_module(name: str, where: str) -> ModuleType:
     """Import a module by its name, or execute a .py file as one."""
+    path = Path(where).expanduser().resolve()
+    if where.endswith(".py") and not path.is_file():
+        raise RewardError(f"reward {name!r}: {where}: no such file")
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
-        path = Path(where).expanduser().resolve()
-        if not path.is_file():
-            raise RewardError(f"reward {name!r}: {where}: no such file")
-        # A key per path: two files of one name differ, and neither hides an installed module.
-        key = f"_fastppo_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
-        spec = importlib.util.spec_from_file_location(key, path)
+        # Named by its path: two files of one name differ, and neither hides an installed module.
+        spec = importlib.util.spec_from_file_location(f"_fastppo_reward_{str(path).encode().hex()}", path)
         # dataclasses and typing look the module up there.
-        module = sys.modules[key] = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except RewardError:
-        raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
             raise RewardError(
