@@ -59,8 +59,7 @@ class NaturalPolicyGradient(PolicyThenCritic):
             if not math.isfinite(metrics["loss/surrogate"]):
                 raise FloatingPointError(f"the surrogate loss is not finite ({metrics['loss/surrogate']})")
             x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
-            expected_improvement = scale * dot(ascent, x)
-            taken, trial = self.choose(evaluate, expected_improvement) if scale else (0.0, Trial(0.0, 0.0))
+            taken, trial = self.choose(evaluate, scale * dot(ascent, x)) if scale else (0.0, Trial(0.0, 0.0))
             if not math.isfinite(trial.improvement + trial.kl):
                 raise FloatingPointError(f"surrogate or KL not finite after the natural gradient's step ({trial})")
         except FloatingPointError as error:

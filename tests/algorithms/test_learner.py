@@ -335,6 +335,16 @@ def test_the_critic_alone_leaves_a_shared_backbone_untouched():
     assert not torch.equal(models.features, policy["features"])
 
 
+def test_the_policy_alone_does_without_values(monkeypatch):
+    models, algorithm, learner, experience = world()
+    monkeypatch.setattr(models, "values", None)
+    before = copies(learner)
+    metrics = learner.descend(experience, algorithm.loss, num_epochs=1, with_values=False)
+    assert "loss/value" not in metrics
+    assert torch.equal(models.value, before["value.table"])
+    assert not torch.equal(models.weight, before["head"])
+
+
 def test_loading_copies_into_the_same_tensors():
     models, _, learner, _ = world()
     own, features = learner.policy_parameters()["head"], models.features.detach().clone()
