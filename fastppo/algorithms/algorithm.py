@@ -40,20 +40,16 @@ class Algorithm:
 
     needs_values = True
     """Whether there is a critic; without one `experience.old_values` and `.returns` stay None."""
-    update_starts_with_scored_pass = True
-    """Whether `update` begins with a pass, with gradients, of the policy that scored the experience."""
     normalizes_advantages = False
     """Whether `advantages_and_returns` gives advantages whose scale does not depend on the rewards' scale."""
 
     def __init__(self, config: AlgorithmConfig, *, temperature: float = 1.0, backend: str | None = None) -> None:
-        self.config = config
-        self.temperature = temperature
-        self.backend = backend
-        self.kl_controller = {
-            "fixed": lambda: FixedKLController(config.kl_coef),
-            "adaptive": lambda: AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon),
-            "linear": lambda: LinearKLController(config.kl_coef, config.kl_coef_final, config.kl_horizon),
-        }[config.kl_controller]()
+        self.config, self.temperature, self.backend = config, temperature, backend
+        self.kl_controller = FixedKLController(config.kl_coef)
+        if config.kl_controller == "adaptive":
+            self.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        elif config.kl_controller == "linear":
+            self.kl_controller = LinearKLController(config.kl_coef, config.kl_coef_final, config.kl_horizon)
 
     @property
     def whitens_advantages(self) -> bool:
@@ -153,10 +149,7 @@ class Algorithm:
     def loss(
         self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
     ) -> StepOutput:
-        """The loss of a micro-batch of b sequences under the current parameters.
-
-        Here: −r A + vf_coef · value loss, with r = π(a|s) / π_old(a|s) unclipped. At r = 1 its gradient is the policy
-        gradient, that of −A log π.
+        """`policy_loss` + vf_coef · `value_loss`, of a micro-batch of b sequences under the current parameters.
 
         Args:
             batch: with advantages, and with returns where there is a critic.
@@ -165,23 +158,26 @@ class Algorithm:
             values: [b, T], current; None without a critic.
             ref_head: the reference's head where the loss has an exact KL, else None.
         """
-        no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is between 0 and inf
-        arguments = self.loss_arguments(batch, hidden, head, ref_head)
-        policy = linear_ppo_loss(advantages=batch.advantages, **no_clip, **arguments)
-        return self.add_value_loss(StepOutput(policy.loss, policy_metrics(policy)), batch, values)
-
-    def add_value_loss(self, policy: StepOutput, batch: Experience, values: Tensor | None) -> StepOutput:
-        """The policy's loss + vf_coef · the critic's, where there is one."""
+        policy = self.policy_loss(batch, hidden, head, ref_head)
         if values is None:
             return policy
         critic = self.value_loss(batch, values)
         return StepOutput(policy.loss + self.config.vf_coef * critic.loss, policy.metrics | critic.metrics)
 
+    def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
+        """−r A, with r = π(a|s) / π_old(a|s); entropy bonus and KL penalty as configured.
+
+        At r = 1 its gradient is the policy gradient, that of −A log π. See `loss` for the arguments.
+        """
+        no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is between 0 and inf
+        arguments = self.loss_arguments(batch, hidden, head, ref_head)
+        policy = linear_ppo_loss(advantages=batch.advantages, **no_clip, **arguments)
+        return StepOutput(policy.loss, policy_metrics(policy))
+
     def loss_arguments(
         self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None
     ) -> dict[str, Any]:
-        """Arguments of `linear_ppo_loss` but for advantages and clip: the tokens, how the head makes logits, entropy
-        bonus, KL penalty, averaging."""
+        """All arguments of `linear_ppo_loss` but the advantages and the clip."""
         config = self.config
         penalized = config.kl_in == "loss" and self.kl_controller.value != 0.0
         exact = penalized and config.kl_estimator == "exact"
@@ -247,8 +243,6 @@ class PolicyThenCritic(Algorithm):
 
     config: SeparateCriticConfig
 
-    update_starts_with_scored_pass = False
-
     def advantages_and_returns(self, rewards: Tensor, values: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
         return gae(rewards, values, gamma=self.config.gamma, lam=self.config.lam, mask=experience.mask)
 
@@ -260,12 +254,6 @@ class PolicyThenCritic(Algorithm):
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
         """Move the policy alone; returns metrics."""
         raise NotImplementedError
-
-    def loss(
-        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
-    ) -> StepOutput:
-        """−r A alone; see `Algorithm.loss` for the arguments."""
-        return super().loss(batch, hidden, head, None, ref_head)
 
 
 def head_arguments(head: LMHead, temperature: float, backend: str | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Conservative policy iteration (Kakade & Langford, 2002, "Approximately optimal approximate reinforcement learning").
 
     π'      an approximately greedy policy: first-order epochs from π on E_{s, a ~ π}[π'(a|s)/π(a|s) · A(s, a)] without
-            a clip (`PolicyThenCritic.loss`), so that it tends to the best sampled action of every state
+            a clip (`Algorithm.policy_loss`), so that it tends to the best sampled action of every state
     α       its share: from the paper's lower bound on the improvement, or searched for on held-out sequences
     π ← (1 − α) π + α π'    at every state; distilled into one network by epochs on
             (1 − α) KL(π ‖ π_θ) + α KL(π' ‖ π_θ) = KL((1 − α) π + α π' ‖ π_θ) + a constant
@@ -22,7 +22,7 @@ from fastppo.algorithms.algorithm import PolicyThenCritic, head_arguments, kl_fr
 from fastppo.algorithms.config import CPIConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
-from fastppo.algorithms.second_order.vectors import Vector
+from fastppo.algorithms.second_order.conjugate_gradient import Vector
 from fastppo.models.head import LMHead
 from fastppo.ops.linear_logprob import linear_logprob
 
@@ -33,13 +33,13 @@ class ConservativePolicyIteration(PolicyThenCritic):
     config: CPIConfig
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        config, policy = self.config, learner.policy
-        old = _copy(policy.parameters())
+        config = self.config
+        old = _copy(learner.policy_parameters())
         learned, judged = self._split(experience)
 
         learner.forget_policy_moments()
-        metrics = learner.descend(learned, self.loss, num_epochs=config.num_greedy_epochs)
-        greedy = _copy(policy.parameters())
+        metrics = learner.descend(learned, self.loss, num_epochs=config.num_greedy_epochs, with_values=False)
+        greedy = _copy(learner.policy_parameters())
         ratios = self._ratios(learner, judged)
         if config.step_size == "bound":
             alpha = bound_step_size(ratios, judged.advantages, judged.mask, gamma=config.gamma)
@@ -48,10 +48,10 @@ class ConservativePolicyIteration(PolicyThenCritic):
         advantage = policy_advantage(ratios, judged.advantages, judged.mask)
         metrics |= {"cpi/step_size": alpha, "cpi/greedy_advantage": advantage}
         if alpha in (0, 1):
-            policy.load(greedy if alpha else old)
+            learner.load_policy(greedy if alpha else old)
             return metrics
         # Near the mixture, as a start.
-        policy.load({name: torch.lerp(start, greedy[name], alpha) for name, start in old.items()})
+        learner.load_policy({name: torch.lerp(start, greedy[name], alpha) for name, start in old.items()})
         return metrics | self._distill(learner, experience, old, greedy, alpha)
 
     def _distill(
@@ -66,14 +66,14 @@ class ConservativePolicyIteration(PolicyThenCritic):
         def distance(metrics: dict[str, float]) -> float:
             return (1.0 - alpha) * metrics["policy/kl"] + alpha * metrics["cpi/kl_from_greedy"]
 
-        start, before = _copy(learner.policy.parameters()), learner.measure(experience, loss)
+        start, before = _copy(learner.policy_parameters()), learner.measure(experience, loss)
         learner.forget_policy_moments()
-        learner.descend(experience, loss, num_epochs=self.config.num_distill_epochs)
+        learner.descend(experience, loss, num_epochs=self.config.num_distill_epochs, with_values=False)
         after = learner.measure(experience, loss)
         if distance(after) < distance(before):
             return after
         # Adam's first steps have the length of its learning rate, which for a small α can lead away.
-        learner.policy.load(start)
+        learner.load_policy(start)
         return before
 
     def distillation_loss(self, old_head: LMHead, greedy_head: LMHead, alpha: float) -> Loss:
@@ -99,15 +99,12 @@ class ConservativePolicyIteration(PolicyThenCritic):
     @torch.no_grad()
     def _ratios(self, learner: Learner, experience: Experience) -> Tensor:
         """π(a|s) / π_old(a|s) [B, T] of the current policy; 1 on padding."""
-        parts = []
-        for batch in learner.micro_batches(experience):
-            hidden, head = learner.policy.hidden(batch)
+        hidden, head = learner.snapshot(experience)
+        targets = experience.targets.masked_fill(~experience.mask, -100)
+        with learner.autocast():
             options = head_arguments(head, self.temperature, self.backend)
-            with learner.policy.autocast():
-                targets = batch.targets.masked_fill(~batch.mask, -100)
-                logprobs = linear_logprob(hidden, targets=targets, **options).logprobs
-            parts.append((logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0).exp())
-        return torch.cat(parts)
+            logprobs = linear_logprob(hidden, targets=targets, **options).logprobs
+        return (logprobs - experience.old_logprobs).masked_fill(~experience.mask, 0.0).exp()
 
 
 def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
@@ -134,17 +131,17 @@ def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: 
         From 0 (no improvement is possible) to 1.
     """
     advantage = policy_advantage(ratios, advantages, mask)
+    if not 0.0 < advantage < math.inf:
+        return 0.0
     horizon = float(mask.sum(1).max())
     if gamma < 1.0:
         horizon = min(horizon, 1.0 / (1.0 - gamma))
     worst = 2.0 * advantages[mask].abs().max().item() * (horizon - 1.0)
-    if not 0.0 < advantage < math.inf:
-        return 0.0
     return min(advantage / worst, 1.0) if worst > 0.0 else 1.0
 
 
-def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, num_halvings: int = 10) -> float:
-    """The α of 1, ½, ¼, ... with the largest estimated gain on sequences that the greedy policy has not learned from.
+def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
+    """The α of 1, ½, ¼, ..., 1/1024 with the largest estimated gain on sequences not used to learn the greedy policy.
 
     By the performance-difference lemma (Kakade & Langford, 2002, lemma 6.1) the mixture's gain in return is the mean
     over its own completions of Σ_t A(s_t, a_t). Completions of π estimate it with the weight Π_{k ≤ t} (1 − α + α r_k)
@@ -158,7 +155,7 @@ def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, num_
     """
     best, best_alpha = 0.0, 0.0
     advantages = advantages.masked_fill(~mask, 0.0)
-    for alpha in (0.5**k for k in range(num_halvings + 1)):
+    for alpha in (0.5**k for k in range(11)):
         weights = (1.0 - alpha + alpha * ratios).masked_fill(~mask, 1.0).cumprod(1)
         # Less the same sum under π itself, whose expectation is 0: it removes variance.
         gains = ((weights - 1.0) * advantages).sum(1)

@@ -2,7 +2,7 @@
 
     experience ── shuffled, split ──> mini-batches ── split ──> micro-batches ── loss, backward ──> gradients ── step
 
-An algorithm reaches the models only through `Learner` and its `Policy`.
+An algorithm reaches the models only through a `Learner`.
 """
 
 from __future__ import annotations
@@ -37,43 +37,7 @@ class StepOutput(NamedTuple):
 
 Loss = Callable[[Experience, Tensor, LMHead, "Tensor | None", "LMHead | None"], StepOutput]
 """loss(batch, hidden [b, T, D], head, values [b, T] or None, ref_head or None); see `Algorithm.loss`."""
-ValueLoss = Callable[[Experience, Tensor], StepOutput]
-"""loss(batch, values [b, T])"""
 Evaluate = Callable[[Experience], StepOutput]
-
-
-class Policy:
-    """The policy of `models` as a function of its trained parameters; `on_change` is called before these change."""
-
-    def __init__(self, models: PolicyModels, on_change: Callable[[], None] = lambda: None) -> None:
-        self._models, self._on_change = models, on_change
-
-    def parameters(self) -> dict[str, Tensor]:
-        """The trained parameters by name: the whole policy, or its adapters."""
-        return self._models.policy_parameters()
-
-    def hidden(self, batch: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
-        """The states [b, T, D] that predict `batch.targets`, and the head.
-
-        `parameters` replace some or all of the policy's own. Forward- and reverse-mode derivatives pass through them,
-        and a tied head follows its embedding. Gradient checkpointing is then off: it would recompute activations from
-        the policy's own parameters.
-        """
-        arguments = (batch.sequences, batch.attention_mask, batch.mask.shape[1])
-        with self._models.autocast(), self._models.training(parameters is None):
-            return self._models.hidden(*arguments, parameters=parameters)
-
-    def autocast(self) -> AbstractContextManager:
-        """The precision in which products with the head run."""
-        return self._models.autocast()
-
-    @torch.no_grad()
-    def load(self, parameters: dict[str, Tensor]) -> None:
-        """Copy values into the policy's parameters of these names."""
-        self._on_change()
-        own = self.parameters()
-        for name, value in parameters.items():
-            own[name].copy_(value)
 
 
 class Learner:
@@ -107,20 +71,43 @@ class Learner:
         self.models, self.optimizer = models, optimizer
         self.num_mini_batches, self.micro_batch_size = num_mini_batches, micro_batch_size
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
-        self.policy = Policy(models, self._on_change)
         self.where = ""
         """Where the run stands, such as `step 3`; messages begin with it."""
         self.changed = False
         """Whether parameters have changed since this was last set to False."""
         self._part_weight, self._phase, self._warn = part_weight, phase, warn
 
-    def _on_change(self) -> None:
-        self.changed = True
-
     def parameters(self) -> dict[str, Tensor]:
         """All trained parameters; the critic's names begin with `value.`."""
         values = {f"value.{name}": parameter for name, parameter in self.models.value_parameters().items()}
-        return values | self.models.policy_parameters()
+        return values | self.policy_parameters()
+
+    def policy_parameters(self) -> dict[str, Tensor]:
+        """The policy's trained parameters by name: all, or its adapters."""
+        return self.models.policy_parameters()
+
+    @torch.no_grad()
+    def load_policy(self, parameters: dict[str, Tensor]) -> None:
+        """Copy values into the policy's parameters of these names."""
+        self.changed = True
+        own = self.policy_parameters()
+        for name, value in parameters.items():
+            own[name].copy_(value)
+
+    def hidden(self, batch: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
+        """The states [b, T, D] that predict `batch.targets`, and the policy's head.
+
+        `parameters` replace some or all of the policy's own. Forward- and reverse-mode derivatives pass through them,
+        and a tied head follows its embedding. Gradient checkpointing is then off: it would recompute activations from
+        the policy's own parameters.
+        """
+        arguments = (batch.sequences, batch.attention_mask, batch.mask.shape[1])
+        with self.autocast(), self.models.training(parameters is None):
+            return self.models.hidden(*arguments, parameters=parameters)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the models' products, those with the head included."""
+        return self.models.autocast()
 
     def micro_batches(self, experience: Experience) -> Iterator[Experience]:
         """Parts of at most `micro_batch_size` sequences, in order."""
@@ -128,7 +115,13 @@ class Learner:
             yield experience.select(rows.to(self.models.device))
 
     def descend(
-        self, experience: Experience, loss: Loss, *, num_epochs: int, target_kl: float | None = None
+        self,
+        experience: Experience,
+        loss: Loss,
+        *,
+        num_epochs: int,
+        target_kl: float | None = None,
+        with_values: bool = True,
     ) -> dict[str, float]:
         """Epochs of mini-batches over one rollout, on policy and critic together.
 
@@ -137,6 +130,7 @@ class Learner:
             loss: called on micro-batches.
             num_epochs: passes over the sequences, each in a new order.
             target_kl: stop before an optimizer step whose policy/approx_kl exceeds this (nats a token).
+            with_values: call the loss with the critic's values; False gives it None and moves the policy alone.
 
         Returns:
             Metrics over the optimizer steps: means, extremes of `_min` and `_max`, and the number of skipped steps.
@@ -144,16 +138,18 @@ class Learner:
         Raises:
             NonFiniteError: a loss or gradient is not finite, with `on_nonfinite="stop"`.
         """
-        evaluate = partial(self.evaluate, loss, with_values=True)
+        evaluate = partial(self.evaluate, loss, with_values=with_values)
         return self._epochs(experience, evaluate, num_epochs, target_kl)
 
-    def descend_values(self, experience: Experience, loss: ValueLoss, *, num_epochs: int) -> dict[str, float]:
-        """As `descend`, on the critic alone; a shared backbone gets no gradient."""
+    def descend_values(
+        self, experience: Experience, loss: Callable[[Experience, Tensor], StepOutput], *, num_epochs: int
+    ) -> dict[str, float]:
+        """As `descend`, on the critic alone, with loss(batch, values [b, T]); a shared backbone gets no gradient."""
 
         def evaluate(batch: Experience) -> StepOutput:
-            with self.models.autocast():
+            with self.autocast():
                 with torch.no_grad():
-                    hidden, _ = self.policy.hidden(batch)
+                    hidden, _ = self.hidden(batch)
                 return loss(batch, self.models.values(hidden, batch.sequences, batch.attention_mask))
 
         return self._epochs(experience, evaluate, num_epochs, None)
@@ -162,7 +158,7 @@ class Learner:
         """The gradient of a loss by the names of the policy's parameters, and the metrics. `values` is None."""
         self._phase("gradient")
         metrics = self.accumulate(experience, partial(self.evaluate, loss))
-        parameters = self.policy.parameters()
+        parameters = self.policy_parameters()
         gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
         self.optimizer.zero_grad(set_to_none=True)
         return gradient, metrics
@@ -177,15 +173,15 @@ class Learner:
     @torch.no_grad()
     def snapshot(self, experience: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
         """The states [B, T, D] under the policy's own or other parameters, and the head, which is not copied."""
-        outputs = [self.policy.hidden(batch, parameters) for batch in self.micro_batches(experience)]
+        outputs = [self.hidden(batch, parameters) for batch in self.micro_batches(experience)]
         return torch.cat([hidden for hidden, _ in outputs]), outputs[0][1]
 
     def evaluate(
         self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None = None, with_values: bool = False
     ) -> StepOutput:
         """A loss on one micro-batch, under the policy's own or other parameters."""
-        with self.models.autocast():
-            hidden, head = self.policy.hidden(batch, parameters)
+        with self.autocast():
+            hidden, head = self.hidden(batch, parameters)
             values = self.models.values(hidden, batch.sequences, batch.attention_mask) if with_values else None
             ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
             return loss(batch, hidden, head, values, ref_head)
@@ -217,36 +213,35 @@ class Learner:
                     metrics = self.accumulate(mini_batch, evaluate)
                     for name, value in metrics.items():
                         history[name].append(value)
-                    if target_kl is not None and metrics["policy/approx_kl"] > target_kl:
+                    losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+                    too_far = target_kl is not None and metrics.get("policy/approx_kl", 0.0) > target_kl
+                    if too_far and math.isfinite(sum(losses.values())):
                         self.optimizer.zero_grad(set_to_none=True)
                         return _summary(history) | {"policy/stopped_early": 1.0}
-                    self._optimizer_step(history, epoch)
+                    self._optimizer_step(losses, history, epoch)
         return _summary(history) | ({"policy/stopped_early": 0.0} if target_kl is not None else {})
 
-    def _optimizer_step(self, history: dict[str, list[float]], epoch: int) -> None:
+    def _optimizer_step(self, losses: dict[str, float], history: dict[str, list[float]], epoch: int) -> None:
         """Clip and step; where a loss or gradient is not finite, stop or skip."""
-        parameters = list(self.parameters().values())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        losses = {name: values[-1] for name, values in history.items() if name.startswith("loss/")}
-        if math.isfinite(norm) and all(math.isfinite(value) for value in losses.values()):
+        parameters = {name: p for name, p in self.parameters().items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
+        if math.isfinite(norm.item() + sum(losses.values())):
             if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-            self._on_change()
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_grad_norm, norm)
+            self.changed = True
             self.optimizer.step()
             history["grad_norm"].append(norm.item())
         else:
-            names = self.parameters().items()
-            first = next((n for n, p in names if p.grad is not None and not torch.isfinite(p.grad).all()), None)
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            gradient = f", first non-finite gradient in {first}" if first else ""
-            self.skip_nonfinite(f"epoch {epoch + 1}: not finite ({shown}, gradient norm {norm.item():.4g}{gradient})")
+            found = [f"{name} {value:.4g}" for name, value in (losses | {"gradient norm": norm.item()}).items()]
+            if bad := [name for name, parameter in parameters.items() if not parameter.grad.isfinite().all()]:
+                found.append(f"first non-finite gradient in {bad[0]}")
+            self.skip_nonfinite(f"epoch {epoch + 1}: not finite ({', '.join(found)})")
             history["skipped"].append(1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def forget_policy_moments(self) -> None:
         """Drop the optimizer's state of the policy, before it descends on another loss."""
-        for parameter in self.policy.parameters().values():
+        for parameter in self.policy_parameters().values():
             self.optimizer.state.pop(parameter, None)
 
     def skip_nonfinite(self, what: str) -> None:

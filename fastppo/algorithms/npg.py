@@ -22,9 +22,8 @@ from fastppo.algorithms.algorithm import PolicyThenCritic, kl_from
 from fastppo.algorithms.config import NPGConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
-from fastppo.algorithms.second_order.conjugate_gradient import conjugate_gradient
+from fastppo.algorithms.second_order.conjugate_gradient import Vector, axpy_, conjugate_gradient, dot, moved, norm
 from fastppo.algorithms.second_order.fisher import PolicyFisher
-from fastppo.algorithms.second_order.vectors import Vector, axpy_, dot, moved, norm
 from fastppo.models.head import LMHead
 
 
@@ -48,25 +47,26 @@ class NaturalPolicyGradient(PolicyThenCritic):
         experience = dataclasses.replace(experience, old_hidden=old_hidden)
         gradient, metrics = learner.gradient(experience, self.loss)
         ascent = {name: tensor.neg_() for name, tensor in gradient.items()}  # g: the loss is −L
-        try:
-            x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
-        except FloatingPointError as error:
-            learner.skip_nonfinite(str(error))
-            return metrics | {"policy/skipped_steps": 1.0}
 
         def parameters_at(fraction: float) -> Vector:
-            return moved(learner.policy.parameters(), fraction * scale, x)
+            return moved(learner.policy_parameters(), fraction * scale, x)
 
         def evaluate(fraction: float) -> Trial:
             measured = learner.measure(experience, self.trial_loss(old_head), parameters_at(fraction))
             return Trial(metrics["loss/surrogate"] - measured["loss/surrogate"], measured["policy/kl"])
 
-        expected_improvement = scale * dot(ascent, x)
-        taken, trial = self.choose(evaluate, expected_improvement) if scale else (0.0, Trial(0.0, 0.0))
-        if not math.isfinite(trial.improvement + trial.kl):
-            learner.skip_nonfinite(f"after the natural gradient's step: surrogate or KL not finite ({trial})")
-        elif taken:
-            learner.policy.load(parameters_at(taken))
+        try:
+            if not math.isfinite(metrics["loss/surrogate"]):
+                raise FloatingPointError(f"the surrogate loss is not finite ({metrics['loss/surrogate']})")
+            x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
+            taken, trial = self.choose(evaluate, scale * dot(ascent, x)) if scale else (0.0, Trial(0.0, 0.0))
+            if not math.isfinite(trial.improvement + trial.kl):
+                raise FloatingPointError(f"surrogate or KL not finite after the natural gradient's step ({trial})")
+        except FloatingPointError as error:
+            learner.skip_nonfinite(str(error))
+            return metrics | {"policy/skipped_steps": 1.0}
+        if taken:
+            learner.load_policy(parameters_at(taken))
         return {
             **metrics,
             **solver_metrics,
@@ -82,8 +82,12 @@ class NaturalPolicyGradient(PolicyThenCritic):
             FloatingPointError: the gradient or a Fisher-vector product is not finite.
         """
         config = self.config
-        batches = list(learner.micro_batches(self._fisher_sample(experience)))
-        fisher = PolicyFisher(learner.policy, batches, config.fisher_method, self.temperature, self.backend)
+        if config.fisher_fraction < 1.0:  # F may be rougher than the gradient (appendix C of the TRPO paper)
+            count = math.ceil(config.fisher_fraction * len(experience))
+            rows = torch.randperm(len(experience))[:count].sort().values
+            experience = experience.select(rows.to(experience.mask.device))
+        batches = list(learner.micro_batches(experience))
+        fisher = PolicyFisher(learner, batches, config.fisher_method, self.temperature, self.backend)
 
         def damped(v: Vector) -> Vector:
             product = fisher(v)
@@ -105,26 +109,17 @@ class NaturalPolicyGradient(PolicyThenCritic):
         """
         return 1.0, evaluate(1.0)
 
-    def loss(
-        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
-    ) -> StepOutput:
-        """−L, with entropy bonus and KL penalty; see `Algorithm.loss` for the arguments."""
-        loss, metrics = super().loss(batch, hidden, head, values, ref_head)
+    def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
+        """−L, with entropy bonus and KL penalty."""
+        loss, metrics = super().policy_loss(batch, hidden, head, ref_head)
         return StepOutput(loss, metrics | {"loss/surrogate": loss.detach()})
 
     def trial_loss(self, old_head: LMHead) -> Loss:
         """`loss`, and the mean KL to the policy that sampled, whose states are in the experience."""
 
         def loss(batch: Experience, hidden: Tensor, head: LMHead, values: None, ref_head: LMHead | None) -> StepOutput:
-            value, metrics = self.loss(batch, hidden, head, values, ref_head)
+            value, metrics = self.policy_loss(batch, hidden, head, ref_head)
             kl = kl_from((batch.old_hidden, old_head), (hidden, head), batch.mask, self.temperature, self.backend)
             return StepOutput(value, metrics | {"policy/kl": kl.sum() / batch.mask.sum()})
 
         return loss
-
-    def _fisher_sample(self, experience: Experience) -> Experience:
-        """Some of the sequences: the Fisher matrix may be rougher than the gradient (appendix C of the TRPO paper)."""
-        if self.config.fisher_fraction == 1.0:
-            return experience
-        count = math.ceil(self.config.fisher_fraction * len(experience))
-        return experience.select(torch.randperm(len(experience))[:count].sort().values.to(experience.mask.device))

@@ -26,10 +26,10 @@ import math
 from torch import Tensor
 
 from fastppo.algorithms.algorithm import Algorithm, policy_metrics
-from fastppo.algorithms.baselines import reward_to_go, subtract_baseline
 from fastppo.algorithms.config import PPOConfig
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, StepOutput
+from fastppo.algorithms.reinforce import reward_to_go, subtract_baseline
 from fastppo.models.head import LMHead
 from fastppo.ops.gae import gae
 from fastppo.ops.linear_ppo_loss import linear_ppo_loss
@@ -75,10 +75,8 @@ class PPO(Algorithm):
         config = self.config
         return learner.descend(experience, self.loss, num_epochs=config.num_ppo_epochs, target_kl=config.target_kl)
 
-    def loss(
-        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
-    ) -> StepOutput:
-        """L_policy − entropy_coef · H + vf_coef · L_value; see `Algorithm.loss` for the arguments."""
+    def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
+        """L_policy − entropy_coef · H, with the clip; `Algorithm.loss`, which has the arguments, adds the critic's."""
         config = self.config
         advantages, metrics = batch.advantages, {}
         if config.importance_sampling_cap is not None:
@@ -92,7 +90,7 @@ class PPO(Algorithm):
             **self.loss_arguments(batch, hidden, head, ref_head),
         )
         metrics |= policy_metrics(policy) | {"policy/clip_fraction": policy.metrics["clip_fraction"]}
-        return self.add_value_loss(StepOutput(policy.loss, metrics), batch, values)
+        return StepOutput(policy.loss, metrics)
 
     def _importance_weighted(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages times w = min(π_old / π_sampler, cap) [b, T], and metrics of w.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from functools import partial
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from tabular import TabularModels, Tree, fresh_seed, make_config, make_learner, needs_values
 
 from fastppo.algorithms.actor_critic import n_step_advantages
-from fastppo.algorithms.baselines import group_deviation, group_mean, leave_one_out, reward_to_go
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
+from fastppo.algorithms.reinforce import reward_to_go, subtract_baseline
 
 # What makes the loss's gradient that of E[R] to the letter: sums over tokens, nothing rescaled.
 EXACT = {"loss_agg": "seq-mean-token-sum", "whiten_advantages": False, "kl_coef": 0.0}
@@ -261,17 +262,29 @@ def test_what_an_experience_lacks_is_named(options, field):
 
 def test_baselines_against_loops():
     groups = torch.tensor([7, 2, 2, 7, 7, 2, 5, 5])
-    returns = torch.randn(8) * 10 ** torch.randint(-3, 4, (8,))
+    returns = torch.randn(8, 3, dtype=torch.float64) * 10 ** torch.randint(-3, 4, (8, 1))
+    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3, 3, 2, 1, 3])[:, None]
+    whole = returns[:, 0].tolist()
+
+    def advantages(baseline, scale="group", groups=groups):
+        return subtract_baseline(returns, mask, groups, baseline, scale)
+
     for i in range(8):
-        mine = [returns[j].double() for j in range(8) if groups[j] == groups[i]]
-        others = [returns[j].double() for j in range(8) if groups[j] == groups[i] and j != i]
-        mean = sum(mine) / len(mine)
-        assert leave_one_out(returns, groups)[i].item() == pytest.approx((sum(others) / len(others)).item(), rel=1e-5)
-        assert group_mean(returns, groups)[i].item() == pytest.approx(mean.item(), rel=1e-5)
-        variance = sum((x - mean) ** 2 for x in mine) / (len(mine) - 1)
-        assert group_deviation(returns, groups)[i].item() == pytest.approx(variance.item() ** 0.5, rel=1e-5)
+        mine = [whole[j] for j in range(8) if groups[j] == groups[i]]
+        others = [whole[j] for j in range(8) if groups[j] == groups[i] and j != i]
+        from_mean, real = returns[i] - statistics.mean(mine), mask[i]
+        for given, expected in (
+            (advantages("none"), returns[i]),
+            (advantages("batch-mean"), (returns[i] - statistics.mean(whole)) * real),
+            (advantages("rloo"), (returns[i] - statistics.mean(others)) * real),
+            (advantages("grpo", "none"), from_mean * real),
+            (advantages("grpo", "group"), from_mean * real / (statistics.stdev(mine) + 1e-6)),
+            (advantages("grpo", "batch"), from_mean * real / (statistics.stdev(whole) + 1e-6)),
+        ):
+            torch.testing.assert_close(given[i], expected)
+    assert (advantages("grpo", groups=torch.arange(8))[:, 0] == 0).all()  # a group of one has no deviation
     with pytest.raises(ValueError, match="at least two completions"):
-        leave_one_out(returns, torch.arange(8))
+        advantages("rloo", groups=torch.arange(8))
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])

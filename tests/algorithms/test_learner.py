@@ -172,6 +172,37 @@ def test_the_epochs_end_before_a_step_that_is_too_far(target_kl):
     assert all(p.grad is None for p in learner.parameters().values())
 
 
+@pytest.mark.parametrize("loss_value", [1.0, math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_no_early_stop(loss_value):
+    _, _, learner, experience = world()
+
+    def loss(batch, hidden, head, values, ref_head):
+        metrics = {"policy/approx_kl": torch.tensor(9.0), "loss/policy": torch.tensor(loss_value)}
+        return StepOutput(head.weight.sum(), metrics)
+
+    descend = partial(learner.descend, experience, loss, num_epochs=2, target_kl=0.1)
+    if math.isfinite(loss_value):
+        assert descend()["policy/stopped_early"] == 1.0
+    else:
+        with pytest.raises(NonFiniteError, match=rf"epoch 1: not finite \(loss/policy {loss_value}, gradient norm"):
+            descend()
+    assert not learner.changed
+
+
+def test_a_mini_batch_without_a_token_moves_nothing():
+    """Also where the one before it was skipped for a NaN, and with a bound on the KL, of which it has none."""
+    _, algorithm, learner, experience = world(sequences=2)
+    learner.num_mini_batches, learner.on_nonfinite = 2, "skip"
+    torch.manual_seed(0)
+    first, last = torch.randperm(2).tolist()
+    experience.mask[last] = False
+    for loss, skipped in ((algorithm.loss, None), (spoilt(algorithm, experience, first, "nan"), 1)):
+        torch.manual_seed(0)
+        metrics = learner.descend(experience, loss, num_epochs=1, target_kl=1e9)
+        assert metrics.get("policy/skipped_steps") == skipped
+        assert metrics["policy/stopped_early"] == 0.0
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.25])
 def test_the_gradient_is_clipped_to_its_norm(max_grad_norm):
     models, _, learner, experience = world(lr=1.0)
@@ -304,20 +335,30 @@ def test_the_critic_alone_leaves_a_shared_backbone_untouched():
     assert not torch.equal(models.features, policy["features"])
 
 
+def test_the_policy_alone_does_without_values(monkeypatch):
+    models, algorithm, learner, experience = world()
+    monkeypatch.setattr(models, "values", None)
+    before = copies(learner)
+    metrics = learner.descend(experience, algorithm.loss, num_epochs=1, with_values=False)
+    assert "loss/value" not in metrics
+    assert torch.equal(models.value, before["value.table"])
+    assert not torch.equal(models.weight, before["head"])
+
+
 def test_loading_copies_into_the_same_tensors():
     models, _, learner, _ = world()
-    own, features = learner.policy.parameters()["head"], models.features.detach().clone()
+    own, features = learner.policy_parameters()["head"], models.features.detach().clone()
     given = torch.randn_like(models.weight)
-    learner.policy.load({"head": given})
+    learner.load_policy({"head": given})
     assert learner.changed
-    assert learner.policy.parameters()["head"] is own
+    assert learner.policy_parameters()["head"] is own
     assert torch.equal(own, given)
     assert torch.equal(models.features, features)
     given.zero_()
     assert own.abs().max() > 0
     assert own.requires_grad
     with pytest.raises(KeyError):
-        learner.policy.load({"none": given})
+        learner.load_policy({"none": given})
 
 
 def test_a_snapshot_is_in_the_order_of_the_sequences():

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tabular import TabularModels, Tree, make_config, make_learner, rollout, rollout_without_luck
 
+from fastppo.algorithms.learner import NonFiniteError
+
 ALGORITHMS = ("npg", "trpo")
 
 
@@ -130,7 +132,7 @@ def test_no_accepted_step_is_longer_than_allowed(
         before = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
         metrics = algorithm.update(learner, experience)
         after = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
-        learner.policy.load(before)
+        learner.load_policy(before)
         kl = mean_kl(tree, models, experience, after).item()
         if metrics["policy/step_fraction"]:
             assert kl <= max_kl * (1 + 1e-9)
@@ -138,7 +140,7 @@ def test_no_accepted_step_is_longer_than_allowed(
             assert metrics["policy/improvement"] > 0
         else:
             assert all(torch.equal(before[name], after[name]) for name in before)
-        learner.policy.load(after)
+        learner.load_policy(after)
 
 
 @pytest.mark.parametrize("spoil", ["kl", "improvement", "nan"])
@@ -161,6 +163,29 @@ def test_a_failed_line_search_leaves_every_bit(spoil, monkeypatch):
     assert len(calls) == 4
     assert all(torch.equal(before[name], p) for name, p in models.policy_parameters().items())
     assert not torch.equal(values, models.value)  # the critic learns all the same
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "stop"])
+@pytest.mark.parametrize(("name", "where"), [("npg", "start"), ("npg", "step"), ("trpo", "start")])
+def test_a_surrogate_that_is_not_finite_skips_the_step(name, where, on_nonfinite, monkeypatch):
+    tree, models, algorithm, learner = world(name, features=3)
+    learner.on_nonfinite = on_nonfinite
+    gradient, measure = learner.gradient, learner.measure
+    nan = {"loss/surrogate": math.nan}
+    if where == "start":
+        monkeypatch.setattr(learner, "gradient", lambda *args: (gradient(*args)[0], gradient(*args)[1] | nan))
+    else:
+        monkeypatch.setattr(learner, "measure", lambda *args: measure(*args) | nan)
+    before = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
+    experience = rollout(tree, models, algorithm, 32)
+    if on_nonfinite == "stop":
+        with pytest.raises(NonFiniteError, match="surrogate"):
+            algorithm.update(learner, experience)
+    else:
+        metrics = algorithm.update(learner, experience)
+        assert metrics["policy/skipped_steps"] == 1.0
+        assert "policy/step_fraction" not in metrics
+    assert all(torch.equal(before[name], p) for name, p in models.policy_parameters().items())
 
 
 def test_a_crash_in_the_line_search_leaves_every_bit(monkeypatch):

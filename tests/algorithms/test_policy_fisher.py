@@ -9,9 +9,9 @@ import torch
 from tiny import make_tiny_model
 
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.learner import Policy
+from fastppo.algorithms.learner import Learner
+from fastppo.algorithms.second_order.conjugate_gradient import dot, norm
 from fastppo.algorithms.second_order.fisher import PolicyFisher
-from fastppo.algorithms.second_order.vectors import dot, norm
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.policy_models import PolicyModels
 
@@ -34,7 +34,7 @@ def build(folders, *, tie=True, **options):
         for name, p in models.policy_parameters().items():
             if "lora_B" in name:  # adapters begin at zero, where half of their Jacobian is
                 p.normal_(std=0.3)
-    return models, Policy(models)
+    return models, Learner(models, None, None, num_mini_batches=1, micro_batch_size=1)
 
 
 def rollout():
@@ -92,15 +92,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_forms_give_the_explicit_product(folders, case):
-    models, policy = build(folders, **CASES[case])
-    experience, parameters = rollout(), policy.parameters()
+    models, learner = build(folders, **CASES[case])
+    experience, parameters = rollout(), learner.policy_parameters()
     before = {name: p.detach().clone() for name, p in parameters.items()}
     v = random_vector(parameters)
     expected = explicit_fisher(models, experience) @ flat(v)
     parts = [experience.select(torch.tensor([0])), experience.select(torch.tensor([1]))]
     for method, tolerance in (("gauss_newton", 1e-4), ("finite_difference", 3e-2)):
         for batches in ([experience], parts):
-            product = PolicyFisher(policy, batches, method=method, temperature=TEMPERATURE)(v)
+            product = PolicyFisher(learner, batches, method=method, temperature=TEMPERATURE)(v)
             assert product.keys() == parameters.keys()
             error = (flat(product) - expected).norm() / expected.norm()
             assert error < tolerance, (method, len(batches))
@@ -108,9 +108,9 @@ def test_both_forms_give_the_explicit_product(folders, case):
 
 
 def test_it_is_symmetric_and_never_negative(folders):
-    _, policy = build(folders)
-    fisher = PolicyFisher(policy, [rollout()])
-    a, b = (random_vector(policy.parameters()) for _ in range(2))
+    _, learner = build(folders)
+    fisher = PolicyFisher(learner, [rollout()])
+    a, b = (random_vector(learner.policy_parameters()) for _ in range(2))
     f_a, f_b = fisher(a), fisher(b)
     assert dot(a, f_a) > 0
     assert abs(dot(b, f_a) - dot(a, f_b)) <= 1e-4 * norm(b) * norm(f_a)
@@ -118,19 +118,19 @@ def test_it_is_symmetric_and_never_negative(folders):
 
 def test_finite_differences_find_their_step(folders):
     """Directions of any length, one that moves nothing at all, and zero."""
-    _, policy = build(folders)
+    _, learner = build(folders)
     experience = rollout()
-    fisher = PolicyFisher(policy, [experience], method="finite_difference", temperature=TEMPERATURE)
-    v = random_vector(policy.parameters())
+    fisher = PolicyFisher(learner, [experience], method="finite_difference", temperature=TEMPERATURE)
+    v = random_vector(learner.policy_parameters())
     expected = flat(fisher(v))
     for scale in (1e-6, 1e5):
         product = flat(fisher({name: scale * tensor for name, tensor in v.items()}))
         assert (product / scale - expected).norm() / expected.norm() < 3e-2
-    unseen = {name: torch.zeros_like(p) for name, p in policy.parameters().items()}
+    unseen = {name: torch.zeros_like(p) for name, p in learner.policy_parameters().items()}
     assert norm(fisher(unseen)) == 0.0
-    _, policy = build(folders, tie=False)
-    fisher = PolicyFisher(policy, [experience], method="finite_difference", temperature=TEMPERATURE)
-    unseen = {name: torch.zeros_like(p) for name, p in policy.parameters().items()}
+    _, learner = build(folders, tie=False)
+    fisher = PolicyFisher(learner, [experience], method="finite_difference", temperature=TEMPERATURE)
+    unseen = {name: torch.zeros_like(p) for name, p in learner.policy_parameters().items()}
     row = next(i for i in range(262) if i not in experience.sequences)
     unseen["model.embed_tokens.weight"][row] = 1.0
     assert norm(fisher(unseen)) < 1e-6
@@ -139,7 +139,7 @@ def test_finite_differences_find_their_step(folders):
 def test_half_precision_parameters_have_half_precision_products(folders):
     _, exact = build(folders)
     _, rounded = build(folders, dtype="bfloat16")
-    experience, v = rollout(), random_vector(rounded.parameters())
+    experience, v = rollout(), random_vector(rounded.policy_parameters())
     product = PolicyFisher(rounded, [experience])(v)
     assert {tensor.dtype for tensor in product.values()} == {torch.bfloat16}
     expected = flat(PolicyFisher(exact, [experience])({name: tensor.float() for name, tensor in v.items()}))
@@ -149,19 +149,19 @@ def test_half_precision_parameters_have_half_precision_products(folders):
 def test_autocast_costs_precision_and_nothing_else(folders):
     _, exact = build(folders)
     _, rounded = build(folders, autocast="bfloat16")
-    experience, v = rollout(), random_vector(exact.parameters())
+    experience, v = rollout(), random_vector(exact.policy_parameters())
     expected = flat(PolicyFisher(exact, [experience])(v))
     assert (flat(PolicyFisher(rounded, [experience])(v)) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_half_precision_parameters_take_no_differences(folders):
-    _, policy = build(folders, dtype="bfloat16")
+    _, learner = build(folders, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"finite_difference.*model\.dtype"):
-        PolicyFisher(policy, [rollout()], method="finite_difference")(random_vector(policy.parameters()))
+        PolicyFisher(learner, [rollout()], method="finite_difference")(random_vector(learner.policy_parameters()))
 
 
 def test_a_model_without_forward_mode_says_what_to_do(folders):
-    models, policy = build(folders)
+    models, learner = build(folders)
 
     class Opaque(torch.autograd.Function):
         @staticmethod
@@ -174,7 +174,7 @@ def test_a_model_without_forward_mode_says_what_to_do(folders):
 
     norm_layer = models.policy.model.norm
     norm_layer.register_forward_hook(lambda module, args, output: Opaque.apply(output))
-    v = random_vector(policy.parameters())
+    v = random_vector(learner.policy_parameters())
     with pytest.raises(ValueError, match="finite_difference"):
-        PolicyFisher(policy, [rollout()])(v)
-    assert norm(PolicyFisher(policy, [rollout()], method="finite_difference")(v)) > 0
+        PolicyFisher(learner, [rollout()])(v)
+    assert norm(PolicyFisher(learner, [rollout()], method="finite_difference")(v)) > 0

@@ -243,28 +243,28 @@ def test_the_reference_is_refreshed(world, tmp_path):
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_policy_with_other_parameters(world, tmp_path, lora):
-    """`Learner.policy.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
+    """`Learner.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
     # SDPA's kernel on a CPU has no forward-mode derivative.
     trainer = Trainer(config(world, tmp_path / "run", model__lora=lora, model__attn_implementation="eager"))
     rollout = trainer.scorer.sample(trainer.data.train[:4])
     batch = trainer.scorer.score(rollout, fixed_rewards(4))
-    policy = trainer.learner.policy
-    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    learner = trainer.learner
+    start = {name: p.detach().clone() for name, p in learner.policy_parameters().items()}
     other = {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
 
     tangent = {name: value - start[name] for name, value in other.items()}
     with torch.no_grad():
-        _, forward = torch.func.jvp(lambda p: policy.hidden(batch, p)[0], (other,), (tangent,))
-    _, pull = torch.func.vjp(lambda p: policy.hidden(batch, p)[0], other)
+        _, forward = torch.func.jvp(lambda p: learner.hidden(batch, p)[0], (other,), (tangent,))
+    _, pull = torch.func.vjp(lambda p: learner.hidden(batch, p)[0], other)
     cotangent = torch.randn_like(forward)
     backward = sum((pull(cotangent)[0][name] * value).sum() for name, value in tangent.items())
     torch.testing.assert_close((forward * cotangent).sum(), backward, atol=1e-3, rtol=1e-3)
 
     with torch.no_grad():
-        hidden, head = policy.hidden(batch, other)
-        before = policy.hidden(batch)
-        policy.load(other)
-        loaded = policy.hidden(batch)
+        hidden, head = learner.hidden(batch, other)
+        before = learner.hidden(batch)
+        learner.load_policy(other)
+        loaded = learner.hidden(batch)
     assert trainer.learner.changed
     assert not torch.allclose(hidden, before[0])
     torch.testing.assert_close(hidden, loaded[0])

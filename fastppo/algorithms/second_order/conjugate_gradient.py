@@ -1,4 +1,4 @@
-"""Conjugate gradients: solve A x = b from products with A alone (Hestenes & Stiefel, 1952).
+"""Vectors of parameters, and conjugate gradients: A x = b from products with A alone (Hestenes & Stiefel, 1952).
 
 As in natural-gradient methods: a few iterations from x = 0, with a tolerance relative to b (Schulman et al., 2015,
 arXiv:1502.05477, appendix C).
@@ -11,8 +11,34 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from fastppo.algorithms.second_order.vectors import Vector, axpy_, dot
+Vector = dict[str, Tensor]
+"""One tensor for each trained parameter, by its name."""
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """Σ a·b. Half-precision tensors are summed in float32, and the sums of tensors in float64."""
+    total = 0.0
+    for name, x in a.items():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total += torch.dot(x.to(dtype).flatten(), b[name].to(dtype).flatten()).item()
+    return total
+
+
+def norm(a: Vector) -> float:
+    return dot(a, a) ** 0.5
+
+
+def axpy_(y: Vector, scale: float, x: Vector) -> None:
+    """y ← y + scale·x, in y's dtype."""
+    for name, tensor in y.items():
+        tensor.add_(x[name], alpha=scale)
+
+
+def moved(start: Vector, scale: float, direction: Vector) -> Vector:
+    """start + scale·direction."""
+    return {name: torch.add(tensor.detach(), direction[name], alpha=scale) for name, tensor in start.items()}
 
 
 class ConjugateGradientOutput(NamedTuple):

@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastppo.algorithms.algorithm import head_arguments, kl_from
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.learner import Policy
-from fastppo.algorithms.second_order.vectors import Vector, moved, norm
+from fastppo.algorithms.learner import Learner
+from fastppo.algorithms.second_order.conjugate_gradient import Vector, moved, norm
 from fastppo.models.head import LMHead
 from fastppo.ops.fisher_vector_product import fisher_vector_product
 
@@ -37,7 +37,7 @@ class PolicyFisher:
     """v -> F v, over the sampled tokens of some sequences. F v has the dtypes of v, which are the parameters'.
 
     Args:
-        policy: its parameters are θ; they are not changed.
+        learner: its policy's parameters are θ; they are not changed.
         batches: the sequences, in parts that fit in memory.
         method: gauss_newton costs about two forward passes and one forward and backward pass; finite_difference two
             forward and backward passes.
@@ -51,13 +51,13 @@ class PolicyFisher:
 
     def __init__(
         self,
-        policy: Policy,
+        learner: Learner,
         batches: Sequence[Experience],
         method: Literal["gauss_newton", "finite_difference"] = "gauss_newton",
         temperature: float = 1.0,
         backend: str | None = None,
     ) -> None:
-        self.policy, self.batches, self.method = policy, batches, method
+        self.learner, self.batches, self.method = learner, batches, method
         self.temperature, self.backend = temperature, backend
         self.num_tokens = max(sum(int(batch.mask.sum()) for batch in batches), 1)
         self._length: float | None = None
@@ -65,7 +65,7 @@ class PolicyFisher:
 
     @torch.enable_grad()
     def __call__(self, v: Vector) -> Vector:
-        parameters = self.policy.parameters()
+        parameters = self.learner.policy_parameters()
         product = self._gauss_newton if self.method == "gauss_newton" else self._finite_difference
         return {name: tensor.to(v[name].dtype) for name, tensor in product(parameters, v).items()}
 
@@ -73,8 +73,8 @@ class PolicyFisher:
         total = _zeros(parameters)
         for batch in self.batches:
             d_hidden, d_weight, d_bias = self._forward_mode(batch, parameters, v)
-            hidden, head = self.policy.hidden(batch)
-            with self.policy.autocast():
+            hidden, head = self.learner.hidden(batch)
+            with self.learner.autocast():
                 u = fisher_vector_product(
                     hidden,
                     d_hidden=torch.zeros_like(hidden) if d_hidden is None else d_hidden,
@@ -95,7 +95,7 @@ class PolicyFisher:
             # Of torch's attention kernels only the plain one has a forward-mode derivative.
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
                 duals = {name: forward_ad.make_dual(p.detach(), v[name]) for name, p in parameters.items()}
-                hidden, head = self.policy.hidden(batch, duals)
+                hidden, head = self.learner.hidden(batch, duals)
                 outputs = (hidden, head.weight, head.bias)
                 return [None if output is None else forward_ad.unpack_dual(output).tangent for output in outputs]
         except (NotImplementedError, RuntimeError) as error:
@@ -146,7 +146,7 @@ class PolicyFisher:
         total, value = _zeros(parameters), 0.0
         for batch, old in zip(self.batches, self._old, strict=True):
             leaves = {name: p.requires_grad_() for name, p in parameters.items()}
-            hidden, head = self.policy.hidden(batch, leaves)
+            hidden, head = self.learner.hidden(batch, leaves)
             kl = kl_from(old, (hidden, head), batch.mask, self.temperature, self.backend).sum()
             value += kl.item() / self.num_tokens
             self._add_gradients(total, leaves, [(kl, torch.ones_like(kl))])
@@ -156,7 +156,7 @@ class PolicyFisher:
     @torch.no_grad()
     def _old(self) -> list[tuple[Tensor, LMHead]]:
         """π_old's hidden states of each batch, and its head."""
-        return [self.policy.hidden(batch) for batch in self.batches]
+        return [self.learner.hidden(batch) for batch in self.batches]
 
     def _add_gradients(self, total: Vector, leaves: Vector, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """total += the gradient in the leaves of Σ output · cotangent / num_tokens."""
