@@ -119,7 +119,7 @@ def _check_ppo_trainer(tiny: str, output_dir: str) -> None:
     evaluated = [None, None]
     distributed.all_gather_object(evaluated, trainer.evaluate())
     assert evaluated[0] == evaluated[1]
-    resumed = _trainer(tiny, output_dir, per_device_train_batch_size=2)
+    resumed = _trainer(tiny, output_dir, per_device_train_batch_size=2, gradient_checkpointing=True)
     resumed.train(resume_from_checkpoint=f"{output_dir}/checkpoint-3")
     assert nn.utils.parameters_to_vector(resumed.model.parameters()).equal(after)
 
