@@ -43,7 +43,6 @@ from transformers import (
 )
 
 from fastppo.algorithms import config as algorithms
-from fastppo.algorithms.algorithm import head_arguments
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
 from fastppo.integrations.patching import require
@@ -278,12 +277,8 @@ class PPOTrainer(Trainer):
             FloatingPointError: a NaN or Inf in a probability, loss or gradient.
         """
         args = self.ppo_args
-        shown_every = max(1, self.args.max_steps // max(1, args.num_sample_generations))
-        if (
-            args.num_sample_generations > 0
-            and self.eval_dataset is not None
-            and self.state.global_step % shown_every == 0
-        ):
+        shown = args.num_sample_generations > 0 and self.eval_dataset is not None
+        if shown and self.state.global_step % max(1, self.args.max_steps // args.num_sample_generations) == 0:
             self.generate_completions(sampling=True)
         model.eval()
         experience = self._experience(self._sample(inputs))
@@ -387,7 +382,8 @@ class PPOTrainer(Trainer):
         """[b, T] log-probabilities of the completions' tokens."""
         hidden, head = completion_hidden(model, sequences, attention_mask, mask.shape[1])
         targets = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
-        return linear_logprob(hidden, targets=targets, **head_arguments(head, self.ppo_args.temperature, None)).logprobs
+        temperature = self.ppo_args.temperature
+        return linear_logprob(hidden, targets=targets, temperature=temperature, **head._asdict()).logprobs
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -526,24 +522,28 @@ class PPOTrainer(Trainer):
         finally:
             self.args.output_dir = str(run)
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        if self.state.best_global_step == self.state.global_step:
+        if self.state.best_global_step == self.state.global_step:  # super() took the folder it was written to
             self.state.best_model_checkpoint = str(run / name)
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-        for path in (staging / name).rglob("*"):
+        if self.args.should_save:
+            self._publish(staging / name, run / name)
+        self.accelerator.wait_for_everyone()  # the others may load it next
+
+    def _publish(self, written: Path, checkpoint: Path) -> None:
+        self.state.save_to_json(str(written / "trainer_state.json"))
+        for path in written.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(run / name, ignore_errors=True)
-        (staging / name).rename(run / name)
-        shutil.rmtree(staging)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        written.rename(checkpoint)
+        shutil.rmtree(written.parent)
+        run = str(checkpoint.parent)
         if hasattr(self, "_rotate_checkpoints"):  # transformers 4
-            self._rotate_checkpoints(output_dir=str(run))
+            self._rotate_checkpoints(output_dir=run)
         else:
             from transformers.trainer_utils import rotate_checkpoints
 
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
 def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
