@@ -4,12 +4,8 @@
 
     fastppo_openrlhf.patch()       # in every process that trains: see docs/integrations.md
 
-Tested with OpenRLHF 0.11.2. `patch` replaces these functions and classes in all of OpenRLHF's modules:
-
-    openrlhf.models.utils    log_probs_from_logits, compute_entropy, compute_approx_kl
-    openrlhf.models.loss     PolicyLoss, ValueLoss
-
-They have OpenRLHF's names, parameters and results, and can be used without it. Intended differences:
+Tested with OpenRLHF 0.11.2. `patch` replaces OpenRLHF's functions and classes (listed in `_PATCH`) in all of its
+modules. Ours have the same names, parameters and results, and need no OpenRLHF. Intended differences:
 - log-probabilities (at most 0) and entropies (at least 0) are float32 whatever the logits are, float64 for float64;
 - `temperature` does not divide the caller's logits in place;
 - padding gives 0, and values at padding, NaN included, reach no loss; without any token the loss is 0;

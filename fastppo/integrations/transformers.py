@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -109,10 +110,6 @@ class LogprobForward:
     """Compute log-probabilities in float32, outside autocast, with the weight cast to float32."""
     replaced: Callable | None = None
     """The instance's own forward before (accelerate sets one that moves inputs), or None."""
-    positional: tuple[str, ...] = ()
-    """Names of the forward's arguments in order; the backbone's order may differ."""
-    no_cache: dict[str, bool] = field(default_factory=dict)
-    """The argument that keeps the backbone from caching, if it has one."""
 
 
 def install(model: nn.Module, patch: LogprobForward) -> None:
@@ -135,19 +132,23 @@ def install(model: nn.Module, patch: LogprobForward) -> None:
         raise RuntimeError(f"the forward of {name}'s lm_head has been replaced; undo that first")
     if not any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in causal.parameters()):
         # Not without values, nor with shards of them: a forward there would be a collective call.
-        with _evaluating(causal):
+        training = [part for part in causal.modules() if part.training]
+        causal.eval()
+        try:
             check_head(causal, _probe_ids(causal), padding=False)
+        finally:
+            for part in training:
+                part.training = True
     backbone, _ = backbone_and_head(causal)
     patch.replaced = vars(causal).get("forward")
-    patch.positional = tuple(inspect.signature(type(causal).forward).parameters)[1:]
-    if "use_cache" in inspect.signature(type(backbone).forward).parameters:
-        patch.no_cache = {"use_cache": False}
     setattr(causal, SLOT, patch)
-    causal.forward = _make_forward(type(causal)).__get__(causal)
+    causal.forward = _make_forward(type(causal), type(backbone)).__get__(causal)
 
 
-def _make_forward(model_class: type[nn.Module]) -> Callable:
+def _make_forward(model_class: type[nn.Module], backbone_class: type[nn.Module]) -> Callable:
     own = model_class.forward
+    positional = tuple(inspect.signature(own).parameters)[1:]  # the backbone's order may differ
+    caches = "use_cache" in inspect.signature(backbone_class.forward).parameters
 
     @functools.wraps(own)  # generate() and Trainer read the signature
     def forward(self, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
@@ -156,7 +157,9 @@ def _make_forward(model_class: type[nn.Module]) -> Callable:
         if not kwargs.pop(patch.keyword, False):
             kwargs |= {name: value for name, value in targets.items() if value is not None}
             return own(self, *args, **kwargs) if patch.replaced is None else patch.replaced(*args, **kwargs)
-        kwargs |= zip(patch.positional, args, strict=False)
+        kwargs |= zip(positional, args, strict=False)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
+        kwargs |= {"use_cache": False} if caches else {}
         return patch.convert(_without_logits(self, patch, kwargs, **targets))
 
     return forward
@@ -173,39 +176,26 @@ def _without_logits(
     if labels is None and shift_labels is None:
         raise ValueError(f"labels: required with {patch.keyword}=True; use -100 where no log-probability is needed")
     config = causal.config.get_text_config()
-    inputs = {name: value for name, value in inputs.items() if name not in ("use_cache", "return_dict")}
     if inputs.get("output_router_logits") is None and getattr(config, "output_router_logits", False):
         inputs["output_router_logits"] = True
     # Looked up on every call: FSDP replaces parameters, and LoRA on the head adds an adapter to the weight.
     backbone, head = backbone_and_head(causal)
-    outputs = backbone(**inputs, **patch.no_cache)
+    outputs = backbone(**inputs)
     hidden = outputs.last_hidden_state
     # The last state has no label; -100 for it avoids the copy that hidden[:, :-1] would make.
     shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 
-    weight, bias = head.weight, head.bias
     device = hidden.device.type
-    context = contextlib.nullcontext()
     if patch.float32_head:
-        context = torch.autocast(device, enabled=False)
         hidden = hidden.float()
-        weight, bias = weight.float(), None if bias is None else bias.float()
+        head = head._replace(weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
     elif not torch.is_autocast_enabled(device):
-        hidden = hidden.to(weight.dtype)  # adapters on the head may have a wider precision
-    if hidden.device != weight.device:  # a model split over devices by device_map
-        hidden, shifted = hidden.to(weight.device), shifted.to(weight.device)
-    with context:
-        scored = linear_logprob(
-            hidden,
-            weight,
-            shifted,
-            bias=bias,
-            temperature=patch.temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            return_entropy=True,
-            backend=patch.backend,
-        )
+        hidden = hidden.to(head.weight.dtype)  # adapters on the head may have a wider precision
+    if hidden.device != head.weight.device:  # a model split over devices by device_map
+        hidden, shifted = hidden.to(head.weight.device), shifted.to(head.weight.device)
+    options = {"temperature": patch.temperature, "return_entropy": True, "backend": patch.backend}
+    with torch.autocast(device, enabled=False) if patch.float32_head else contextlib.nullcontext():
+        scored = linear_logprob(hidden, targets=shifted, **head._asdict(), **options)
     keep = slice(None, -1) if shift_labels is None else slice(None)
     mask = (shifted != IGNORED)[..., keep]
     # Copies: FSDP2 would lose its hook on a view that the caller changes in place.
@@ -272,24 +262,8 @@ def _foreign_forward(causal: nn.Module) -> str | None:
 
 def _probe_ids(causal: nn.Module) -> Tensor:
     """[1, 5] ordinary tokens; a special one, such as an image's placeholder, would need further inputs."""
-    config = causal.config
-    special = {
-        value
-        for part in (config, config.get_text_config())
-        for name, value in vars(part).items()
-        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
-    }
+    entries = [*vars(causal.config).items(), *vars(causal.config.get_text_config()).items()]
+    special = [value for name, value in entries if name.endswith(("token_id", "token_index"))]
     weight = causal.get_input_embeddings().weight
     ordinary = (token for token in range(1, weight.shape[0]) if token not in special)
-    return torch.tensor([[token for token, _ in zip(ordinary, range(5), strict=False)]], device=weight.device)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+    return torch.tensor([list(itertools.islice(ordinary, 5))], device=weight.device)

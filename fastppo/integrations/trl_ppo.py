@@ -24,20 +24,29 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from fastppo.algorithms.algorithm import head_arguments
+from fastppo.algorithms import config as algorithms
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.ppo import PPO
-from fastppo.integrations.trl_ppo_config import PPOConfig, algorithm_options, one_rollout_per_step
+from fastppo.integrations.patching import require
+from fastppo.integrations.transformers import SUPPORTED
 from fastppo.models import check_head, context_length, disable_dropout, token_hidden
 from fastppo.models.load import enable_gradient_checkpointing
 from fastppo.models.packing import completion_hidden
@@ -47,6 +56,8 @@ from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.rng import rng_state, set_rng_state
+
+require("transformers", SUPPORTED)
 
 VALUE_FOLDER = "value_model"
 _STAGING = ".saving"
@@ -63,6 +74,85 @@ _TRL_NAMES = {
 }
 
 
+def _option(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"help": explanation})  # for transformers.HfArgumentParser
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """transformers' TrainingArguments and PPO's options, with TRL's names and defaults.
+
+    A step (`logging_steps`, `save_steps`, `eval_steps`, `max_steps`) is a rollout of ``per_device_train_batch_size ·
+    gradient_accumulation_steps`` prompts in each process.
+    """
+
+    learning_rate: float = _option(3e-6, "Initial learning rate of both models.")
+    logging_steps: float = _option(10, "Rollouts between two logs.")
+    total_episodes: int | None = _option(None, "Number of completions; by default num_train_epochs of the dataset.")
+    num_ppo_epochs: int = _option(4, "Passes over a rollout.")
+    num_mini_batches: int = _option(1, "Optimizer steps in a pass.")
+    local_rollout_forward_batch_size: int = _option(64, "Sequences generated, or scored without gradients, at a time.")
+    num_sample_generations: int = _option(10, "How often in a run completions of eval_dataset are printed; 0: never.")
+    response_length: int = _option(53, "Maximum number of tokens of a completion.")
+    stop_token: Literal["eos"] | None = _option(None, "`eos`: the tokenizer's ends completions; by default none does.")
+    stop_token_id: int | None = _option(None, "Id of the token that ends a completion.")
+    temperature: float = _option(0.7, "Divides the logits, in sampling and in scoring.")
+    missing_eos_penalty: float | None = _option(None, "Subtracted from the score of a completion without an EOS.")
+    whiten_rewards: bool = _option(False, "Divide rewards by their standard deviation.")
+    kl_coef: float = _option(0.05, "Weight of the KL to the reference in the rewards.")
+    kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", "Estimator of a token's KL.")
+    cliprange: float = _option(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = _option(0.1, "Weight of the value loss.")
+    cliprange_value: float = _option(0.2, "Clip range around the rollout's value.")
+    gamma: float = _option(1.0, "Discount.")
+    lam: float = _option(0.95, "GAE's lambda.")
+    model_adapter_name: str | None = _option(None, "Name of the trained adapter.")
+    ref_adapter_name: str | None = _option(None, "Name of the reference's adapter.")
+    exp_name: str = _option("ppo_config", "For scripts; not read here.")
+    sft_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    reward_model_path: str = _option("EleutherAI/pythia-160m", "For scripts; not read here.")
+    dataset_num_proc: int | None = _option(None, "For scripts; not read here.")
+    ds3_gather_for_generation: bool = _option(True, "For old scripts; has no effect.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_token not in (None, "eos"):
+            raise ValueError(f"stop_token: expected 'eos' or None, got {self.stop_token!r}")
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id: give one of them")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {self.kl_estimator!r}")
+        for name in ("total_episodes", "local_rollout_forward_batch_size", "response_length", "temperature"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        _algorithm_options(self)  # checks the others
+
+
+def _one_rollout_per_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
+    """A copy for Trainer's loop, whose batch is a whole rollout."""
+    rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if rollout < args.num_mini_batches:
+        raise ValueError(f"num_mini_batches: {args.num_mini_batches}, but a rollout has {rollout} completions")
+    needed = rollout * args.world_size
+    if len(train_dataset) < needed:
+        raise ValueError(f"train_dataset: {len(train_dataset)} prompts, fewer than the {needed} of a rollout")
+    args = copy.copy(args)
+    if args.max_steps <= 0:
+        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
+        args.max_steps = math.ceil(episodes / needed)
+    args.per_device_train_batch_size = rollout
+    args.gradient_accumulation_steps = 1
+    args.remove_unused_columns = False
+    return args
+
+
+def _algorithm_options(args: PPOConfig) -> algorithms.PPOConfig:
+    same_name = ("num_ppo_epochs", "num_mini_batches", "vf_coef", "cliprange_value", "gamma", "lam")
+    same_name += ("whiten_rewards", "kl_coef", "kl_estimator")
+    options = {name: getattr(args, name) for name in same_name}
+    return algorithms.PPOConfig(clip_low=args.cliprange, clip_high=args.cliprange, **options)
+
+
 class PolicyAndValue(nn.Module):
     """The two trained models as one module whose forward is the loss."""
 
@@ -75,6 +165,12 @@ class PolicyAndValue(nn.Module):
 
     def tie_weights(self) -> None:
         self.policy.tie_weights()
+
+    def activation_checkpointing_enable(self, **_options: Any) -> None:
+        for model in (self.policy, self.value_model):
+            enable_gradient_checkpointing(model)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name in transformers 4
 
     def forward(self, batch: Experience, algorithm: PPO) -> tuple[Tensor, dict[str, Tensor]]:
         length = batch.mask.shape[1]
@@ -144,13 +240,11 @@ class PPOTrainer(Trainer):
         for frozen in (ref_model, reward_model):
             if frozen is not None:
                 frozen.eval().requires_grad_(False)
-        for trained in (model, value_model) if args.gradient_checkpointing else ():
-            enable_gradient_checkpointing(trained)
 
         self.ppo_args = args
         super().__init__(
             model=PolicyAndValue(model, value_model),
-            args=one_rollout_per_step(args, train_dataset),
+            args=_one_rollout_per_step(args, train_dataset),
             data_collator=data_collator or partial(_collate, DataCollatorWithPadding(processing_class)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -163,9 +257,8 @@ class PPOTrainer(Trainer):
         set_seed(args.seed, device_specific=True)  # otherwise every process would sample with the same numbers
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device)
         self.reward_model = reward_model.to(self.args.device)
-        self.algorithm = PPO(algorithm_options(args), temperature=args.temperature)
+        self.algorithm = PPO(_algorithm_options(args), temperature=args.temperature)
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._staging: str | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole rollouts only; evaluation drops no prompt."""
@@ -184,8 +277,8 @@ class PPOTrainer(Trainer):
             FloatingPointError: a NaN or Inf in a probability, loss or gradient.
         """
         args = self.ppo_args
-        shown_every = max(1, self.args.max_steps // max(1, args.num_sample_generations))
-        if args.num_sample_generations and self.eval_dataset is not None and self.state.global_step % shown_every == 0:
+        shown = args.num_sample_generations > 0 and self.eval_dataset is not None
+        if shown and self.state.global_step % max(1, self.args.max_steps // args.num_sample_generations) == 0:
             self.generate_completions(sampling=True)
         model.eval()
         experience = self._experience(self._sample(inputs))
@@ -289,7 +382,8 @@ class PPOTrainer(Trainer):
         """[b, T] log-probabilities of the completions' tokens."""
         hidden, head = completion_hidden(model, sequences, attention_mask, mask.shape[1])
         targets = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
-        return linear_logprob(hidden, targets=targets, **head_arguments(head, self.ppo_args.temperature, None)).logprobs
+        temperature = self.ppo_args.temperature
+        return linear_logprob(hidden, targets=targets, temperature=temperature, **head._asdict()).logprobs
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -413,42 +507,43 @@ class PPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but written aside and then renamed: a killed run leaves only complete checkpoints."""
         if self.args.push_to_hub:  # reads the folder in the background
             return super()._save_checkpoint(model, trial)
-        run = Path(super()._get_output_dir(trial))
+        run = Path(self.args.output_dir)
         staging, name = run / _STAGING, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staging = str(staging)
+        self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._staging = None
+            self.args.output_dir = str(run)
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        if self.state.best_global_step == self.state.global_step:
+        if self.state.best_global_step == self.state.global_step:  # super() took the folder it was written to
             self.state.best_model_checkpoint = str(run / name)
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-        for path in (staging / name).rglob("*"):
+        if self.args.should_save:
+            self._publish(staging / name, run / name)
+        self.accelerator.wait_for_everyone()  # the others may load it next
+
+    def _publish(self, written: Path, checkpoint: Path) -> None:
+        self.state.save_to_json(str(written / "trainer_state.json"))
+        for path in written.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(run / name, ignore_errors=True)
-        (staging / name).rename(run / name)
-        shutil.rmtree(staging)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        written.rename(checkpoint)
+        shutil.rmtree(written.parent)
+        run = str(checkpoint.parent)
         if hasattr(self, "_rotate_checkpoints"):  # transformers 4
-            self._rotate_checkpoints(output_dir=str(run))
+            self._rotate_checkpoints(output_dir=run)
         else:
             from transformers.trainer_utils import rotate_checkpoints
 
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
 def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

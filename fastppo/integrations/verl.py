@@ -4,14 +4,8 @@
 
     fastppo_verl.patch()       # in every process that trains: see docs/integrations.md
 
-Tested with verl 0.8.0, 0.9.0 and 0.9.1. `patch` calls `register` and replaces in all of verl's modules:
-
-    verl.utils.torch_functional       logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking
-    verl.utils.experimental           FusedLinearForPPO
-    verl.utils.kernel                 linear_cross_entropy
-    verl.trainer.ppo.core_algos       compute_gae_advantage_return, compute_value_loss, agg_loss, kl_penalty
-
-The functions have verl's names, parameters and results, and can be called without verl. Intended differences:
+Tested with verl 0.8.0, 0.9.0 and 0.9.1. `patch` calls `register` and replaces verl's functions (listed in `_PATCH`) in
+all of its modules. Ours have the names, parameters and results of verl's, and need no verl. Intended differences:
 - log-probabilities (at most 0) and entropies (at least 0) are float32 whatever the logits are, float64 for float64;
 - padding gives 0, and values at padding, NaN included, reach no result; without any token the loss is 0;
 - masks are boolean: any number but 0 counts as True.

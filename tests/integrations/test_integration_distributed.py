@@ -119,9 +119,23 @@ def _check_ppo_trainer(tiny: str, output_dir: str) -> None:
     evaluated = [None, None]
     distributed.all_gather_object(evaluated, trainer.evaluate())
     assert evaluated[0] == evaluated[1]
-    resumed = _trainer(tiny, output_dir, per_device_train_batch_size=2)
+    resumed = _trainer(tiny, output_dir, per_device_train_batch_size=2, gradient_checkpointing=True)
     resumed.train(resume_from_checkpoint=f"{output_dir}/checkpoint-3")
     assert nn.utils.parameters_to_vector(resumed.model.parameters()).equal(after)
+    best = _trainer(
+        tiny,
+        f"{output_dir}-best",
+        per_device_train_batch_size=2,
+        total_episodes=16,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_objective/scores",
+    )
+    best.train()
+    assert best.state.best_model_checkpoint == f"{output_dir}-best/checkpoint-{best.state.best_global_step}"
 
 
 def _check_patched_models(rank: int, seed: int) -> None:

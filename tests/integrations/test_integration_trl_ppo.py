@@ -97,7 +97,15 @@ def test_names_and_defaults_are_trls(tmp_path):
         ["--output_dir", str(tmp_path), "--kl_coef", "0.1", "--stop_token", "eos", "--use_cpu", "true"]
     )[0]
     assert (parsed.kl_coef, parsed.stop_token) == (0.1, "eos")
-    for wrong in ({"kl_estimator": "k4"}, {"stop_token": "x"}, {"stop_token": "eos", "stop_token_id": 3}):
+    for wrong in (
+        {"kl_estimator": "k4"},
+        {"stop_token": "x"},
+        {"stop_token": "eos", "stop_token_id": 3},
+        {"total_episodes": 0},
+        {"temperature": 0.0},
+        {"num_mini_batches": 0},
+        {"kl_coef": -0.1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **wrong)
 
@@ -238,6 +246,39 @@ def test_micro_batches_add_up_to_the_mini_batch(tiny, tmp_path):
         ends.append(_parameters(trainer))
     for name, parameter in ends[0].items():
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_gradient_checkpointing_changes_no_bit(adapters, tiny, tmp_path):
+    options = {"total_episodes": 16}
+    if adapters:
+        peft = pytest.importorskip("peft", reason="needs peft's adapters")
+        options["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"])
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # of the adapters
+        trainer = _trainer(tiny, tmp_path, gradient_checkpointing=checkpointing, **options)
+        trainer.train()
+        for part in (trainer.model.policy, trainer.model.value_model):
+            assert part.is_gradient_checkpointing is checkpointing
+        ends.append(_parameters(trainer))
+    assert all(parameter.equal(ends[1][name]) for name, parameter in ends[0].items())
+
+
+def test_reference_adapter_stays(tiny, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft's adapters")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, local_files_only=True)
+    model = peft.get_peft_model(model, config, adapter_name="trained")
+    model.add_adapter("fixed", config)
+    nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["fixed"].weight)
+    options = {"model_adapter_name": "trained", "ref_adapter_name": "fixed", "total_episodes": 8}
+    trainer = _trainer(tiny, tmp_path, models={"model": model}, **options)
+    before = _parameters(trainer)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["objective/kl"]) > 0.01
+    changed = {name for name, parameter in _parameters(trainer).items() if not parameter.equal(before[name])}
+    assert {name.split(".")[-2] for name in changed if name.startswith("policy.")} == {"trained"}
 
 
 def test_reward_is_at_the_last_token_and_rises(tiny, tmp_path):
