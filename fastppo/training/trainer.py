@@ -37,8 +37,6 @@ from fastppo.training.checkpoint import (
     check_same_run,
     discard_checkpoints,
     find_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
     save_checkpoint,
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
@@ -54,7 +52,13 @@ from fastppo.training.metrics import (
     write_alarms,
     write_samples,
 )
-from fastppo.training.optim import build_optimizer, build_scheduler, scale_learning_rate
+from fastppo.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    load_optimizer,
+    optimizer_tensors,
+    scale_learning_rate,
+)
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
 from fastppo.training.rewards import build_rewards
@@ -108,11 +112,11 @@ class Trainer:
         self.output_dir = Path(config.output_dir).expanduser()
         self.device = choose_device(config.device)
         _check_writable(self.output_dir)
-        for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):
-            try:
+        try:
+            for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):
                 select(op, self.device, torch.float32, config.backend_name)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         checkpoint = self._find_checkpoint(resume)
         self._resume, self._resumed = resume, checkpoint is not None
 
