@@ -1,15 +1,18 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name, and optimizer states for checkpoints."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastppo.config_fields import ConfigError
+from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import OptimConfig
 
 
@@ -61,3 +64,97 @@ def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: LRScheduler
         group["lr"] *= factor
         group["initial_lr"] *= factor
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's `state_dict`, which may nest and hold tensors, numbers, strings and None.
+
+    Returns:
+        tensors: dotted name (`state.0.exp_avg`) -> the optimizer's own tensor, not a copy.
+        meta: everything else as JSON values: other states, hyperparameters, the parameters' shapes.
+
+    Raises:
+        TypeError: a state of another type; the message names it.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = {key: _pack(value, key, tensors) for key, value in optimizer.state_dict().items()}
+    return tensors, {"state_dict": packed, "shapes": _shapes(optimizer)}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Restore what `optimizer_tensors` returned, hyperparameters included, to the bit and on the optimizer's devices.
+
+    torch's `load_state_dict` casts every tensor to its parameter's dtype, which rounds the float32 moments of a
+    bfloat16 parameter. Here each state keeps the dtype it was saved with. No memory is shared with `tensors`.
+
+    Raises:
+        CheckpointError: the parameters' shapes differ, a tensor is missing, or the optimizer does not take a state.
+    """
+    for group, (was, now) in enumerate(zip_longest(meta["shapes"], _shapes(optimizer), fillvalue=[])):
+        for index, (old, new) in enumerate(zip_longest(was, now)):
+            if old != new:
+                parameter = f"group {group}, parameter {index} has shape {new}, was saved with shape {old}"
+                raise CheckpointError(f"the optimizer's parameters are not the checkpoint's: {parameter}")
+    try:
+        state_dict = {key: _unpack(value, tensors) for key, value in meta["state_dict"].items()}
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint's optimizer state lacks the tensor {error}") from error
+    optimizer.load_state_dict(state_dict)  # the optimizer chooses the devices and may nest states its own way
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in state_dict["state"]:
+            optimizer.state[parameter] = _as_saved(optimizer.state[parameter], state_dict["state"][number])
+    taken, _ = optimizer_tensors(optimizer)
+    lost = [name for name in tensors if name not in taken or taken[name].dtype != tensors[name].dtype]
+    if lost:
+        raise CheckpointError(f"the optimizer ({type(optimizer).__name__}) did not take the states {', '.join(lost)}")
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """Copy `saved` to the devices of `loaded`; dict keys that only `loaded` has keep its values."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device, copy=True)
+    if isinstance(saved, dict):
+        return {key: _as_saved(value, saved[key]) if key in saved else value for key, value in loaded.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_as_saved(*pair) for pair in zip(loaded, saved, strict=True))
+    return saved
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`; tensors are moved to `tensors` and become {"$tensor": name}, tuples and other dicts a tag."""
+    if isinstance(value, Tensor):
+        while name in tensors:  # a key may itself hold a dot
+            name += "'"
+        tensors[name] = value
+        return {"$tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, dict) and all(isinstance(key, int | str) for key in value):
+        items = [[key, _pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        return dict(items) if plain else {"$dict": items}
+    raise TypeError(f"optimizer: {name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": items}:
+            return tuple(_unpack(item, tensors) for item in items)
+        case {"$dict": items}:
+            return {key: _unpack(item, tensors) for key, item in items}
+        case dict():
+            return {key: _unpack(item, tensors) for key, item in value.items()}
+        case list():
+            return [_unpack(item, tensors) for item in value]
+    return value
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
+    return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]

@@ -63,9 +63,19 @@ class Scorer:
         with self.models.autocast():
             return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, **options)
 
-    def reward(self, prompts: list[Prompt], rollout: Rollout, *, update: bool = True) -> RewardOutput:
-        """Rewards of B completions; `update` lets running normalizers take them in."""
-        return _call(self.rewards, prompts, rollout, update)
+    def reward(
+        self, prompts: list[Prompt], rollout: Rollout, functions: RewardFunctions | None = None, *, update: bool = True
+    ) -> RewardOutput:
+        """Rewards of B completions, by default those of training; `update` lets running normalizers take them in."""
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        tokens = rollout.sequences[:, -rollout.mask.shape[1] :].cpu()
+        return (functions or self.rewards)(
+            [prompt.text for prompt in prompts],
+            rollout.completions,
+            {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+            completion_ids=[row[real].tolist() for row, real in zip(tokens, rollout.mask.cpu(), strict=True)],
+            update=update,
+        )
 
     @torch.no_grad()
     def score(self, rollout: Rollout, rewards: RewardOutput, *, update_follows: bool = True) -> Experience:
@@ -153,19 +163,17 @@ class Scorer:
             seed_everything(self.config.seed)
             rollout = self.sample(prompts)
             rewards = self.reward(prompts, rollout, update=False)
-            held_out = _call(self.held_out, prompts, rollout, False).by_name if self.held_out else {}
+            held_out = self.reward(prompts, rollout, self.held_out, update=False).by_name if self.held_out else {}
             experience = self.score(rollout, rewards, update_follows=False)
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")
         metrics = {"eval/reward": named.pop("eval/mean"), "eval/reward_std": named.pop("eval/std"), **named}
         metrics["eval/num_prompts"] = len(prompts)
-        measured = {"eval/length": rollout.mask.sum(1).float()}
+        measured = {"length": rollout.mask.sum(1).float()}
         if experience.kl is not None:
-            measured["eval/kl"] = experience.kl.sum(1)
-        for name, values in measured.items():
-            metrics |= {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
-        for name, values in held_out.items():
+            measured["kl"] = experience.kl.sum(1)
+        for name, values in (measured | held_out).items():
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:
             options = {"pad": self.tokenizer.pad_token_id, "batch_size": self.micro_batch_size}
@@ -182,15 +190,3 @@ class Scorer:
             for i, (prompt, completion, total) in enumerate(zip(prompts, rollout.completions, totals, strict=True))
         ]
         return metrics, rows
-
-
-def _call(functions: RewardFunctions, prompts: list[Prompt], rollout: Rollout, update: bool) -> RewardOutput:
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    tokens = rollout.sequences[:, -rollout.mask.shape[1] :].cpu()
-    return functions(
-        [prompt.text for prompt in prompts],
-        rollout.completions,
-        {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
-        completion_ids=[row[real].tolist() for row, real in zip(tokens, rollout.mask.cpu(), strict=True)],
-        update=update,
-    )

@@ -36,8 +36,6 @@ from fastppo.training.checkpoint import (
     check_same_run,
     discard_checkpoints,
     find_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
     save_checkpoint,
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
@@ -53,7 +51,13 @@ from fastppo.training.metrics import (
     write_alarms,
     write_samples,
 )
-from fastppo.training.optim import build_optimizer, build_scheduler, scale_learning_rate
+from fastppo.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    load_optimizer,
+    optimizer_tensors,
+    scale_learning_rate,
+)
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
 from fastppo.training.rewards import build_rewards

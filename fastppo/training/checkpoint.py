@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,16 +36,25 @@ from torch import Tensor
 from fastppo.engines.dispatch import FastPPOWarning
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
+MAY_DIFFER = frozenset({
+    "output_dir", "total_steps", "tensorboard", "on_nonfinite", "checkpoint", "eval", "watch", "model.allow_download",
+})  # fmt: skip
+"""Keys, with all keys below them, that may change on resume: no training step depends on them.
 
-_DTYPES = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+`total_steps` is among them so that a run can be prolonged. A learning-rate schedule that decays to an end then decays
+to the new end, so the resumed run differs from one that had the new `total_steps` from the start.
+"""
+
+# Options that earlier versions had, with the values at which today's code computes the same.
+_REMOVED = {
+    "length_penalty": 0.0, "reward_clip": None, "preconditioner": "none", "preconditioner_probes": 8,
+    "vector_dtype": "auto", "vector_device": "auto",
 }  # fmt: skip
+_ABSENT = object()
 _MANIFEST = "manifest.json"
 _SAVING, _TRASH = ".saving-", ".trash-"
 # A step saved again is `step-000010.1` until its predecessor is deleted, so that one of the two is always there.
 _FOLDER = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
-_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class CheckpointError(RuntimeError):
@@ -64,7 +73,6 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     config: dict[str, Any]
-    groups: tuple[str, ...]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Read a group's tensors into CPU memory, contiguous; tied tensors are one tensor again.
@@ -72,8 +80,6 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such group, or its file can no longer be read.
         """
-        if group not in self.groups:
-            raise CheckpointError(f"{self.path}: has no group {group!r}, only {', '.join(self.groups) or 'none'}")
         try:
             with safe_open(self.path / f"{group}.safetensors", framework="pt", device="cpu") as file:
                 # safetensors maps the file; the clones outlive it.
@@ -101,7 +107,7 @@ def save_checkpoint(
     Args:
         root: folder of a run's checkpoints; made if missing.
         step: number of completed steps, >= 0. A checkpoint of the same step is replaced, those of later steps stay.
-        tensors: group -> name -> strided tensor of any shape and device; each group becomes `<group>.safetensors`.
+        tensors: group -> name -> dense tensor of any shape and device; each group becomes `<group>.safetensors`.
             Tied tensors (same memory, shape, strides and dtype) are stored once, tensors that merely overlap
             separately. A group on a GPU is copied to CPU memory while it is written.
         state, config: JSON values, of which floats keep every bit, NaN and infinities included.
@@ -116,18 +122,15 @@ def save_checkpoint(
         TypeError, ValueError: an argument that cannot be saved; the message names it.
     """
     root = Path(root)
-    for name, value, least in (("step", step, 0), ("keep_last", keep_last, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-    writers: dict[str, Callable[[Path], Any]] = {}
+    _check_json(state, "state")
+    _check_json(config, "config")
+    writers: dict[str, Callable[[Path], Any]] = {
+        "state.json": partial(Path.write_bytes, data=_json_bytes(state)),
+        "config.json": partial(Path.write_bytes, data=_json_bytes(config)),
+    }
     num_bytes = 0
-    for name, tree in (("state", state), ("config", config)):
-        _check_json(tree, name)
-        writers[f"{name}.json"] = partial(Path.write_bytes, data=_json_bytes(tree))
     for group, named in tensors.items():
-        if not isinstance(group, str) or not _GROUP.fullmatch(group):
-            raise ValueError(f"tensors: a group's name becomes a file name; {group!r} is not made of [A-Za-z0-9_.-]")
-        stored, tied = _without_shared_memory(group, named)
+        stored, tied = _without_shared_memory(named)
         num_bytes += sum(tensor.nbytes for tensor in stored.values())
         writers[f"{group}.safetensors"] = partial(save_file, stored, metadata={"tied": json.dumps(tied)})
     for device in {tensor.device for named in tensors.values() for tensor in named.values() if tensor.is_cuda}:
@@ -135,7 +138,10 @@ def save_checkpoint(
 
     final = root / f"step-{step:06d}"
     try:
-        _make_folder(root)
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _fsync_folder(folder.parent)
         _delete_leftovers(root)
         earlier = _folders(root)
         same_step = [path for number, path in earlier if number == step]
@@ -155,8 +161,13 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _fsync_folder(root)
-    except OSError as error:
-        raise CheckpointError(_why_not_saved(root, step, num_bytes, error)) from error
+    except (OSError, SafetensorError) as error:
+        there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        space = f" (it needs {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free)" if free < num_bytes else ""
+        raise CheckpointError(
+            f"{root}: the checkpoint of step {step} could not be saved: {error}{space}. Older checkpoints are untouched"
+        ) from error
 
     try:
         for path in same_step:
@@ -200,18 +211,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, truncated, changed or unreadable; the message names it.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
-    files = dict(sorted(manifest["files"].items(), key=lambda item: -item[1]["size"]))
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for problem in pool.map(lambda name: _damage(path / name, files[name]), files):
-            if problem:
-                raise CheckpointError(f"{path}: {problem}")
     try:
+        manifest = _read_manifest(path)
+        files = manifest["files"]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = pool.map(_size_and_hash, [path / name for name in files])
+            for (name, was), now in zip(files.items(), found, strict=True):
+                if now["size"] != was["size"]:
+                    raise CheckpointError(f"{path}: {name} has {now['size']} bytes, {was['size']} bytes were written")
+                if now != was:
+                    raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
         state, config = (json.loads((path / name).read_bytes()) for name in ("state.json", "config.json"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    groups = sorted(name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
-    return Checkpoint(path, manifest["step"], state, config, tuple(groups))
+    return Checkpoint(path, manifest["step"], state, config)
 
 
 def discard_checkpoints(root: Path, *, after: int) -> None:
@@ -223,6 +236,43 @@ def discard_checkpoints(root: Path, *, after: int) -> None:
         _fsync_folder(Path(root))
     except OSError as error:
         raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
+
+
+def check_same_run(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise a CheckpointError with every differing key and both values, unless two configuration trees agree.
+
+    Args:
+        saved: the checkpoint's configuration.
+        given: that of the run that resumes. The keys of `MAY_DIFFER` are not compared.
+    """
+    free = tuple(f"{key}." for key in MAY_DIFFER)
+    differences = [
+        f"{key} was {_show(was)}, is now {_show(now)}"
+        for key, was, now in _differences(saved, given, "")
+        if not f"{key}.".startswith(free)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the configuration differs from the checkpoint's: {'; '.join(differences)}. Resume with the saved values, "
+            "or start a new run with another output_dir"
+        )
+
+
+def _differences(saved: Any, given: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, saved value, given value) wherever two trees differ."""
+    if isinstance(saved, list | tuple) and isinstance(given, list | tuple):
+        saved, given = dict(enumerate(saved)), dict(enumerate(given))
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for name in {**saved, **given}:
+            was, now = saved.get(name, _ABSENT), given.get(name, _ABSENT)
+            if now is not _ABSENT or was != _REMOVED.get(name, _ABSENT):
+                yield from _differences(was, now, f"{key}.{name}" if key else str(name))
+    elif saved != given and not (saved != saved and given != given):  # NaN equals NaN
+        yield key, saved, given
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, default=str)
 
 
 def _check_json(value: Any, name: str) -> None:
@@ -239,23 +289,10 @@ def _check_json(value: Any, name: str) -> None:
         raise TypeError(f"{name}: {type(value).__name__} is not a JSON value (dict, list, str, int, float, bool, None)")
 
 
-def _check_tensor(where: str, name: str, tensor: Tensor) -> None:
-    if not isinstance(name, str) or name == "__metadata__":
-        raise ValueError(f"{where}: a tensor's name must be a string other than __metadata__")
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "__tensor_flatten__"):  # a DTensor's own memory is one process's shard
-        raise TypeError(f"{where}: a {type(tensor).__name__} wraps other tensors; give a plain tensor (full_tensor())")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
-        what = f"{tensor.layout} {tensor.dtype} {tensor.device}"
-        raise TypeError(f"{where}: expected a strided tensor with data, got {what}")
-
-
-def _without_shared_memory(group: str, named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _without_shared_memory(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors as `save_file` needs them, contiguous and none in another's memory; and tied name -> stored name."""
     stored, tied, names, storages = {}, {}, {}, set()
     for name, tensor in named.items():
-        _check_tensor(f"tensors[{group!r}][{name!r}]", name, tensor)
         memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and names.setdefault(memory, name) != name:
             tied[name] = names[memory]
@@ -269,15 +306,8 @@ def _without_shared_memory(group: str, named: dict[str, Tensor]) -> tuple[dict[s
 
 def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
     """Write a file and sync it to disk; returns its size in bytes and sha256."""
-    try:
-        write(path)
-    except SafetensorError as error:
-        # The library reports a full disk as text: "(os error 28)", before its version 0.6 "code: 28".
-        number = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    with contextlib.suppress(OSError):  # the library makes files that only their owner can read
+    write(path)
+    with contextlib.suppress(OSError):  # safetensors makes files that only their owner can read
         os.chmod(path, path.parent.stat().st_mode & 0o666)
     return _size_and_hash(path, sync=True)
 
@@ -292,17 +322,6 @@ def _size_and_hash(path: Path, *, sync: bool = False) -> dict[str, Any]:
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _damage(path: Path, written: dict[str, Any]) -> str | None:
-    """How a file differs from the one that was written; None if it does not."""
-    try:
-        found = _size_and_hash(path)
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    if found["size"] != written["size"]:
-        return f"{path.name} has {found['size']} bytes, {written['size']} bytes were written"
-    return None if found == written else f"{path.name} has changed since it was written (sha256 differs)"
-
-
 def _json_bytes(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, indent=1).encode("ascii") + b"\n"
 
@@ -312,13 +331,11 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    raw = (path / _MANIFEST).read_bytes()
     try:
-        raw = (path / _MANIFEST).read_bytes()
         manifest = json.loads(raw)
         del manifest["sha256"]
         sound = _manifest_bytes(manifest) == raw
-    except OSError as error:
-        raise CheckpointError(f"{path}: {_MANIFEST} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError):
         sound = False
     if not sound:
@@ -339,14 +356,6 @@ def _fsync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _make_folder(path: Path) -> None:
-    if not path.is_dir():
-        if path.parent != path:
-            _make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        _fsync_folder(path.parent)
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
@@ -390,11 +399,3 @@ def _delete_leftovers(root: Path) -> None:
                 shutil.rmtree(path)
         except OSError as error:
             _warn(f"{root}: what a killed run left could not be deleted: {error}")
-
-
-def _why_not_saved(root: Path, step: int, num_bytes: int, error: OSError) -> str:
-    message = f"{root}: the checkpoint of step {step} could not be saved: {error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-        message += f" (it needs {num_bytes / 1e9:.3f} GB, {shutil.disk_usage(there).free / 1e9:.3f} GB are free)"
-    return f"{message}. Older checkpoints are untouched"
