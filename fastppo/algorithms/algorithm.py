@@ -40,6 +40,8 @@ class Algorithm:
 
     needs_values = True
     """Whether there is a critic; without one `experience.old_values` and `.returns` stay None."""
+    update_starts_with_scored_pass = True
+    """Whether `update` begins with a pass, with gradients, of the policy that scored the experience."""
     normalizes_advantages = False
     """Whether `advantages_and_returns` gives advantages whose scale does not depend on the rewards' scale."""
 
@@ -242,6 +244,8 @@ class PolicyThenCritic(Algorithm):
     """Algorithms that move the policy by `improve_policy`, then fit the critic by first-order epochs; with GAE."""
 
     config: SeparateCriticConfig
+
+    update_starts_with_scored_pass = False
 
     def advantages_and_returns(self, rewards: Tensor, values: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
         return gae(rewards, values, gamma=self.config.gamma, lam=self.config.lam, mask=experience.mask)
