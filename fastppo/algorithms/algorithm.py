@@ -262,14 +262,7 @@ class PolicyThenCritic(Algorithm):
 
 def head_arguments(head: LMHead, temperature: float, backend: str | None) -> dict[str, Any]:
     """How a head makes logits of hidden states: keyword arguments that all operators take."""
-    return {
-        "weight": head.weight,
-        "bias": head.bias,
-        "temperature": temperature,
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap,
-        "backend": backend,
-    }
+    return head._asdict() | {"temperature": temperature, "backend": backend}
 
 
 def kl_from(

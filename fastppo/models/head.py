@@ -26,7 +26,10 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, RecurrentGe
 
 
 class LMHead(NamedTuple):
-    """The head that computes logits: ``softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)``."""
+    """The head that computes logits: ``softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)``.
+
+    The fields are named as the operators' keyword arguments.
+    """
 
     weight: Tensor  # [V, D]: the parameter itself, or base + adapter, through which gradients reach both
     bias: Tensor | None  # [V]

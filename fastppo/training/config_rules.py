@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fastppo.training.config import Config
 
 # Metrics that evaluation logs beside the rewards, whose names must differ.
-_TAKEN = {"mean", "std", "reward", "reward_std", "length", "kl", "perplexity", "perplexity_reference"}
+_TAKEN = {"mean", "std", "reward", "reward_std", "length", "length_std", "kl", "kl_std", "num_prompts", "perplexity"}
+_TAKEN |= {"perplexity_reference"}
 
 
 def check_consistency(config: Config) -> None:

@@ -117,15 +117,8 @@ def perplexity(
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
         attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
         states, head = hidden(ids, attention, width - 1)
-        output = linear_logprob(
-            states,
-            head.weight,
-            ids[:, 1:].masked_fill(attention[:, 1:] == 0, -100),
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            backend=backend,
-        )
+        targets = ids[:, 1:].masked_fill(attention[:, 1:] == 0, -100)
+        output = linear_logprob(states, targets=targets, backend=backend, **head._asdict())
         total += output.logprobs.double().sum().item()
         count += int(attention[:, 1:].sum())
     mean = -total / count
