@@ -3,14 +3,8 @@
 A bfloat16 `torch.mm` on a CPU comes rounded to bfloat16, and ∂h is a sum over vocabulary tiles that must not be rounded
 tile by tile. oneDNN's microkernels, which PyTorch exports for the code that torch.compile generates, accumulate into
 float32 instead, and use AMX or AVX512-BF16 as the machine has them. All three products run on these, a block of 64
-tokens at a time, with the softmax done between them while the block is in the L2 cache. ∂h = ∂z W for N = 1,024,
-D = 576, V = 49,152 in bfloat16, on one Zen 4 core (processor time), and its error against float64 over ∂h, both rms:
-
-    torch.mm, one product                                    0.32 s   1.7e-3
-    torch.mm in tiles of 1,024 columns, added in float32     0.35 s   1.7e-3
-    torch.mm in tiles of 8,192 columns, added in float32     0.30 s   1.7e-3
-    torch.mm of tiles converted to float32                   0.62 s   3.6e-7
-    oneDNN's microkernel in tiles of 1,024 columns           0.28 s   5.2e-7    <- this
+tokens at a time, with the softmax done between them while the block is in the L2 cache. docs/LOG.md
+has what that gains in time and accuracy.
 
 Where PyTorch exports no microkernels, for float64, and for weights not stored row by row, `chunked` does the work.
 
