@@ -411,6 +411,17 @@ def test_a_wrong_reward_is_named(world, tmp_path, returns):
         Trainer(config(world, tmp_path / "run"), rewards=[_named("broken", returns)]).train()
 
 
+def test_rewards_may_need_columns_also_without_held_out_prompts(world, tmp_path):
+    rows = [json.dumps({"prompt": f"The number {i} is", "letter": "aeiou"[i % 5]}) for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    changes = {"data__train": str(tmp_path / "prompts.jsonl"), "total_steps": 1, "data__eval_size": 0}
+
+    def count(completions, letter):
+        return [float(text.count(a)) for text, a in zip(completions, letter, strict=True)]
+
+    assert Trainer(config(world, tmp_path / "run", **changes), rewards=[count]).train().step == 1
+
+
 def _named(name, returns):
     def function(prompts, completions, **_):
         return returns
