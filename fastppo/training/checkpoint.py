@@ -61,10 +61,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be saved, is damaged, or belongs to another run."""
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, FastPPOWarning, stacklevel=3)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose checksums have been verified. Tensors are read on demand."""
@@ -100,16 +96,13 @@ def save_checkpoint(
     keep_last: int,
     keep_for: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of `step`, then delete old checkpoints.
-
-    On return the checkpoint survives a crash of the process or the machine. Nothing may modify the tensors meanwhile.
+    """Write a checkpoint, then delete old ones. On return it survives a crash of the process or the machine.
 
     Args:
         root: folder of a run's checkpoints; made if missing.
         step: number of completed steps, >= 0. A checkpoint of the same step is replaced, those of later steps stay.
-        tensors: group -> name -> dense tensor of any shape and device; each group becomes `<group>.safetensors`.
-            Tied tensors (same memory, shape, strides and dtype) are stored once, tensors that merely overlap
-            separately. A group on a GPU is copied to CPU memory while it is written.
+        tensors: group -> name -> dense tensor, which nothing may modify meanwhile. Each group becomes
+            `<group>.safetensors`. Tied tensors (same memory, shape, strides and dtype) are stored once.
         state, config: JSON values, of which floats keep every bit, NaN and infinities included.
         keep_last: number of checkpoints to keep, this one included, >= 1. Damaged ones do not count.
         keep_for: for each of these steps, also keep the newest checkpoint of that step or before.
@@ -119,7 +112,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: it could not be written. Older checkpoints are untouched and no partial one remains.
-        TypeError, ValueError: an argument that cannot be saved; the message names it.
+        TypeError: a value that JSON cannot hold; the message names it.
     """
     root = Path(root)
     _check_json(state, "state")
@@ -179,7 +172,8 @@ def save_checkpoint(
         wanted = {number for number in keep_for if number < step}
         _delete_old([(number, path) for number, path in earlier if number < step], keep_last - 1, wanted)
     except OSError as error:
-        _warn(f"{root}: step {step} is saved, but an older checkpoint could not be deleted: {error}")
+        message = f"{root}: step {step} is saved, but an older checkpoint could not be deleted: {error}"
+        warnings.warn(message, FastPPOWarning, stacklevel=2)
     return target
 
 
@@ -200,7 +194,7 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
             try:
                 return load_checkpoint(path)
             except CheckpointError as error:
-                _warn(f"skipped a damaged checkpoint: {error}")
+                warnings.warn(f"skipped a damaged checkpoint: {error}", FastPPOWarning, stacklevel=2)
     return None
 
 
@@ -398,4 +392,5 @@ def _delete_leftovers(root: Path) -> None:
             if path.name.startswith((_SAVING, _TRASH)):
                 shutil.rmtree(path)
         except OSError as error:
-            _warn(f"{root}: what a killed run left could not be deleted: {error}")
+            message = f"{root}: what a killed run left could not be deleted: {error}"
+            warnings.warn(message, FastPPOWarning, stacklevel=3)

@@ -100,9 +100,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     except KeyError as error:
         raise CheckpointError(f"the checkpoint's optimizer state lacks the tensor {error}") from error
     optimizer.load_state_dict(state_dict)  # the optimizer chooses the devices and may nest states its own way
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
+    for number, parameter in enumerate(parameters):  # torch numbers them in this order
         if number in state_dict["state"]:
             optimizer.state[parameter] = _as_saved(optimizer.state[parameter], state_dict["state"][number])
     taken, _ = optimizer_tensors(optimizer)

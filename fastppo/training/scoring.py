@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.algorithm import Algorithm
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.learner import NonFiniteError
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
@@ -157,6 +158,9 @@ class Scorer:
 
         Returns:
             Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
+
+        Raises:
+            NonFiniteError: the policy's probabilities are not finite.
         """
         state = rng_state()
         try:
@@ -165,6 +169,8 @@ class Scorer:
             rewards = self.reward(prompts, rollout, update=False)
             held_out = self.reward(prompts, rollout, self.held_out, update=False).by_name if self.held_out else {}
             experience = self.score(rollout, rewards, update_follows=False)
+        except FloatingPointError as error:
+            raise NonFiniteError(f"evaluation: {error}") from error
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")

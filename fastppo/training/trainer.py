@@ -111,8 +111,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir).expanduser()
         self.device = choose_device(config.device, config.backend_name)
         _check_writable(self.output_dir)
-        checkpoint = self._find_checkpoint(resume)
-        self._resume, self._resumed = resume, checkpoint is not None
+        self._resume, checkpoint = resume, self._find_checkpoint(resume)
 
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
@@ -131,9 +130,9 @@ class Trainer:
             allow_download=config.model.allow_download,
         )
         self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards, self.algorithm)
-        for prompts in (self.data.train, self.data.eval):
+        for prompts in filter(None, (self.data.train, self.data.eval)):
             self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
-        if self.scorer.held_out is not None:
+        if self.scorer.held_out is not None and self.data.eval:
             self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
@@ -176,9 +175,8 @@ class Trainer:
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         if self.progress is None:
             self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
-        resume_step = self.step if self._resumed else None
         with (
-            MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=resume_step) as logger,
+            MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=self._saved_step) as logger,
             self._signals(),
             self.progress,
         ):
@@ -191,10 +189,9 @@ class Trainer:
                     self._checkpoint()  # a rollback may be due before the first regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
-            except CheckpointError:
-                raise
-            except Exception:
-                self._save_completed_steps()
+            except Exception as error:
+                if not isinstance(error, CheckpointError):
+                    self._save_completed_steps()
                 raise
             if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
                 self._checkpoint()
@@ -210,7 +207,7 @@ class Trainer:
     def _print_notices(self, earlier_run: Path | None) -> None:
         if earlier_run is not None:
             self.progress.print(f"moved the files of an earlier run to {earlier_run}")
-        if self._resume and not self._resumed:
+        if self._resume and self._saved_step is None:
             self.progress.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
         for count, fate in ((self.data.num_dropped, "dropped"), (self.data.num_truncated, "truncated on the left")):
             if count:

@@ -411,6 +411,17 @@ def test_a_wrong_reward_is_named(world, tmp_path, returns):
         Trainer(config(world, tmp_path / "run"), rewards=[_named("broken", returns)]).train()
 
 
+def test_rewards_may_need_columns_also_without_held_out_prompts(world, tmp_path):
+    rows = [json.dumps({"prompt": f"The number {i} is", "letter": "aeiou"[i % 5]}) for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    changes = {"data__train": str(tmp_path / "prompts.jsonl"), "total_steps": 1, "data__eval_size": 0}
+
+    def count(completions, letter):
+        return [float(text.count(a)) for text, a in zip(completions, letter, strict=True)]
+
+    assert Trainer(config(world, tmp_path / "run", **changes), rewards=[count]).train().step == 1
+
+
 def _named(name, returns):
     def function(prompts, completions, **_):
         return returns
@@ -420,31 +431,15 @@ def _named(name, returns):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy):
-    trainer = Trainer(
-        config(world, tmp_path / "run", on_nonfinite=policy, ppo__num_mini_batches=1, ppo__num_ppo_epochs=1)
-    )
+@pytest.mark.parametrize(("name", "what"), [("ppo", "gradient"), ("trpo", "not finite"), ("npg", "not finite")])
+def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy, name, what):
+    sections = {"ppo": {"num_mini_batches": 1, "num_ppo_epochs": 1} if name == "ppo" else {}, "algorithm": name}
+    trainer = Trainer(config(world, tmp_path / "run", **sections, on_nonfinite=policy, total_steps=1))
     before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
     loss = trainer.algorithm.loss
     trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
     if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"step 1.*gradient"):
-            trainer.train()
-    else:
-        trainer.train()
-        assert metrics_of(tmp_path / "run")[1]["policy/skipped_steps"] == 1
-    assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
-
-
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-@pytest.mark.parametrize("name", ["trpo", "npg"])
-def test_a_natural_gradient_that_is_not_finite_is_not_followed(world, tmp_path, policy, name):
-    trainer = Trainer(config(world, tmp_path / "run", algorithm=name, ppo={}, on_nonfinite=policy, total_steps=1))
-    before = {n: p.detach().clone() for n, p in trainer.policy_parameters.items()}
-    loss = trainer.algorithm.loss
-    trainer.algorithm.loss = lambda *a: loss(*a)._replace(loss=loss(*a).loss * float("nan"))
-    if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"step 1.*not finite"):
+        with pytest.raises(NonFiniteError, match=f"step 1.*{what}"):
             trainer.train()
     else:
         trainer.train()
@@ -460,11 +455,12 @@ def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
         trainer.train()
 
 
-def test_nonfinite_probabilities_are_named(world, tmp_path):
-    trainer = Trainer(config(world, tmp_path / "run", eval__every=0, data__eval_size=0))
+@pytest.mark.parametrize(("eval_size", "where"), [(0, "step 1"), (8, "evaluation")])
+def test_nonfinite_probabilities_are_named(world, tmp_path, eval_size, where):
+    trainer = Trainer(config(world, tmp_path / "run", data__eval_size=eval_size))
     with torch.no_grad():
         next(iter(trainer.policy_parameters.values())).fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="step 1: the policy's probabilities are not finite"):
+    with pytest.raises(NonFiniteError, match=f"{where}: the policy's probabilities are not finite"):
         trainer.train()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
