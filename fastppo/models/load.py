@@ -17,12 +17,13 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.head import check_head
 from fastppo.models.source import ModelError, ModelSource, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastppo.models.config import LoraConfig, ModelConfig
 
 
 def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:

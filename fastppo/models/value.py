@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastppo.models.config import ModelConfig
 from fastppo.models.head import backbone_and_head, token_hidden
 from fastppo.models.load import load_model
 from fastppo.models.source import ModelError, ModelSource
+
+if TYPE_CHECKING:
+    from fastppo.models.config import ModelConfig
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -97,6 +100,8 @@ class ValueModel(nn.Module):
             config: for dtype, attention and permissions; float32 and nothing permitted without it.
         """
         from transformers import AutoModel
+
+        from fastppo.models.config import ModelConfig  # needs pydantic, which `fastppo.patch_model` must not
 
         head = ValueHead.from_pretrained(folder, device=device)
         backbone = load_model(AutoModel, ModelSource(str(folder), None), config or ModelConfig(), torch.device(device))

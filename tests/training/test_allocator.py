@@ -11,10 +11,11 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from fastppo.training.allocator import keep_freed_memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page fault for every small page
 kept = sys.argv[1] == "kept" and keep_freed_memory()
 
 def step():

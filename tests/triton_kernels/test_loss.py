@@ -187,8 +187,10 @@ def test_float32_under_autocast_to_bfloat16(device, options, budget, monkeypatch
     by_rows(monkeypatch, 63)
     with torch.autocast(device.type, torch.bfloat16), fastppo.scratch_budget(budget):
         got = loss((hidden, weight, bias, *rest), "triton", **options)
-    for fused, want, tolerance in zip(got, exact, [1e-6, 1e-6, 1e-6, 3e-3, 3e-3, 3e-3], strict=True):
-        assert (fused - want).norm() <= tolerance * want.norm()
+    # The loss is a mean of terms as large as the advantages that may all but cancel: its rounding is theirs.
+    sizes = [rest[2].double().abs().max(), *(want.norm() for want in exact[1:])]
+    for fused, want, size, tolerance in zip(got, exact, sizes, [1e-6, 1e-6, 1e-6, 3e-3, 3e-3, 3e-3], strict=True):
+        assert (fused - want).norm() <= tolerance * size
 
 
 def test_chips_without_a_copy_engine(device, monkeypatch):
