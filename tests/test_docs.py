@@ -124,6 +124,7 @@ def for_integrations(folder: Path) -> dict[str, object]:
 SETUPS = {"integrations.md": for_integrations}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in DOCS if blocks(p, "python")], ids=lambda path: path.name)
 def test_python_runs(path, folder, tmp_path, monkeypatch, capsys):
     for module in ("trl", "transformers", "datasets"):

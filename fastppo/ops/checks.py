@@ -39,7 +39,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: str) ->
         raise ValueError(f"{name}: expected shape {tuple(shape)} ({like}), got {tuple(tensor.shape)}")
 
 
-def check_head(
+def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", device: torch.device | None = None
 ) -> None:
     """hidden [..., D], weight [V, D] and bias [V] that can be multiplied; `prefix` names the reference model's."""

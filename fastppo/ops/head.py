@@ -11,7 +11,7 @@ from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import select
 from fastppo.engines.engine import Head, Needs, Options
 from fastppo.engines.transform import check_transform
-from fastppo.ops.checks import check_head, check_targets, looks_at_values
+from fastppo.ops.checks import check_linear, check_targets, looks_at_values
 from fastppo.ops.vocabulary_parallel import Slices, local_slice
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def open_head(
         weight, bias = whole(weight), whole(bias)
     else:
         weight, bias = local_slice(f"{prefix}weight", weight, group), local_slice(f"{prefix}bias", bias, group)
-    check_head(hidden, weight, bias, prefix=prefix, device=device)
+    check_linear(hidden, weight, bias, prefix=prefix, device=device)
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 

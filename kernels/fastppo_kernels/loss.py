@@ -27,7 +27,7 @@ from fastppo_kernels.rows import compact_rows, gather_rows, scatter_rows
 from fastppo_kernels.statistics import row_statistics
 from fastppo_kernels.stored_gradient import stored_gradient, write_targets
 from fastppo_kernels.tile import steepest, transform_factors
-from fastppo_kernels.tiling import Problem, Tiling, choose, row_stride
+from fastppo_kernels.tiling import LossShape, Tiling, choose, row_stride
 
 # Below this slope of the logit transform bfloat16's exponentials say too little of log p + H, which shrinks with it: at
 # 0.1 the entropy's gradient is off by 0.4%, at 0.01 by 2%, at 0.001 by 70%.
@@ -60,7 +60,7 @@ def choose_tiling(
     bounded = softcap is not None and abs(transform["outer"]) < LEAST_BOUND
     # float16 has too few exponents for exponentials relative to anything but the row's own maximum.
     whole_rows = dtype == torch.float32 or (dtype == torch.bfloat16 and not flat and not bounded)
-    problem = Problem(
+    problem = LossShape(
         hidden.shape[0], *weight.shape, dtype.itemsize, weight.element_size(), unit, needs_copy(weight, dtype)
     )
     return choose(problem, budget, ceilings(hidden.device), whole_rows=whole_rows)

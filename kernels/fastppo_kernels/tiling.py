@@ -21,7 +21,7 @@ ROW_MULTIPLE = 128
 STRIDE_MULTIPLE = 64
 
 
-class Problem(NamedTuple):
+class LossShape(NamedTuple):
     """N rows of hidden size D against V columns; bytes of an element in the products and of ∂weight's dtype.
 
     unit: rows that must stay in one chunk, a sequence's where one ratio stands for all of it.
@@ -46,7 +46,7 @@ class Tiling(NamedTuple):
     seconds: float
 
 
-def choose(problem: Problem, budget: int, ceilings: Ceilings, *, whole_rows: bool = True) -> Tiling:
+def choose(problem: LossShape, budget: int, ceilings: Ceilings, *, whole_rows: bool = True) -> Tiling:
     """The faster of the two tilings at these ceilings, of those that fit `budget` bytes; `whole_rows` allows rows."""
     candidates = [_columns(problem, budget, ceilings), _rows(problem, budget, ceilings) if whole_rows else None]
     return min((c for c in candidates if c is not None), key=lambda c: c.seconds)
@@ -75,12 +75,12 @@ def stored_bytes(rows: int, vocab: int, itemsize: int) -> int:
     return rows * (row_stride(vocab) * itemsize + 12 * -(-vocab // 64))
 
 
-def sums_in_float32(problem: Problem, chunks: int) -> bool:
+def sums_in_float32(problem: LossShape, chunks: int) -> bool:
     """Whether ∂weight needs a float32 sum beside it: a float32 ∂weight is its own."""
     return chunks > 1 and problem.weight_itemsize != 4
 
 
-def _columns(p: Problem, budget: int, ceilings: Ceilings) -> Tiling:
+def _columns(p: LossShape, budget: int, ceilings: Ceilings) -> Tiling:
     block, width = tile_of_columns(p.rows, p.vocab, 0, p.itemsize, budget)
     if block < p.rows:
         block, width = tile_of_columns(p.rows, p.vocab, p.dim, p.itemsize, budget)
@@ -95,7 +95,7 @@ def _columns(p: Problem, budget: int, ceilings: Ceilings) -> Tiling:
     return Tiling(block, width, False, _seconds(8, p, moved, ceilings))
 
 
-def _rows(p: Problem, budget: int, ceilings: Ceilings) -> Tiling | None:
+def _rows(p: LossShape, budget: int, ceilings: Ceilings) -> Tiling | None:
     each = stored_bytes(1, p.vocab, p.itemsize)
     copy = p.itemsize * p.vocab * p.dim if p.copies_weight else 0
     chunk = min(p.rows, (budget - copy) // each)
@@ -116,11 +116,11 @@ def _rows(p: Problem, budget: int, ceilings: Ceilings) -> Tiling | None:
     return Tiling(chunk, p.vocab, True, _seconds(6, p, moved, ceilings))
 
 
-def _weight_reads(p: Problem, times: int) -> int:
+def _weight_reads(p: LossShape, times: int) -> int:
     return times * p.itemsize * p.vocab * p.dim
 
 
-def _seconds(products: int, p: Problem, moved: float, ceilings: Ceilings) -> float:
+def _seconds(products: int, p: LossShape, moved: float, ceilings: Ceilings) -> float:
     """Products and traffic overlap within a kernel and not between them: neither max nor sum, a mean of the two.
 
     Only the order of two tilings of one problem matters.

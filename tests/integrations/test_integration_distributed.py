@@ -170,6 +170,7 @@ def _check_patched_models(rank: int, seed: int) -> None:
                     parameter.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_two_processes(tmp_path):
     for name in ("peft", "accelerate", "datasets"):

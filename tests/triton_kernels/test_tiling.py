@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastppo_kernels.configs import Ceilings
-from fastppo_kernels.tiling import Problem, choose, stored_bytes, tile_of_columns
+from fastppo_kernels.tiling import LossShape, choose, stored_bytes, tile_of_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CHIP = Ceilings(flops_per_s=1e15, bytes_per_s=3e12)
-LLAMA = Problem(rows=8192, vocab=128_256, dim=4096, itemsize=2, weight_itemsize=2)
+LLAMA = LossShape(rows=8192, vocab=128_256, dim=4096, itemsize=2, weight_itemsize=2)
 MIB, GIB = 2**20, 2**30
 
 
@@ -64,7 +64,7 @@ def test_float16_never_goes_by_whole_rows():
     budget=st.integers(1, 2**34),
 )
 def test_what_is_chosen_fits_the_budget(rows, vocab, dim, itemsize, weight_itemsize, unit, budget):
-    problem = Problem(rows, vocab, dim, itemsize, weight_itemsize, unit)
+    problem = LossShape(rows, vocab, dim, itemsize, weight_itemsize, unit)
     tiling = choose(problem, budget, CHIP)
     assert 1 <= tiling.rows <= rows
     assert tiling.seconds > 0
