@@ -15,7 +15,7 @@ import torch
 from fastppo.engines import chunked, cpu, extension, triton, triton_kernels
 
 # For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
-# it: its kernels are proved in Triton's interpreter and compile for real chips, but have not run on one yet.
+# it, until every check of benchmarks/gpu.py passes on a chip.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu", "chunked", "reference", "triton"),
     "linear_kl": ("cpu", "chunked", "reference", "triton"),
