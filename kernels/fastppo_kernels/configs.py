@@ -110,7 +110,8 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
     "anchored_store": dict(_STATISTICS),
     "logit_gradient": {
         **_ONE,
-        ("sm_90", "half"): Gemm(128, 128, 64, warps=8, stages=4),
+        ("sm_90", "half"): Gemm(128, 256, 64, warps=8, stages=4),
+        ("sm_90", "half capped"): Gemm(128, 128, 64, warps=8, stages=4),
         ("sm_100", "half"): Gemm(128, 128, 64, warps=8, stages=4),
     },
     "linear_divergence": {**_TWO, ("sm_90", "half capped"): Gemm(128, 64, 64, warps=8, stages=3)},
