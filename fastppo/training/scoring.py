@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.algorithms.algorithm import Algorithm
+from fastppo.algorithms.algorithm import Algorithm, head_arguments
 from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import NonFiniteError
 from fastppo.models import LMHead
@@ -127,8 +127,8 @@ class Scorer:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)
                 result["ref_logprobs"] = self._logprobs(ref_hidden, ref_head, targets)
                 if config.kl_estimator == "exact":
-                    heads = {"ref_bias": ref_head.bias, **self._head_options(head)}
-                    result["kl"] = linear_kl(hidden, head.weight, ref_hidden, ref_head.weight, mask=mask, **heads)
+                    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_head.weight, "ref_bias": ref_head.bias}
+                    result["kl"] = linear_kl(hidden, mask=mask, **reference, **self._head_arguments(head))
                     result["ref_hidden"] = ref_hidden if config.kl_in == "loss" else None
                 else:
                     logprobs = result["old_logprobs"], result["ref_logprobs"]
@@ -136,11 +136,10 @@ class Scorer:
         return result
 
     def _logprobs(self, hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
-        return linear_logprob(hidden, head.weight, targets, **self._head_options(head)).logprobs
+        return linear_logprob(hidden, targets=targets, **self._head_arguments(head)).logprobs
 
-    def _head_options(self, head: LMHead) -> dict[str, Any]:
-        options = {"temperature": self.config.rollout.temperature, "backend": self.config.backend_name}
-        return options | {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    def _head_arguments(self, head: LMHead) -> dict[str, Any]:
+        return head_arguments(head, self.config.rollout.temperature, self.config.backend_name)
 
     def reward_metrics(self, rewards: RewardOutput, prefix: str = "reward") -> dict[str, float]:
         """Means of the rewards as the functions returned them; normalized ones would not show a rise."""
