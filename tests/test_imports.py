@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. Rooms of one layer do not import each other.
 LAYERS = [
+    {"errors"},
     {"config_fields", "fastppo_kernels", "_C"},
     {"engines"},
     {"ops"},
@@ -40,6 +41,7 @@ LIBRARIES = {
     "ops": {"torch"},
     PACKAGE: set(),
     "config_fields": {"pydantic"},
+    "errors": set(),
 }
 
 

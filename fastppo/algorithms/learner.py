@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.experience import Experience
+from fastppo.errors import FastPPOError
 from fastppo.models.head import LMHead
 
 if TYPE_CHECKING:  # importing it loads transformers, which `fastppo keys` does not need
     from fastppo.models.policy_models import PolicyModels
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FastPPOError, RuntimeError):
     """A NaN or Inf in a loss or gradient, found before the optimizer step."""
 
 

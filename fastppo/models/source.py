@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from fastppo.errors import FastPPOError
+
 _PACKAGE = "package:"
 
 
-class ModelError(ValueError):
+class ModelError(FastPPOError, ValueError):
     """A model or tokenizer that cannot be used; the message is one line that says how to mend it."""
 
 

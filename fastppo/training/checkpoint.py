@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastppo.engines.dispatch import FastPPOWarning
+from fastppo.errors import FastPPOError
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
 MAY_DIFFER = frozenset({
@@ -57,7 +58,7 @@ _SAVING, _TRASH = ".saving-", ".trash-"
 _FOLDER = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FastPPOError, RuntimeError):
     """A checkpoint that cannot be saved, is damaged, or belongs to another run."""
 
 

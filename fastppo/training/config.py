@@ -21,15 +21,14 @@ from pydantic.dataclasses import dataclass
 from fastppo.algorithms import config as algorithms
 from fastppo.config_fields import (
     STRICT,
-    ConfigError,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Text,
-    did_you_mean,
 )
+from fastppo.errors import ConfigError, did_you_mean
 from fastppo.models.config import ModelConfig
 from fastppo.rollout.config import RolloutConfig
 from fastppo.training.config_rules import check_consistency

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from fastppo.algorithms.config import AlgorithmConfig
-from fastppo.config_fields import ConfigError, did_you_mean
+from fastppo.errors import ConfigError, did_you_mean
 from fastppo.training.config import ALGORITHMS, Config, section_of, type_below
 
 

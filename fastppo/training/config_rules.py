@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastppo.algorithms.config import AlgorithmConfig
-from fastppo.config_fields import ConfigError
+from fastppo.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastppo.training.config import Config

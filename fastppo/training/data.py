@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastppo.config_fields import did_you_mean
+from fastppo.errors import FastPPOError, did_you_mean
 from fastppo.rollout.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its columns
 
 
-class DataError(ValueError):
+class DataError(FastPPOError, ValueError):
     """Prompts that cannot be used; the message is one line that says where and why."""
 
 

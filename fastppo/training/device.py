@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastppo.config_fields import ConfigError
 from fastppo.engines.dispatch import select
+from fastppo.errors import ConfigError
 
 
 def choose_device(name: str, backend: str | None = None) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastppo.config_fields import ConfigError
+from fastppo.errors import ConfigError
 from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import OptimConfig
 

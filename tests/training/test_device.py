@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.config_fields import ConfigError
+from fastppo.errors import ConfigError
 from fastppo.training.device import choose_device
 
 

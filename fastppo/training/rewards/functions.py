@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
-from fastppo.config_fields import did_you_mean
+from fastppo.errors import FastPPOError, did_you_mean
 
 RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
 """f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
@@ -31,7 +31,7 @@ arguments that its signature names, or all of them if it takes ``**kwargs``. It 
 number for every token of completion_ids."""
 
 
-class RewardError(ValueError):
+class RewardError(FastPPOError, ValueError):
     """A reward cannot be loaded, or raised an exception, or returned something invalid; the message names it."""
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
-from fastppo.config_fields import did_you_mean
+from fastppo.errors import did_you_mean
 from fastppo.models.config import ModelConfig
 from fastppo.training.config import RewardConfig
 from fastppo.training.rewards.builtin import BUILT_IN
