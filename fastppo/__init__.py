@@ -4,22 +4,24 @@ The operators here need only torch. `fastppo.training` is the trainer behind the
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastppo.engines.budget import scratch_budget
-from fastppo.engines.dispatch import FastPPOWarning
-from fastppo.ops import reference
-from fastppo.ops.fisher_vector_product import fisher_vector_product
-from fastppo.ops.gae import GAEOutput, gae
-from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
-from fastppo.ops.linear_kl import linear_kl
-from fastppo.ops.linear_logprob import linear_logprob
-from fastppo.ops.linear_ppo_loss import linear_ppo_loss
-from fastppo.ops.outputs import FisherOutput, LogprobOutput, PPOLossOutput
-from fastppo.ops.ppo_loss import ppo_loss
-from fastppo.ops.selective_logprob import selective_logprob
-from fastppo.ops.value_loss import ValueLossOutput, value_loss
-from fastppo.ops.whiten import whiten
+if TYPE_CHECKING:
+    from fastppo.engines.budget import scratch_budget
+    from fastppo.engines.dispatch import FastPPOWarning
+    from fastppo.integrations.transformers import patch_model, unpatch_model
+    from fastppo.ops import reference
+    from fastppo.ops.fisher_vector_product import fisher_vector_product
+    from fastppo.ops.gae import GAEOutput, gae
+    from fastppo.ops.kl_control import AdaptiveKLController, FixedKLController, LinearKLController
+    from fastppo.ops.linear_kl import linear_kl
+    from fastppo.ops.linear_logprob import linear_logprob
+    from fastppo.ops.linear_ppo_loss import linear_ppo_loss
+    from fastppo.ops.outputs import FisherOutput, LogprobOutput, PPOLossOutput
+    from fastppo.ops.ppo_loss import ppo_loss
+    from fastppo.ops.selective_logprob import selective_logprob
+    from fastppo.ops.value_loss import ValueLossOutput, value_loss
+    from fastppo.ops.whiten import whiten
 
 __version__ = "0.1.0"
 
@@ -48,14 +50,37 @@ __all__ = [
     "whiten",
 ]
 
-# What belongs to other libraries is loaded on first use, so that `import fastppo` needs only torch.
-_LAZY = {
-    "patch_model": "fastppo.integrations.transformers",
-    "unpatch_model": "fastppo.integrations.transformers",
+# Where the names above come from. They are loaded on first use: `fastppo --help` needs no torch, and a name that
+# belongs to another library needs it only when it is used.
+_MODULES = {
+    "engines.budget": ["scratch_budget"],
+    "engines.dispatch": ["FastPPOWarning"],
+    "integrations.transformers": ["patch_model", "unpatch_model"],
+    "ops.fisher_vector_product": ["fisher_vector_product"],
+    "ops.gae": ["GAEOutput", "gae"],
+    "ops.kl_control": ["AdaptiveKLController", "FixedKLController", "LinearKLController"],
+    "ops.linear_kl": ["linear_kl"],
+    "ops.linear_logprob": ["linear_logprob"],
+    "ops.linear_ppo_loss": ["linear_ppo_loss"],
+    "ops.outputs": ["FisherOutput", "LogprobOutput", "PPOLossOutput"],
+    "ops.ppo_loss": ["ppo_loss"],
+    "ops.selective_logprob": ["selective_logprob"],
+    "ops.value_loss": ["ValueLossOutput", "value_loss"],
+    "ops.whiten": ["whiten"],
 }
+_SUBMODULES = {"engines": "fastppo.engines", "ops": "fastppo.ops", "reference": "fastppo.ops.reference"}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _SUBMODULES:
+        return importlib.import_module(_SUBMODULES[name])
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(f"fastppo.{_HOME[name]}")
+    value = globals()[name] = getattr(module, name)  # the next use finds it without a call
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

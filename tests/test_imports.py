@@ -29,9 +29,9 @@ LAYERS = [
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 COMMAND = {"cli", "doctor", "__main__"}  # one room, "cli"
 
-# fastppo/__init__.py, the public names, stands beside the layers.
+# fastppo/__init__.py, the public names, stands beside the layers and loads a name on its first use.
 PACKAGE = "fastppo"
-PACKAGE_IMPORTS = {"engines", "ops"}
+PACKAGE_IMPORTS = {"engines", "ops", "integrations"}
 IMPORTS_PACKAGE = {"training", "integrations", "cli"}
 
 # Libraries outside of Python's own that a room may import; rooms not listed here may import any.
