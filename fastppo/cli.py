@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import fastppo
+from fastppo.extras import install_command
 
 _DESCRIPTION = """\
 Policy optimization of language models on one machine.
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _show(report)
     if missing := [name for name in ("transformers", "pydantic", "rich", "yaml") if not importlib.util.find_spec(name)]:
-        return _fail(1, f"{', '.join(missing)} missing; pip install 'fastppo[train]'")
+        return _fail(1, f"{', '.join(missing)} missing; {install_command('train')}")
     if arguments.command == "keys":
         from fastppo.training.config_keys import explain, overview
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. Rooms of one layer do not import each other.
 LAYERS = [
     {"errors"},
-    {"config_fields", "fastppo_kernels", "_C"},
+    {"extras", "config_fields", "fastppo_kernels", "_C"},
     {"engines"},
     {"ops"},
     {"models"},
@@ -40,6 +40,7 @@ LIBRARIES = {
     "engines": {"torch", "triton"},
     "ops": {"torch"},
     PACKAGE: set(),
+    "extras": set(),
     "config_fields": {"pydantic"},
     "errors": set(),
 }

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from fastppo.extras import install_command
 from fastppo.models.head import check_head
 from fastppo.models.source import ModelError, ModelSource, resolve
 
@@ -180,7 +181,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise ModelError("model.lora: needs peft (pip install peft)") from None
+        raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
     try:
         adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
         return peft.get_peft_model(model, adapters).eval()
@@ -226,7 +227,7 @@ def _faster_gguf(path: Path) -> Iterator[None]:
     the reader gets a plain array over the same mapping, and the table is cached. Raises ModelError without `gguf`.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{path}: reading a GGUF file needs gguf (pip install gguf)")
+        raise ModelError(f"{path}: reading a GGUF file needs gguf; {install_command('demo')}")
     import gguf
     import numpy as np
     from transformers import modeling_gguf_pytorch_utils as loader

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastppo.errors import FastPPOError, did_you_mean
+from fastppo.extras import install_command
 from fastppo.rollout.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _from_datasets(source: str, folder: Path | None, split: str, allow_download:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{source}: needs the package datasets; pip install 'fastppo[train]'") from None
+        raise DataError(f"{source}: needs the package datasets; {install_command('train')}") from None
     try:
         loaded = datasets.load_from_disk(folder) if folder else datasets.load_dataset(source, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # the library's own errors, and the Hub's, derive from these

@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastppo.extras import install_command
+
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -60,7 +62,7 @@ class MetricsLogger:
             except ImportError as error:
                 raise ImportError(
                     f"tensorboard: true needs the package tensorboard ({error}); "
-                    "pip install 'fastppo[train]', or set tensorboard: false"
+                    f"{install_command('train')}, or set tensorboard: false"
                 ) from None
             self._new_writer = SummaryWriter
         output_dir = Path(output_dir)

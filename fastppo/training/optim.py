@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastppo.errors import ConfigError
+from fastppo.extras import install_command
 from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import OptimConfig
 
@@ -37,7 +38,7 @@ def build_optimizer(
     try:
         import bitsandbytes
     except ImportError:
-        raise ConfigError("optim.name: adamw_8bit needs bitsandbytes (pip install bitsandbytes)") from None
+        raise ConfigError(f"optim.name: adamw_8bit needs bitsandbytes; {install_command('demo')}") from None
     return bitsandbytes.optim.AdamW8bit(groups, **arguments)
 
 

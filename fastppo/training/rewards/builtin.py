@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+from fastppo.extras import install_command
 from fastppo.training.rewards.functions import RewardError
 
 
@@ -18,7 +19,7 @@ class VaderSentiment:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError:
-            raise RewardError(f"reward {name!r}: needs vaderSentiment (pip install vaderSentiment)") from None
+            raise RewardError(f"reward {name!r}: needs vaderSentiment; {install_command('demo')}") from None
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, completions: list[str]) -> list[float]:
@@ -37,9 +38,7 @@ class ReasoningGym:
         try:
             from reasoning_gym import get_score_answer_fn
         except ImportError:
-            raise RewardError(
-                f"reward {name!r}: needs reasoning-gym (pip install 'fastppo[reasoning]', or reasoning-gym)"
-            ) from None
+            raise RewardError(f"reward {name!r}: needs reasoning-gym; {install_command('reasoning')}") from None
         # Set a task up once, not for every completion.
         self._scorer = functools.lru_cache(maxsize=None)(get_score_answer_fn)
 
