@@ -82,7 +82,7 @@ def load_prompts(
         if not (rows := _read(source, split, config.prompt_column, allow_download)):
             raise DataError(f"{source}: holds no prompts")
         names = list(dict.fromkeys(name for _, values in rows for name in values if name != config.prompt_column))
-        for name in sorted({"prompts", "completions"}.intersection(names)):
+        for name in sorted({"prompts", "completions", "completion_ids"}.intersection(names)):
             raise DataError(f"{source}: no column may be named {name!r}, reward functions get their {name} under it")
         for (where, values), (text, special, ids) in zip(rows, _tokenize(rows, config, tokenizer), strict=True):
             if not ids:

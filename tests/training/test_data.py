@@ -215,6 +215,7 @@ def test_the_context_limits_too(tokenizer, tmp_path):
         ("p.jsonl", '{"prompt": ["a"]}\n', r"line 1: a prompt is "),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', r"line 2: the prompt is empty"),
         ("p.jsonl", '{"prompt": "a", "completions": "b"}\n', r"no column may be named 'completions'"),
+        ("p.jsonl", '{"prompt": "a", "completion_ids": [1]}\n', r"no column may be named 'completion_ids'"),
         ("p.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
         ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5000 + "}", r"line 1: not valid JSON"),
         ("p.jsonl", '{"prompt": "\\ud83d"}\n', r"line 1: not valid JSON .*surrogates"),
