@@ -111,7 +111,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         no_place = f"{name}.multi_objective_aggregation: normalize_then_sum leaves no place for {name}"
         if section.missing_eos_penalty:
             yield f"{no_place}.missing_eos_penalty, which belongs to no objective; write it as a reward"
-        if section.kl_coef and section.kl_in == "reward":
+        if penalized and section.kl_in == "reward":
             yield f"{no_place}.kl_in: reward, which belongs to no objective; put it in the loss ({name}.kl_in: loss)"
     half = config.model.autocast is not None or config.model.dtype != "float32"
     if half and getattr(section, "fisher_method", None) == "finite_difference":
@@ -135,6 +135,11 @@ def _options_in_use(config: Config) -> Iterator[str]:
         "kl_horizon": ("kl_controller: adaptive or linear", section.kl_controller != "fixed"),
         "kl_coef_final": ("kl_controller: linear", section.kl_controller == "linear"),
     }
+    if config.model.value_name_or_path is not None:
+        if not critic:
+            yield "model.value_name_or_path: has no effect without a value function"
+        if config.model.value_model == "shared":
+            yield "model.value_name_or_path: has no effect with model.value_model: shared; set it to separate"
     for key in _changed(section):
         needed, there = uses.get(key, ("", True))
         if not there:

@@ -81,6 +81,11 @@ def test_round_trip(tmp_path):
         (["--ppo.adv_estimator", "grpo", "--ppo.vf_coef", "1"], "ppo.vf_coef: has no effect without a value function"),
         (["--ppo.adv_estimator", "rloo", "--ppo.lam", "1"], "ppo.lam: has no effect without GAE"),
         (["--ppo.scale_rewards", "none"], "ppo.scale_rewards: has no effect without grpo"),
+        (["--model.value_name_or_path", "v"], "model.value_name_or_path: has no effect with model.value_model: shared"),
+        (
+            ["--model.value_name_or_path=v", "--model.value_model=separate", "--ppo.adv_estimator=reinforce_plus_plus"],
+            "model.value_name_or_path: has no effect without a value function",
+        ),
         (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
         (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
         (
@@ -105,6 +110,13 @@ def test_round_trip(tmp_path):
         ),
         (
             ["--ppo.multi_objective_aggregation", "normalize_then_sum"],
+            "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
+        ),
+        (
+            [
+                *("--ppo.multi_objective_aggregation", "normalize_then_sum", "--ppo.kl_coef", "0"),
+                *("--ppo.kl_controller", "linear", "--ppo.kl_coef_final", "1"),
+            ],
             "leaves no place for ppo.kl_in: reward, which belongs to no objective; put it in the loss",
         ),
         (
