@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import os
 import shutil
 import signal
 import time
@@ -104,6 +105,10 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         resume: bool = False,
     ) -> None:
+        if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
+            raise ConfigError(
+                f"WORLD_SIZE is {processes}, as torchrun sets it, but a run has one process; start it without torchrun"
+            )
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)

@@ -447,6 +447,13 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy,
     assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
 
 
+def test_one_of_several_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, .* start it without torchrun"):
+        Trainer(config(tmp_path / "no such folder", tmp_path / "run"), rewards=[vowels])
+    assert not (tmp_path / "run").exists()
+
+
 def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "run"))
     name = next(n for n in trainer.policy_parameters if "layers.1.mlp.down_proj" in n)
