@@ -24,6 +24,7 @@ from fastppo.algorithms.experience import Experience
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
 from fastppo.algorithms.second_order.conjugate_gradient import Vector
 from fastppo.models.head import LMHead
+from fastppo.ops import reference as formulas
 from fastppo.ops.linear_logprob import linear_logprob
 
 
@@ -63,28 +64,37 @@ class ConservativePolicyIteration(PolicyThenCritic):
         experience = dataclasses.replace(experience, old_hidden=old_hidden, target_hidden=greedy_hidden)
         loss = self.distillation_loss(old_head, greedy_head, alpha)
 
-        def distance(metrics: dict[str, float]) -> float:
-            return (1.0 - alpha) * metrics["policy/kl"] + alpha * metrics["cpi/kl_from_greedy"]
-
         start, before = _copy(learner.policy_parameters()), learner.measure(experience, loss)
         learner.forget_policy_moments()
         learner.descend(experience, loss, num_epochs=self.config.num_distill_epochs, with_values=False)
         after = learner.measure(experience, loss)
-        if distance(after) < distance(before):
+        if after["loss/distillation"] < before["loss/distillation"]:
             return after
         # Adam's first steps have the length of its learning rate, which for a small α can lead away.
         learner.load_policy(start)
         return before
 
     def distillation_loss(self, old_head: LMHead, greedy_head: LMHead, alpha: float) -> Loss:
-        """KL((1 − α) π + α π' ‖ π_θ) up to a constant, with the states of π and π' from the experience."""
+        """KL((1 − α) π + α π' ‖ π_θ) up to a constant, averaged over states as `loss_agg` says.
+
+        The states of π and π' are in the experience. The metrics of the two KLs are means over tokens.
+        """
 
         def loss(batch: Experience, hidden: Tensor, head: LMHead, values, ref_head) -> StepOutput:
             new = ((hidden, head), batch.mask, self.temperature, self.backend)
-            kl_old = kl_from((batch.old_hidden, old_head), *new).sum() / batch.mask.sum()
-            kl_greedy = kl_from((batch.target_hidden, greedy_head), *new).sum() / batch.mask.sum()
-            metrics = {"policy/kl": kl_old.detach(), "cpi/kl_from_greedy": kl_greedy.detach()}
-            return StepOutput((1.0 - alpha) * kl_old + alpha * kl_greedy, metrics)
+            kl_old = kl_from((batch.old_hidden, old_head), *new)  # [b, T]
+            kl_greedy = kl_from((batch.target_hidden, greedy_head), *new)
+            weights = formulas.aggregation_weights(batch.mask, self.config.loss_agg, kl_old.dtype)
+            value = (weights * ((1.0 - alpha) * kl_old + alpha * kl_greedy)).sum()
+            tokens = batch.mask.sum()
+            return StepOutput(
+                value,
+                {
+                    "loss/distillation": value.detach(),
+                    "policy/kl": kl_old.detach().sum() / tokens,
+                    "cpi/kl_from_greedy": kl_greedy.detach().sum() / tokens,
+                },
+            )
 
         return loss
 

@@ -55,9 +55,16 @@ def test_the_distilled_policy_is_the_mixture_at_every_state(alpha):
         assert metrics[name] == pytest.approx(kl, rel=1e-6)
 
 
-def test_the_distillation_gradient_is_that_of_the_kl_from_the_mixture():
-    """(1 − α) KL(π ‖ π_θ) + α KL(π′ ‖ π_θ) = KL((1 − α) π + α π′ ‖ π_θ) + a constant."""
-    tree, models, algorithm, learner = world(features=3)
+@pytest.mark.parametrize(
+    "loss_agg", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+)
+def test_the_distillation_gradient_is_that_of_the_kl_from_the_mixture(loss_agg):
+    """(1 − α) KL(π ‖ π_θ) + α KL(π′ ‖ π_θ) = KL((1 − α) π + α π′ ‖ π_θ) + a constant, weighted as `loss_agg` says.
+
+    Of completions of different lengths, and summed up over micro-batches.
+    """
+    tree, models, algorithm, learner = world(tree=Tree(depth=3, eos=True), features=3, loss_agg=loss_agg)
+    learner.micro_batch_size = 4
     experience = models.experience(torch.arange(len(tree.sequences)))
     old = {name: torch.randn_like(p) for name, p in models.policy_parameters().items()}
     greedy = {name: torch.randn_like(p) for name, p in models.policy_parameters().items()}
@@ -66,9 +73,15 @@ def test_the_distillation_gradient_is_that_of_the_kl_from_the_mixture():
     gradient, _ = learner.gradient(experience, algorithm.distillation_loss(old_head, greedy_head, 0.3))
     mixture = 0.7 * models.logits(old).softmax(-1) + 0.3 * models.logits(greedy).softmax(-1)
     kl = (mixture * (mixture.log() - models.logits().log_softmax(-1))).sum(-1)
-    expected = torch.autograd.grad(
-        kl[tree.states(experience.sequences)].mean(), list(models.policy_parameters().values())
-    )
+    terms = [row[real] for row, real in zip(kl[tree.states(experience.sequences)], experience.mask, strict=True)]
+    assert len({len(row) for row in terms}) > 1
+    if loss_agg == "token-mean":
+        loss = torch.cat(terms).mean()
+    elif loss_agg == "seq-mean-token-mean":
+        loss = torch.stack([row.mean() for row in terms]).mean()
+    else:
+        loss = torch.stack([row.sum() for row in terms]).mean() / (3 if loss_agg.endswith("norm") else 1)
+    expected = torch.autograd.grad(loss, list(models.policy_parameters().values()))
     for ours, exact in zip(gradient.values(), expected, strict=True):
         torch.testing.assert_close(ours, exact)
 
