@@ -48,6 +48,7 @@ from fastppo.integrations.trl_ppo_config import PPOConfig, algorithm_options, on
 from fastppo.models import check_head, context_length, disable_dropout, token_hidden
 from fastppo.models.load import enable_gradient_checkpointing
 from fastppo.models.packing import completion_hidden
+from fastppo.models.source import hub_offline
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.ops.reference import sampled_kl
 from fastppo.rollout.config import RolloutConfig
@@ -142,11 +143,12 @@ class PPOTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU: start the script with `accelerate launch`")
         if peft_config is not None:
-            import peft
+            with hub_offline():  # peft imports bitsandbytes
+                import peft
 
-            if not isinstance(peft_config, peft.PeftConfig):
-                raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
-            model = peft.get_peft_model(model, peft_config)
+                if not isinstance(peft_config, peft.PeftConfig):
+                    raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
+                model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
         if args.ref_adapter_name is not None and not self.is_peft_model:
             raise ValueError("ref_adapter_name: the model has no adapters")

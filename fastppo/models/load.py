@@ -19,7 +19,7 @@ from torch import nn
 
 from fastppo.extras import install_command
 from fastppo.models.head import check_head
-from fastppo.models.source import ModelError, ModelSource, resolve
+from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         arguments["output_loading_info"] = True
     where = Path(source.path, source.gguf_file or "")
     try:
-        with contextlib.ExitStack() as stack:
+        with hub_offline(not config.allow_download), contextlib.ExitStack() as stack:
             if logging.is_progress_bar_enabled():
                 logging.disable_progress_bar()
                 stack.callback(logging.enable_progress_bar)
@@ -178,15 +178,16 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     Raises:
         ModelError: peft is not installed, or the configuration does not fit the model.
     """
-    try:
-        import peft
-    except ImportError:
-        raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
-    try:
-        adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
-        return peft.get_peft_model(model, adapters).eval()
-    except ValueError as error:
-        raise ModelError(f"model.lora: {_first_line(error)}") from error
+    with hub_offline():  # peft imports bitsandbytes
+        try:
+            import peft
+        except ImportError:
+            raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
+        try:
+            adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
+            return peft.get_peft_model(model, adapters).eval()
+        except ValueError as error:
+            raise ModelError(f"model.lora: {_first_line(error)}") from error
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:

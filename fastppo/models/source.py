@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from fastppo.errors import FastPPOError
 
@@ -21,6 +24,19 @@ class ModelSource(NamedTuple):
 
     path: str  # folder or Hub id
     gguf_file: str | None  # name of a GGUF file in that folder
+
+
+@contextlib.contextmanager
+def hub_offline(offline: bool = True) -> Iterator[None]:
+    """Keep libraries from asking the Hugging Face Hub within the context, as HF_HUB_OFFLINE=1 does for a process.
+
+    `local_files_only` is not enough: where the package `kernels` is installed, bitsandbytes downloads native code when
+    it is imported, which peft and transformers do too, and transformers does so for some models.
+    """
+    from huggingface_hub import constants
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True) if offline else contextlib.nullcontext():
+        yield
 
 
 def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:

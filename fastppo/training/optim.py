@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastppo.errors import ConfigError
 from fastppo.extras import install_command
+from fastppo.models.source import hub_offline
 from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import OptimConfig
 
@@ -36,7 +37,8 @@ def build_optimizer(
     if config.name != "adamw_8bit":
         return torch.optim.AdamW(groups, fused=True, **arguments)
     try:
-        import bitsandbytes
+        with hub_offline():
+            import bitsandbytes
     except ImportError:
         raise ConfigError(f"optim.name: adamw_8bit needs bitsandbytes; {install_command('demo')}") from None
     return bitsandbytes.optim.AdamW8bit(groups, **arguments)

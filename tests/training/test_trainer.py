@@ -449,7 +449,7 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy,
 
 def test_one_of_several_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, .* start it without torchrun"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, .* start it without torchrun"):
         Trainer(config(tmp_path / "no such folder", tmp_path / "run"), rewards=[vowels])
     assert not (tmp_path / "run").exists()
 
