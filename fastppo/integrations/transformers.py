@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastppo.engines.transform import check_transform
 from fastppo.integrations.patching import origin, require
-from fastppo.models.head import backbone_and_head, check_head
+from fastppo.models.head import backbone_and_head, backbone_of, check_head
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
@@ -139,10 +139,9 @@ def install(model: nn.Module, patch: LogprobForward) -> None:
         finally:
             for part in training:
                 part.training = True
-    backbone, _ = backbone_and_head(causal)
     patch.replaced = vars(causal).get("forward")
     setattr(causal, SLOT, patch)
-    causal.forward = _make_forward(type(causal), type(backbone)).__get__(causal)
+    causal.forward = _make_forward(type(causal), type(backbone_of(causal))).__get__(causal)
 
 
 def _make_forward(model_class: type[nn.Module], backbone_class: type[nn.Module]) -> Callable:

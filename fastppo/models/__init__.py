@@ -1,7 +1,7 @@
 """Causal language models from transformers, and what the operators need of them."""
 
 # ruff: noqa: F401
-from fastppo.models.head import LMHead, backbone_and_head, check_head, token_hidden
+from fastppo.models.head import LMHead, backbone_and_head, backbone_of, check_head, readable_ids, token_hidden
 from fastppo.models.load import (
     apply_lora,
     context_length,

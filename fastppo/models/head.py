@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastppo.models.source import ModelError
+
 # Configuration entries that scale the logits, and whether they divide.
 _SCALES = {
     "logit_scale": False,  # Cohere
@@ -38,8 +40,7 @@ class LMHead(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits [..., V] of hidden states [..., D]. For checks; training never computes them."""
-        z = F.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return _transform(F.linear(hidden, self.weight, self.bias), self.logit_scale, self.softcap)
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
@@ -57,17 +58,27 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LMHead]:
     Raises:
         ValueError: the model has no head, or one that is not ``h Wᵀ + b``.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    output = causal.get_output_embeddings()
-    if output is None:
-        raise ValueError(f"{type(causal).__name__} has no language-model head")
-    weight, bias = _weight_and_bias(output)
-    config = causal.config.get_text_config()
+    causal = causal_of(model)
+    weight, bias = _weight_and_bias(_output(causal))
+    return backbone_of(model), LMHead(weight, bias, *_scale_and_softcap(causal))
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The backbone alone: `backbone_and_head` adds an adapter of the head to a copy of its weight."""
+    causal = causal_of(model)
     backbone = causal.base_model
-    if backbone is causal:  # a text-only class whose prefix is the multimodal wrapper's, as in Llama 4
-        backbone = causal.model
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return backbone, LMHead(weight, bias, _logit_scale(config), softcap)
+    # A text-only class whose prefix is the multimodal wrapper's, as in Llama 4, is its own base model.
+    return causal.model if backbone is causal else backbone
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The model's own logits [N, V] of hidden states [N, D], by its head's module: adapters stay products of low rank.
+
+    As a matrix, `hidden` is multiplied as it is. Of more dimensions and not contiguous, as the last states of padded
+    rows are, PyTorch takes a product for each row, and in bfloat16 on a CPU a copy of a frozen weight for each too.
+    """
+    causal = causal_of(model)
+    return _transform(_output(causal)(hidden), *_scale_and_softcap(causal))
 
 
 def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = True) -> None:
@@ -119,8 +130,11 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
 
     Returns:
         [B, T, D] in the backbone's dtype, arbitrary but finite at padding.
+
+    Raises:
+        ModelError: a token that is not padding has no embedding.
     """
-    arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+    arguments = {"input_ids": readable_ids(backbone, input_ids, attention_mask), "attention_mask": attention_mask}
     accepted = inspect.signature(type(backbone).forward).parameters
     if "position_ids" in accepted:
         # A sequence starts at position 0 wherever it lies in its row.
@@ -130,10 +144,38 @@ def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     return backbone(**arguments).last_hidden_state
 
 
+def readable_ids(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Token ids [B, T] with 0 at padding, since a pad token that was added to a tokenizer may have no embedding.
+
+    Raises:
+        ModelError: a token that is not padding has no embedding.
+    """
+    ids = input_ids.masked_fill(attention_mask == 0, 0)
+    embeddings = backbone.get_input_embeddings()
+    rows = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)  # inside peft's adapters
+    if rows is not None and ids.numel() and (largest := int(ids.max())) >= rows:
+        raise ModelError(
+            f"token {largest} has no embedding, the model has {rows}: it was added to the tokenizer but not to the "
+            "model (model.resize_token_embeddings adds it)"
+        )
+    return ids
+
+
 def close(given: Tensor, expected: Tensor, tolerance: float = 1e-3) -> bool:
     """Whether two tensors differ by at most a share of the largest value; by default, that of float32 hidden states."""
     # NaN is not close to anything: every comparison with it is false.
     return bool((given - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def causal_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside peft's wrapper, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _output(causal: nn.Module) -> nn.Module:
+    if (output := causal.get_output_embeddings()) is None:
+        raise ValueError(f"{type(causal).__name__} has no language-model head")
+    return output
 
 
 def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -158,12 +200,17 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _logit_scale(config: object) -> float:
-    scale = 1.0
+def _transform(z: Tensor, scale: float, softcap: float | None) -> Tensor:
+    z = z * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _scale_and_softcap(causal: nn.Module) -> tuple[float, float | None]:
+    scale, config = 1.0, causal.config.get_text_config()
     for name, divides in _SCALES.items():
         if (value := getattr(config, name, None)) is None:
             continue
         if name == "logits_scaling" and config.model_type.startswith(_MULTIPLIES_BY_LOGITS_SCALING):
             divides = False
         scale = scale / value if divides else scale * value
-    return scale
+    return scale, next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.attention import NAME
-from fastppo.models.head import LMHead, backbone_and_head, close, token_hidden
+from fastppo.models.head import LMHead, backbone_and_head, close, readable_ids, token_hidden
 
 _DENSE = {"sdpa", NAME}
 
@@ -44,6 +44,9 @@ def completion_hidden(
 
     Returns:
         The states [B, T, D], arbitrary but finite at padding, and the model's head.
+
+    Raises:
+        ModelError: a token that is not padding has no embedding.
     """
     backbone, head = backbone_and_head(model)
     if can_pack(backbone):
@@ -149,8 +152,9 @@ def _lay_out(rows: list[list[_Piece]], length: int, completions: list[list[int]]
 
 def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     """The states [B, T, D] that predict the completion tokens, arbitrary but finite at padding."""
+    ids = readable_ids(backbone, packed.input_ids, torch.ones_like(packed.input_ids))  # 0 at padding already
     hidden = backbone(
-        input_ids=packed.input_ids, attention_mask=packed.visible, position_ids=packed.position_ids, use_cache=False
+        input_ids=ids, attention_mask=packed.visible, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastppo.models.config import ModelConfig
-from fastppo.models.head import LMHead, backbone_and_head
+from fastppo.models.head import LMHead, backbone_and_head, backbone_of
 from fastppo.models.load import apply_lora, context_length, load_causal_lm
 from fastppo.models.packing import can_pack, completion_hidden
 from fastppo.models.value import ValueHead, ValueModel
@@ -53,7 +53,7 @@ class PolicyModels:
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
         self.policy = policy
-        can_pack(backbone_and_head(policy)[0])  # tried now, since under functional_call it could not be
+        can_pack(backbone_of(policy))  # tried now, since under functional_call it could not be
         self.has_reference = config.reference == "frozen"
         self._kept: _KeptPass | None = None
 
@@ -80,7 +80,7 @@ class PolicyModels:
             kept, self._kept = self._kept, None
             states = kept.states(_version(self.policy), *arguments)
             if states is not None:
-                return states, backbone_and_head(self.policy)[1]
+                return states, kept.head
         return completion_hidden(self.policy, *arguments)
 
     def hidden_before_update(
@@ -94,7 +94,7 @@ class PolicyModels:
         with torch.enable_grad():
             states, head = self.hidden(sequences, attention_mask, num_completion)
         row_of = {row: index for index, row in enumerate(_rows(sequences, attention_mask))}
-        self._kept = _KeptPass(_version(self.policy), row_of, states)
+        self._kept = _KeptPass(_version(self.policy), row_of, states, head)
         return states.detach(), head
 
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
@@ -163,6 +163,7 @@ class _KeptPass(NamedTuple):
     version: int  # `_version` of the policy at the time of the pass
     row_of: dict[tuple[int, ...], int]  # by the tokens and the attention mask of a sequence
     hidden: Tensor  # [B, T, D], with its graph
+    head: LMHead  # with its graph: if the head has adapters, they are added to its weight once
 
     def states(self, version: int, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> Tensor | None:
         """States [B, T, D] of sequences of this pass, in any order; None for others or if the parameters changed."""

@@ -18,45 +18,61 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
+
+from fastppo.models.head import backbone_of, causal_of, logits_of
+from fastppo.rollout.draw import draw, random_numbers
 
 # The linear layers that attention and the gated MLP of most architectures call on the same tensor, in this order.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def can_decode(policy: nn.Module) -> bool:
+    """Whether generate() would call this model's backbone just as `decode` does."""
+    causal = causal_of(policy)
+    return (
+        getattr(type(causal), "prepare_inputs_for_generation", None) is GenerationMixin.prepare_inputs_for_generation
+        and causal._supports_default_dynamic_cache()
+        and not causal._is_stateful
+        and {"position_ids", "use_cache", _cache_name(causal)} <= _accepted(backbone_of(causal))
+        and set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) <= _LAYER_TYPES
+    )
+
+
 @torch.no_grad()
 def decode(
     policy: nn.Module, ids: Tensor, mask: Tensor, *, eos: list[int], pad: int, max_new_tokens: int, temperature: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sample one completion for every prompt on a CPU.
 
     Args:
-        policy: a causal language model whose backbone passes `can_pack`, with or without adapters. During the call its
-            linear layers may run on prepared weights, see `_prepared_weights`.
+        policy: a causal language model that `can_decode` accepts, with or without adapters. During the call its linear
+            layers may run on prepared weights, see `_prepared_weights`.
         ids, mask: [B, P] int64, prompts padded on the left.
         eos: tokens that end a completion; pad: fills a row after its end.
         max_new_tokens: most tokens of a completion.
         temperature: divides the logits.
 
     Returns:
-        [B, T] int64, T ≤ max_new_tokens.
+        Tokens [B, T] int64, T ≤ max_new_tokens, and their log-probabilities [B, T] float32.
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
     """
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    accepted = inspect.signature(base.forward).parameters
-    cache = DynamicCache(config=base.config)
-    # transformers 5.24 renamed it.
-    arguments = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = 1
+    causal = causal_of(policy)
+    backbone, cache = backbone_of(causal), DynamicCache(config=causal.config)
+    arguments = {_cache_name(causal): cache, "use_cache": True}
 
     def step(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """[b, V] logits after the last of these tokens."""
-        return policy(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+        hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).last_hidden_state
+        return logits_of(causal, hidden[:, -1])
 
     tokens = torch.full((len(ids), max_new_tokens), pad, dtype=torch.long)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
     stop = torch.tensor(eos, dtype=torch.long)
     with _prepared_weights(policy, len(ids)):
         prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
@@ -66,8 +82,9 @@ def decode(
         positions = positions[copies, -1:]
         rows = torch.arange(len(ids))  # those that have not ended
         for column in range(max_new_tokens):
-            # Ended rows consume a number too, so no row's draws depend on where the others end.
-            chosen = _draw(logits.float() / temperature, torch.rand(len(ids))[rows])
+            # Ended rows consume numbers too, so no row's draws depend on where the others end.
+            numbers = random_numbers(len(ids), logits.shape[1])[rows]
+            chosen, logprobs[rows, column] = draw(logits, temperature, numbers)
             tokens[rows, column] = chosen
             going = ~torch.isin(chosen, stop)
             if column + 1 == max_new_tokens or not going.any():
@@ -78,18 +95,16 @@ def decode(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions + 1
             logits = step(chosen[:, None], mask, positions)
-    return tokens[:, : column + 1]
+    return tokens[:, : column + 1], logprobs[:, : column + 1]
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """[B] tokens from softmax(logits) [B, V], by inversion: the first whose cumulative probability exceeds u [B]."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    total = cumulative[:, -1]
-    if not torch.isfinite(total).all():
-        raise FloatingPointError("the policy's probabilities are not finite")
-    # u < 1, but u · total may round up to the total, which no cumulative probability exceeds.
-    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)
+def _cache_name(causal: nn.Module) -> str:
+    """transformers 5.24 renamed the argument."""
+    return "cache" if "cache" in _accepted(backbone_of(causal)) else "past_key_values"
+
+
+def _accepted(backbone: nn.Module) -> set[str]:
+    return set(inspect.signature(backbone.forward).parameters)
 
 
 @contextlib.contextmanager

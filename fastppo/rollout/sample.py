@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from fastppo.models import backbone_and_head
-from fastppo.models.packing import can_pack
+from fastppo.models import backbone_of, readable_ids
 from fastppo.rollout.config import RolloutConfig
-from fastppo.rollout.decode import decode
+from fastppo.rollout.decode import can_decode, decode
+from fastppo.rollout.draw import draw, random_numbers
 from fastppo.rollout.prompt import Prompt
 
 
@@ -51,6 +52,7 @@ def sample(
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
+        ModelError: a prompt holds a token without an embedding.
     """
     pad, eos = tokenizer.pad_token_id, eos_ids
     if eos is None:
@@ -61,86 +63,75 @@ def sample(
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
     prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
 
+    known = readable_ids(backbone_of(policy), ids, prompt_mask)
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    generation = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, eos_token_id=eos or None, pad_token_id=pad, **limits
-    )
     # On a CPU most of generate()'s time is not the model's.
-    use_decode = device.type == "cpu" and not with_logprobs and can_pack(backbone_and_head(policy)[0])
-    size, parts, recorded = config.generation_batch_size, [], []
-    for batch in zip(ids.split(size), prompt_mask.split(size), strict=True):
-        if use_decode:
-            parts.append(decode(policy, *batch, eos=eos, pad=pad, **limits))
-            continue
-        recorder = _RecordLogprobs(config.temperature)
-        out = _generate(policy, *batch, generation, LogitsProcessorList([recorder] if with_logprobs else []))
-        parts.append(out[:, ids.shape[1] :])
-        if with_logprobs:
-            recorder.take(out)
-            recorded.append(torch.cat(recorder.steps, 1))
+    sampler = decode if device.type == "cpu" and can_decode(policy) else _generate
+    size, parts = config.generation_batch_size, []
+    for batch in zip(known.split(size), prompt_mask.split(size), strict=True):
+        parts.append(sampler(policy, *batch, eos=eos, pad=pad, **limits))
+    sampled, logprobs = zip(*parts, strict=True)
 
-    tokens = _join(parts, pad)
+    tokens = _join(sampled, pad)
     is_eos = torch.isin(tokens, torch.tensor(eos, dtype=torch.long, device=device))
     # Tokens count up to the first EOS, which is included; generate() pads after it, often with EOS itself.
     mask = (is_eos.cumsum(1) - is_eos.long()) == 0
+    tokens = tokens.masked_fill(~mask, pad)
     numbers: dict[int, int] = {}  # of each prompt, which is one object however often it is repeated
     groups = [numbers.setdefault(id(prompt), len(numbers)) for prompt in prompts]
     return Rollout(
         sequences=torch.cat([ids, tokens], dim=1),
         attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
         mask=mask,
-        completions=tokenizer.batch_decode(tokens.masked_fill(~mask, pad), skip_special_tokens=True),
+        completions=tokenizer.batch_decode(tokens, skip_special_tokens=True),
         ended=(is_eos & mask).any(1),
         groups=torch.tensor(groups, device=device),
-        logprobs=_join(recorded, 0.0).masked_fill(~mask, 0.0) if with_logprobs else None,
+        logprobs=_join(logprobs, 0.0).masked_fill(~mask, 0.0) if with_logprobs else None,
     )
 
 
 def _generate(
-    policy: nn.Module, ids: Tensor, mask: Tensor, generation: GenerationConfig, processors: LogitsProcessorList
-) -> Tensor:
-    """[b, P + T] tokens by transformers' generate(), with `generation` in place of the model's own generation config.
+    policy: nn.Module, ids: Tensor, mask: Tensor, *, eos: list[int], pad: int, max_new_tokens: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """As `decode`, on any device and of any model, by transformers' generate().
 
-    A config that is only passed to generate() is completed from the model's own, so a model that ships with a
-    repetition penalty would be sampled from another distribution than the one it is scored with.
+    A generation config that is only passed to generate() is completed from the model's own, so a model that ships with
+    a repetition penalty would be sampled from another distribution than the one it is scored with.
     """
+    # It reads its own pad tokens after a row's end.
+    known = pad if pad < backbone_of(policy).get_input_embeddings().weight.shape[0] else 0
+    generation = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=known)
+    sampler = _Draw(temperature)
+    head = policy.get_output_embeddings()
     # Wrappers, such as peft's and torch.compile's, forward to the model that owns it.
     before = [(m, m.generation_config) for m in policy.modules() if "generation_config" in vars(m)]
+    # Otherwise the first product is one for each row, see `logits_of`.
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:
         for owner, _ in before:
             owner.generation_config = generation
-        return policy.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
-    except RuntimeError as error:
-        if "probability tensor contains" in str(error):  # raised by torch.multinomial
-            raise FloatingPointError("the policy's probabilities are not finite") from error
-        raise
+        out = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([sampler]))
     finally:
+        hook.remove()
         for owner, own in before:
             owner.generation_config = own
+    return out[:, ids.shape[1] :], torch.stack(sampler.logprobs, 1)
 
 
-class _RecordLogprobs(LogitsProcessor):
-    """Record the log-probability of every token that `generate` samples; the logits pass through unchanged.
-
-    The token drawn from some logits is known when the next ones arrive, so one [b, V] is kept at a time.
-    """
+class _Draw(LogitsProcessor):
+    """Leave one token of each row, drawn from its logits, and record its log-probability."""
 
     def __init__(self, temperature: float) -> None:
-        self.temperature = temperature  # generate() divides by it after this
-        self.steps: list[Tensor] = []  # [b, 1] each
-        self.waiting: Tensor | None = None
+        self.temperature = temperature
+        self.logprobs: list[Tensor] = []  # [b] each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.take(input_ids)
-        self.waiting = (scores.float() / self.temperature).log_softmax(-1)
-        return scores
-
-    def take(self, input_ids: Tensor) -> None:
-        if self.waiting is not None:
-            self.steps.append(self.waiting.gather(1, input_ids[:, -1:]))
+        tokens, logprobs = draw(scores, self.temperature, random_numbers(*scores.shape, scores.device))
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-def _join(parts: list[Tensor], fill: float) -> Tensor:
+def _join(parts: Sequence[Tensor], fill: float) -> Tensor:
     """Parts [b, T_i] as one [B, T], filled on the right."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])

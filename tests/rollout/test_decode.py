@@ -11,7 +11,8 @@ from tiny import make_tiny_model
 from torch import nn
 
 from fastppo.rollout import decode as decode_module
-from fastppo.rollout.decode import _draw, _prepared_weights, decode
+from fastppo.rollout.decode import _prepared_weights, decode
+from fastppo.rollout.draw import draw
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,27 +26,6 @@ PROMPTS = torch.arange(3, 15).view(3, 4)
 def model(tmp_path_factory):
     path = make_tiny_model(tmp_path_factory.mktemp("decode") / "model")
     return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-
-
-def test_draws_follow_the_probabilities():
-    """An even grid of uniform numbers falls on each token in proportion to its probability, to one grid point."""
-    count = 20_000
-    logits = 2 * torch.randn(1, 50)
-    logits[0, [0, 7, 49]] = -torch.inf
-    uniform = (torch.arange(count) + 0.5) / count
-    chosen = _draw(logits.expand(count, -1), uniform)
-    expected = logits[0].double().softmax(-1) * count
-    assert (torch.bincount(chosen, minlength=50) - expected).abs().max() < 2.1
-    largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    assert _draw(logits, largest[None]).item() == 48  # never a token of no probability
-    assert _draw(logits, torch.zeros(1)).item() == 1
-
-
-def test_what_is_not_finite_is_named():
-    logits = torch.randn(3, 9)
-    logits[1, 2] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        _draw(logits, torch.rand(3))
 
 
 def test_cold_sampling_is_greedy_generation(model):
@@ -62,7 +42,7 @@ def test_cold_sampling_is_greedy_generation(model):
     free = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=-1, **plain)[:, ids.shape[1] :]
     eos = [int(free[0, 2]), int(free[3, 5])]  # they end the completions of two prompts at least
     expected = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=eos, **plain)[:, ids.shape[1] :]
-    tokens = decode(model, ids, mask, eos=eos, pad=pad, max_new_tokens=longest, temperature=1e-6)
+    tokens, _ = decode(model, ids, mask, eos=eos, pad=pad, max_new_tokens=longest, temperature=1e-6)
     assert torch.equal(tokens, expected)
 
 
@@ -71,10 +51,10 @@ def test_an_end_elsewhere_changes_no_draw(model):
     ids = torch.randint(3, 300, (6, 4))
     arguments = {"pad": 0, "max_new_tokens": 10, "temperature": 1.0}
     torch.manual_seed(3)
-    free = decode(model, ids, torch.ones_like(ids), eos=[-1], **arguments)
+    free, _ = decode(model, ids, torch.ones_like(ids), eos=[-1], **arguments)
     eos = int(free[0, 1])
     torch.manual_seed(3)
-    ended = decode(model, ids, torch.ones_like(ids), eos=[eos], **arguments)
+    ended, _ = decode(model, ids, torch.ones_like(ids), eos=[eos], **arguments)
     for row, tokens in enumerate(free.tolist()):
         own = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
         assert ended[row, : len(own)].tolist() == own
@@ -120,8 +100,8 @@ def test_the_model_is_left_exactly_as_it_was(model, lora, failing, monkeypatch):
     tensors = {name: (x.clone(), x.data_ptr(), x._version) for name, x in model.state_dict(keep_vars=True).items()}
     config = model.config.to_dict()
     if failing:
-        calls = iter([_draw])  # the second token fails
-        monkeypatch.setattr(decode_module, "_draw", lambda *args: next(calls)(*args))
+        calls = iter([draw])  # the second token fails
+        monkeypatch.setattr(decode_module, "draw", lambda *args: next(calls)(*args))
         with pytest.raises(StopIteration):
             sample(model)
     else:
