@@ -9,6 +9,8 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,17 +103,13 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         ModelError: the model or tokenizer cannot be loaded.
     """
     import transformers
-    from transformers.utils import logging
 
     is_model = "dtype" in arguments
-    if is_model:
-        arguments["output_loading_info"] = True
+    if is_model:  # what does not fit is named below, rather than in a table on stderr
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     where = Path(source.path, source.gguf_file or "")
     try:
-        with hub_offline(not config.allow_download), contextlib.ExitStack() as stack:
-            if logging.is_progress_bar_enabled():
-                logging.disable_progress_bar()
-                stack.callback(logging.enable_progress_bar)
+        with hub_offline(not config.allow_download), _quiet(), contextlib.ExitStack() as stack:
             if source.gguf_file:
                 stack.enter_context(_faster_gguf(where))
                 arguments["gguf_file"] = source.gguf_file
@@ -128,12 +126,19 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         raise
     except Exception as error:  # readers of a damaged file raise anything, struct.error and KeyError included
         what = "model" if is_model else "tokenizer"
-        raise ModelError(f"{where}: the {what} cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{where}: the {what} cannot be loaded ({_one_line(error)})") from error
     if not is_model:
         return loaded
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and only warns
         raise ModelError(f"{where}: {len(missing)} weights of {type(model).__name__} are missing, first {missing[0]!r}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, *shapes = mismatched[0]
+        found, expected = map(list, shapes)
+        raise ModelError(
+            f"{where}: {len(mismatched)} weights of {type(model).__name__} have another shape than its configuration "
+            f"says, first {name!r}: {found}, expected {expected}"
+        )
     return model
 
 
@@ -169,7 +174,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         # The reentrant kind drops gradients when a checkpointed input needs none, as under LoRA.
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(f"model.gradient_checkpointing: {_first_line(error)}") from None
+        raise ModelError(f"model.gradient_checkpointing: {_one_line(error)}") from None
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -178,7 +183,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     Raises:
         ModelError: peft is not installed, or the configuration does not fit the model.
     """
-    with hub_offline():  # peft imports bitsandbytes
+    with hub_offline(), _quiet():  # peft imports bitsandbytes
         try:
             import peft
         except ImportError:
@@ -186,8 +191,12 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         try:
             adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
             return peft.get_peft_model(model, adapters).eval()
+        except re.error as error:
+            raise ModelError(
+                f"model.lora.target_modules: {lora.target_modules!r} is not a regular expression ({error})"
+            ) from None
         except ValueError as error:
-            raise ModelError(f"model.lora: {_first_line(error)}") from error
+            raise ModelError(f"model.lora: {_one_line(error)}") from error
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:
@@ -203,6 +212,24 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
         linear.weight = nn.Parameter(linear.weight.detach().clone())
         base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
     return merged.merge_and_unload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing: what goes wrong is raised. Its settings are restored at the end."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_gguf_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -251,6 +278,6 @@ def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: t
     return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}" if text else type(error).__name__

