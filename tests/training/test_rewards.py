@@ -503,6 +503,54 @@ def test_a_model_scores_each_text_as_if_alone(tmp_path, labels, label):
     assert endings[0] != endings[1]
 
 
+def _add_bos(tokenizer):
+    """The tokenizer with a token `<s>`, which it puts before every text, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
+    """The prompts' chat template wrote it."""
+    import transformers
+
+    path = _classifier(tmp_path / "m", 1)
+    _add_bos(make_tiny_tokenizer()).save_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+    rewards = build_rewards([RewardConfig(name="model", model=str(path))], model_defaults=ModelConfig())
+    bos, completions = tokenizer.bos_token, ["one", "two"]
+    given = rewards([f"{bos}user\nA", "plain"], completions, {"ignored": [1, 2]}).total
+    for value, text in zip(given, ("user\nAone", "plaintwo"), strict=True):
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        torch.testing.assert_close(value, model(torch.tensor([ids])).logits[0, 0].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_a_reward_model(tmp_path):
+    """Its pad token has no embedding, and a text ends with each token that could stand for padding in its place."""
+    import transformers
+
+    path = _classifier(tmp_path / "m", 1)
+    tokenizer = make_tiny_tokenizer()
+    completions = ["<|pad|>", "<|im_start|> and then", "<|im_end|>"]  # tokens 0, 1 and 2
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+    alone = [model(**tokenizer("A" + text, return_tensors="pt")).logits[0, 0].item() for text in completions]
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(path)
+    rewards = build_rewards([RewardConfig(name="model", model=str(path))], model_defaults=ModelConfig())
+    given = rewards(["A"] * 3, completions, {"ignored": [1, 2, 3]}).total
+    assert given.tolist() == pytest.approx(alone, abs=1e-5)
+
+    tokenizer.add_tokens(["[NEW]"])
+    tokenizer.save_pretrained(path)
+    rewards = build_rewards([RewardConfig(name="model", model=str(path))], model_defaults=ModelConfig())
+    with pytest.raises(RewardError, match="token 332 has no embedding"):
+        rewards(["A"], ["[NEW]"], {"ignored": [1]})
+
+
 def test_models_that_cannot_be_used(tmp_path):
     path = str(_classifier(tmp_path / "m", 3, id2label={0: "sad", 1: "calm", 2: "glad"}))
     wrong = [
