@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,38 @@ def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # still tied
     assert AutoTokenizer.from_pretrained(out / "final").eos_token == "<|im_end|>"
     assert torch.equal(model.get_input_embeddings().weight, weights_of(out)["model.embed_tokens.weight"])
+
+
+def test_a_pad_token_without_an_embedding_changes_nothing(world, tmp_path):
+    """In training and evaluation: of policy, reference, critic and perplexity."""
+    from transformers import AutoTokenizer
+
+    from fastppo.training.evaluate import evaluate_policy
+
+    (tmp_path / "texts.txt").write_text("A short text.\nAnother text, which is longer.\n")
+    results = []
+    for name in ("own", "added"):
+        model = tmp_path / name
+        shutil.copytree(world / "model", model)
+        if name == "added":
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            tokenizer.save_pretrained(model)
+        given = config(
+            world,
+            tmp_path / f"run-{name}",
+            total_steps=1,
+            model__name_or_path=str(model),
+            model__value_model="separate",
+            eval__perplexity=str(tmp_path / "texts.txt"),
+        )
+        Trainer(given).train()
+        run = tmp_path / f"run-{name}"
+        results.append((metrics_of(run), weights_of(run), evaluate_policy(given)))
+    own, added = results
+    assert added[0] == own[0]
+    assert same(added[1], own[1])
+    assert added[2] == own[2]
 
 
 def test_the_reward_rises(world, tmp_path):
