@@ -26,7 +26,8 @@ class ModelConfig:
     """The policy, and the value and reference models that go with it."""
 
     name_or_path: str = ""
-    """Hub id, folder, GGUF file, or `package:module/file`: a file inside an installed Python package."""
+    """Hub id, folder, GGUF file, `package:module/file`: a file inside an installed Python package, or
+    `package:module:function`: a function of one that returns the path, after joining the file's parts for example."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters. In bfloat16 small updates are lost to rounding."""
     autocast: Literal["bfloat16"] | None = None

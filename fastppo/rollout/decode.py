@@ -36,7 +36,7 @@ def can_decode(policy: nn.Module) -> bool:
     return (
         getattr(type(causal), "prepare_inputs_for_generation", None) is GenerationMixin.prepare_inputs_for_generation
         and causal._supports_default_dynamic_cache()
-        and not causal._is_stateful
+        and not getattr(causal, "_is_stateful", False)
         and {"position_ids", "use_cache", _cache_name(causal)} <= _accepted(backbone_of(causal))
         and set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) <= _LAYER_TYPES
     )

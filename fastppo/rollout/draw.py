@@ -1,9 +1,8 @@
 """Draw tokens from logits, each with its own probability, however small.
 
 An inversion in float32 has one uniform number of 24 bits for a row, and its cumulative sums near 1 are as coarse: of
-262,144 tokens that share a thousandth of the probability, most cannot be drawn at all. PyTorch's own `multinomial` is
-no finer: 31 bits on a CPU, float32 numbers on a GPU. Here everything is float64, and a race decides, whose random
-numbers near 0 have all their bits.
+262,144 tokens that share a thousandth of the probability, most cannot be drawn at all. Here everything is float64, and
+a race decides, whose random numbers near 0 have all their bits.
 """
 
 from __future__ import annotations

@@ -333,12 +333,16 @@ def test_loading_is_silent(tiny, tmp_path, capfd):
     model = load_causal_lm(_config(tiny))
     load_tokenizer(_config(tiny))
     state = model.state_dict() | {"model.norm.weight": torch.zeros(7), "unexpected.weight": torch.zeros(3)}
-    save_file({name: x.clone() for name, x in state.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
+    save_file(
+        {name: x.clone() for name, x in state.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors"
+    )
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     capfd.readouterr()
     try:
         logging.set_verbosity_info()
-        with pytest.raises(ModelError, match=r"1 weights .* another shape .*'model\.norm\.weight': \[7\], expected \[32\]"):
+        with pytest.raises(
+            ModelError, match=r"1 weights .* another shape .*'model\.norm\.weight': \[7\], expected \[32\]"
+        ):
             load_causal_lm(_config(tmp_path))
         assert logging.get_verbosity() == logging.INFO
     finally:
