@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from fastppo.errors import one_line, quote
 from fastppo.extras import install_command
 from fastppo.models.head import check_head
 from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
@@ -126,7 +127,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         raise
     except Exception as error:  # readers of a damaged file raise anything, struct.error and KeyError included
         what = "model" if is_model else "tokenizer"
-        raise ModelError(f"{where}: the {what} cannot be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{where}: the {what} cannot be loaded ({_why(error)})") from error
     if not is_model:
         return loaded
     model, info = loaded
@@ -174,7 +175,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         # The reentrant kind drops gradients when a checkpointed input needs none, as under LoRA.
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(f"model.gradient_checkpointing: {_one_line(error)}") from None
+        raise ModelError(f"model.gradient_checkpointing: {_why(error)}") from None
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -193,10 +194,10 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
             return peft.get_peft_model(model, adapters).eval()
         except re.error as error:
             raise ModelError(
-                f"model.lora.target_modules: {lora.target_modules!r} is not a regular expression ({error})"
+                f"model.lora.target_modules: {quote(lora.target_modules)} is not a regular expression ({error})"
             ) from None
         except ValueError as error:
-            raise ModelError(f"model.lora: {_one_line(error)}") from error
+            raise ModelError(f"model.lora: {_why(error)}") from error
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:
@@ -278,6 +279,5 @@ def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: t
     return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}" if text else type(error).__name__
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error, 200)}"

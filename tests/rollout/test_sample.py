@@ -103,7 +103,8 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
         torch.manual_seed(1)
         rollouts.append(sample(model, tokenizer, prompts * 4, CONFIG, device=torch.device("cpu"), eos_ids=range(150)))
     own, added = rollouts
-    assert own.ended.any() and (~own.mask).any()
+    assert own.ended.any()
+    assert (~own.mask).any()
     real = own.attention_mask.bool()
     assert torch.equal(added.attention_mask, own.attention_mask)
     assert torch.equal(added.sequences[real], own.sequences[real])
