@@ -1,7 +1,7 @@
 """Sample completions on a CPU, where reading the weights dominates the cost of a token.
 
 For 32 completions of 24 tokens by SmolLM2-135M under bfloat16 autocast on two Zen 4 cores, in seconds: transformers'
-generate() 2.7; with one uniform number a row in place of torch.multinomial's one exponential for each token of the
+generate() 2.7; with few random numbers a row in place of torch.multinomial's one exponential for each token of the
 vocabulary 2.25; with weights laid out once for oneDNN rather than at every product 1.75; in a loop that only calls the
 model and reads each prompt once, however many completions it has, 1.65; with one product for the layers that receive
 the same tensor 1.4.
