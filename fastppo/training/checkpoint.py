@@ -13,7 +13,6 @@ process killed at any instant leaves it whole or absent. Older ones are deleted 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,36 +25,40 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from fastppo.config_fields import NonNegativeInt
 from fastppo.engines.dispatch import FastPPOWarning
-from fastppo.errors import FastPPOError
+from fastppo.errors import FastPPOError, one_line, quote
+from fastppo.training.files import SAVING, TRASH, delete_temporary, naming, sync_folder
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
-MAY_DIFFER = frozenset({
-    "output_dir", "total_steps", "tensorboard", "on_nonfinite", "checkpoint", "eval", "watch", "model.allow_download",
-})  # fmt: skip
-"""Keys, with all keys below them, that may change on resume: no training step depends on them.
-
-`total_steps` is among them so that a run can be prolonged. A learning-rate schedule that decays to an end then decays
-to the new end, so the resumed run differs from one that had the new `total_steps` from the start.
-"""
-
-# Options that earlier versions had, with the values at which today's code computes the same.
-_REMOVED = {
-    "length_penalty": 0.0, "reward_clip": None, "preconditioner": "none", "preconditioner_probes": 8,
-    "vector_dtype": "auto", "vector_device": "auto",
-}  # fmt: skip
-_ABSENT = object()
 _MANIFEST = "manifest.json"
-_SAVING, _TRASH = ".saving-", ".trash-"
 # A step saved again is `step-000010.1` until its predecessor is deleted, so that one of the two is always there.
 _FOLDER = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
+
+
+class _File(TypedDict):
+    size: NonNegativeInt
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    format: str
+    version: int
+    step: NonNegativeInt
+    # Names of files in the folder itself, never paths out of it.
+    files: dict[Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_length=255)], _File]
+
+
+_MANIFEST_TYPE = TypeAdapter(_Manifest)
 
 
 class CheckpointError(FastPPOError, RuntimeError):
@@ -70,21 +73,25 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     config: dict[str, Any]
+    files: frozenset[str]
+    """Names of the verified files."""
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Read a group's tensors into CPU memory, contiguous; tied tensors are one tensor again.
 
         Raises:
-            CheckpointError: there is no such group, or its file can no longer be read.
+            CheckpointError: there is no such group, or its file cannot be read.
         """
-        try:
+        with restoring(f"{self.path}: {group}.safetensors"):
+            if f"{group}.safetensors" not in self.files:
+                raise CheckpointError("is not part of the checkpoint")
             with safe_open(self.path / f"{group}.safetensors", framework="pt", device="cpu") as file:
                 # safetensors maps the file; the clones outlive it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 tied = json.loads(file.metadata()["tied"])
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: {group}.safetensors can no longer be read ({error})") from error
-        return tensors | {name: tensors[kept] for name, kept in tied.items()}
+            if both := sorted(tied.keys() & tensors.keys()):
+                raise CheckpointError(f"{quote(both[0])} is stored, and tied to another tensor as well")
+            return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
 
 def save_checkpoint(
@@ -135,13 +142,13 @@ def save_checkpoint(
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
         for folder in missing:
-            _fsync_folder(folder.parent)
-        _delete_leftovers(root)
+            sync_folder(folder.parent)
+        delete_temporary(root)
         earlier = _folders(root)
         same_step = [path for number, path in earlier if number == step]
         attempt = int(same_step[-1].suffix[1:] or 0) + 1 if same_step else 0
         target = final.with_suffix(f".{attempt}") if attempt else final
-        temporary = root / f"{_SAVING}{final.name}-{secrets.token_hex(4)}"
+        temporary = root / f"{SAVING}{final.name}-{secrets.token_hex(4)}"
         try:
             os.mkdir(temporary)
             with ThreadPoolExecutor(max_workers=8) as pool:
@@ -149,13 +156,13 @@ def save_checkpoint(
                 files = dict(zip(writers, written, strict=True))
             manifest = _manifest_bytes({"format": FORMAT, "version": VERSION, "step": step, "files": files})
             _write(temporary / _MANIFEST, partial(Path.write_bytes, data=manifest))
-            _fsync_folder(temporary)
+            sync_folder(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _fsync_folder(root)
-    except (OSError, SafetensorError) as error:
+        sync_folder(root)
+    except OSError as error:
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         space = f" (it needs {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free)" if free < num_bytes else ""
@@ -169,7 +176,7 @@ def save_checkpoint(
         if target != final:
             os.rename(target, final)
             target = final
-            _fsync_folder(root)
+            sync_folder(root)
         wanted = {number for number in keep_for if number < step}
         _delete_old([(number, path) for number, path in earlier if number < step], keep_last - 1, wanted)
     except OSError as error:
@@ -179,10 +186,12 @@ def save_checkpoint(
 
 
 def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint (not after step `until`), or None; warn of each damaged one.
+    """Return the newest undamaged checkpoint (not after step `until`), or None if there is none at all.
+
+    A FastPPOWarning tells of each damaged one that is passed over.
 
     Raises:
-        CheckpointError: the folder exists but cannot be listed.
+        CheckpointError: the folder exists but cannot be listed, or all are damaged; the message says how the newest is.
     """
     try:
         folders = _folders(Path(root))
@@ -190,12 +199,19 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
         return None
     except OSError as error:
         raise CheckpointError(f"{root}: checkpoints cannot be listed ({error.strerror})") from error
+    damaged = []
     for step, path in reversed(folders):
         if until is None or step <= until:
             try:
-                return load_checkpoint(path)
+                found = load_checkpoint(path)
             except CheckpointError as error:
+                damaged.append(error)
+                continue
+            for error in damaged:
                 warnings.warn(f"skipped a damaged checkpoint: {error}", FastPPOWarning, stacklevel=2)
+            return found
+    if damaged:
+        raise CheckpointError(f"no checkpoint can be used; the newest: {damaged[0]}") from damaged[0]
     return None
 
 
@@ -208,18 +224,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     try:
         manifest = _read_manifest(path)
+        if (found := _FOLDER.fullmatch(path.name)) and int(found[1]) != manifest["step"]:
+            raise CheckpointError(f"{path}: {_MANIFEST}: step is {manifest['step']}, unlike in the folder's name")
         files = manifest["files"]
+        for name, file in files.items():
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path}: {name} is missing")
+            if (size := (path / name).stat().st_size) != file["size"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes, {file['size']} bytes were written")
         with ThreadPoolExecutor(max_workers=8) as pool:
-            found = pool.map(_size_and_hash, [path / name for name in files])
-            for (name, was), now in zip(files.items(), found, strict=True):
-                if now["size"] != was["size"]:
-                    raise CheckpointError(f"{path}: {name} has {now['size']} bytes, {was['size']} bytes were written")
-                if now != was:
+            for name, now in zip(files, pool.map(_size_and_hash, [path / name for name in files]), strict=True):
+                if now != files[name]:
                     raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
-        state, config = (json.loads((path / name).read_bytes()) for name in ("state.json", "config.json"))
+        trees = []
+        for name in ("state.json", "config.json"):
+            with restoring(f"{path}: {name}"):
+                trees.append(json.loads((path / name).read_bytes()))
+            if not isinstance(trees[-1], dict):
+                raise CheckpointError(f"{path}: {name}: expected an object, got {quote(trees[-1])}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return Checkpoint(path, manifest["step"], state, config)
+    return Checkpoint(path, manifest["step"], *trees, frozenset(files))
 
 
 def discard_checkpoints(root: Path, *, after: int) -> None:
@@ -228,46 +253,55 @@ def discard_checkpoints(root: Path, *, after: int) -> None:
         for step, path in reversed(_folders(Path(root))):
             if step > after:
                 _delete(path)
-        _fsync_folder(Path(root))
+        sync_folder(Path(root))
     except OSError as error:
         raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
 
 
-def check_same_run(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise a CheckpointError with every differing key and both values, unless two configuration trees agree.
+@contextlib.contextmanager
+def restoring(where: str) -> Iterator[None]:
+    """Turn whatever a part of a checkpoint makes its loader raise into a CheckpointError that says where."""
+    try:
+        yield
+    except Exception as error:
+        problem = one_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {quote(first['input'])}"
+        elif isinstance(error, KeyError):
+            problem = f"lacks {quote(*error.args)}"
+        elif not isinstance(error, FastPPOError):
+            problem = f"cannot be restored ({type(error).__name__}: {problem})"
+        raise CheckpointError(f"{where}: {problem}") from error
 
-    Args:
-        saved: the checkpoint's configuration.
-        given: that of the run that resumes. The keys of `MAY_DIFFER` are not compared.
+
+def check_like(saved: Any, own: Any, key: str = "") -> None:
+    """Check that a saved state can take the place of an object's own.
+
+    It has to have the keys of `own` and values of their types, integers within 64 bits. Flags, and keys that begin with
+    an underscore, may be absent: other versions of a library have others.
+
+    Raises:
+        CheckpointError: it cannot; the message begins with the dotted key.
     """
-    free = tuple(f"{key}." for key in MAY_DIFFER)
-    differences = [
-        f"{key} was {_show(was)}, is now {_show(now)}"
-        for key, was, now in _differences(saved, given, "")
-        if not f"{key}.".startswith(free)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the configuration differs from the checkpoint's: {'; '.join(differences)}. Resume with the saved values, "
-            "or start a new run with another output_dir"
-        )
-
-
-def _differences(saved: Any, given: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, saved value, given value) wherever two trees differ."""
-    if isinstance(saved, list | tuple) and isinstance(given, list | tuple):
-        saved, given = dict(enumerate(saved)), dict(enumerate(given))
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for name in {**saved, **given}:
-            was, now = saved.get(name, _ABSENT), given.get(name, _ABSENT)
-            if now is not _ABSENT or was != _REMOVED.get(name, _ABSENT):
-                yield from _differences(was, now, f"{key}.{name}" if key else str(name))
-    elif saved != given and not (saved != saved and given != given):  # NaN equals NaN
-        yield key, saved, given
-
-
-def _show(value: Any) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value, default=str)
+    if own is None or own == {}:  # nothing to compare with
+        return
+    kinds: dict[type, Any] = {float: int | float, tuple: list | tuple}
+    if not isinstance(saved, kinds.get(type(own), type(own))) or (isinstance(saved, bool) and type(own) is not bool):
+        raise CheckpointError(f"{key}: expected {type(own).__name__}, got {quote(saved)}")
+    if isinstance(own, dict):
+        for name, value in own.items():
+            if name in saved:
+                check_like(saved[name], value, f"{key}.{name}" if key else name)
+            elif not (name.startswith("_") or value is None or isinstance(value, bool)):
+                raise CheckpointError(f"{key}: lacks {quote(name)}")
+    elif isinstance(own, list | tuple):
+        if len(saved) != len(own):
+            raise CheckpointError(f"{key}: expected {len(own)} items, got {len(saved)}")
+        for index, (item, value) in enumerate(zip(saved, own, strict=True)):
+            check_like(item, value, f"{key}.{index}")
+    elif isinstance(saved, int) and not -(2**63) <= saved < 2**63:
+        raise CheckpointError(f"{key}: {quote(saved)} is out of range")
 
 
 def _check_json(value: Any, name: str) -> None:
@@ -301,10 +335,11 @@ def _without_shared_memory(named: dict[str, Tensor]) -> tuple[dict[str, Tensor],
 
 def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
     """Write a file and sync it to disk; returns its size in bytes and sha256."""
-    write(path)
-    with contextlib.suppress(OSError):  # safetensors makes files that only their owner can read
-        os.chmod(path, path.parent.stat().st_mode & 0o666)
-    return _size_and_hash(path, sync=True)
+    with naming(path):
+        write(path)
+        with contextlib.suppress(OSError):  # safetensors makes files that only their owner can read
+            os.chmod(path, path.parent.stat().st_mode & 0o666)
+        return _size_and_hash(path, sync=True)
 
 
 def _size_and_hash(path: Path, *, sync: bool = False) -> dict[str, Any]:
@@ -331,26 +366,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(raw)
         del manifest["sha256"]
         sound = _manifest_bytes(manifest) == raw
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: {_MANIFEST} is damaged")
-    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-        found = f"{manifest['format']} version {manifest['version']}"
-        raise CheckpointError(f"{path}: {found}, this fastppo reads {FORMAT} version {VERSION}")
+    with restoring(f"{path}: {_MANIFEST}"):
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            found = one_line(f"{manifest['format']} version {manifest['version']}", 100)
+            raise CheckpointError(f"{found}, this fastppo reads {FORMAT} version {VERSION}")
+        _MANIFEST_TYPE.validate_python(manifest, strict=True)
+        if missing := {"state.json", "config.json"} - manifest["files"].keys():
+            raise CheckpointError(f"files: lacks {quote(min(missing))}")
     return manifest
-
-
-def _fsync_folder(path: Path) -> None:
-    """Sync a folder's entries; a file's own fsync does not cover its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
@@ -362,7 +389,7 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
 
 def _delete(path: Path) -> None:
     """Rename a folder, then delete it, so that one deleted in part never looks like a checkpoint."""
-    trash = path.with_name(f"{_TRASH}{path.name}-{secrets.token_hex(4)}")
+    trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
     os.rename(path, trash)
     shutil.rmtree(trash)
 
@@ -384,14 +411,3 @@ def _has_all_files(path: Path) -> bool:
         return all((path / name).stat().st_size == file["size"] for name, file in files.items())
     except (CheckpointError, OSError):
         return False
-
-
-def _delete_leftovers(root: Path) -> None:
-    """Delete the temporary folders of killed processes."""
-    for path in root.iterdir():
-        try:
-            if path.name.startswith((_SAVING, _TRASH)):
-                shutil.rmtree(path)
-        except OSError as error:
-            message = f"{root}: what a killed run left could not be deleted: {error}"
-            warnings.warn(message, FastPPOWarning, stacklevel=3)

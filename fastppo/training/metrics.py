@@ -15,7 +15,6 @@ Metrics with a unit or a meaning that the name does not say; any others may be l
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.extras import install_command
+from fastppo.training.files import atomic_write, naming
 
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
@@ -74,25 +74,29 @@ class MetricsLogger:
         self._open(None if resume_step is None else resume_step + 1)
 
     def _open(self, purge_step: int | None) -> None:
-        self._file = self._path.open("ab")
+        self._file = self._path.open("ab", buffering=0)  # a buffer that a full disk refused would fail again on closing
         if self._new_writer is not None:
             # TensorBoard hides what earlier event files hold at `purge_step` and later.
             self._writer = self._new_writer(str(self._path.with_name(TENSORBOARD_FOLDER)), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics, and flush the file.
+        """Append one step's metrics. The line in the file comes last, is on disk on return, and says that all is done.
 
         Args:
             step: the step they belong to; 0 is before the first.
             metrics: name to number, anything that `float` takes. NaN and infinities become null in the JSON line.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        self._file.write(_json_line({"step": step, "time": round(time.monotonic() - self._start, 3), **values}))
-        self._file.flush()
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+            with naming(self._path.with_name(TENSORBOARD_FOLDER)):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+                self._writer.flush()
+        line = _json_line({"step": step, "time": round(time.monotonic() - self._start, 3), **values})
+        with naming(self._path):
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
 
     def keep_aside(self, step: int, number: int) -> Path:
         """Copy the lines later than `step`, before `rewind` drops them, to ``abandoned-<number>.jsonl``; returns it."""
@@ -155,25 +159,6 @@ def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) ->
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
     """The alarms that `write_alarms` wrote; [] without such a file. A value that was infinite reads as NaN."""
     return [alarm for _, alarm in _read_lines(Path(output_dir) / ALARMS_FILE)]
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write a file atomically: after a kill or a power cut it holds all of `data`, or what it held before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name: the next write overwrites what a killed one left behind.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # a folder cannot be synced everywhere; the file itself is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _finite(value: Any) -> Any:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, quote
 from fastppo.extras import install_command
 from fastppo.models.source import hub_offline
-from fastppo.training.checkpoint import CheckpointError
+from fastppo.training.checkpoint import CheckpointError, check_like
 from fastppo.training.config import OptimConfig
 
 
@@ -91,26 +91,51 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     bfloat16 parameter. Here each state keeps the dtype it was saved with. No memory is shared with `tensors`.
 
     Raises:
-        CheckpointError: the parameters' shapes differ, a tensor is missing, or the optimizer does not take a state.
+        CheckpointError: the parameters' shapes differ, or the optimizer does not take a state.
+        Exception: whatever else nonsense makes it raise.
     """
     for group, (was, now) in enumerate(zip_longest(meta["shapes"], _shapes(optimizer), fillvalue=[])):
         for index, (old, new) in enumerate(zip_longest(was, now)):
             if old != new:
-                parameter = f"group {group}, parameter {index} has shape {new}, was saved with shape {old}"
+                parameter = f"group {group}, parameter {index} has shape {new}, was saved with shape {quote(old)}"
                 raise CheckpointError(f"the optimizer's parameters are not the checkpoint's: {parameter}")
-    try:
-        state_dict = {key: _unpack(value, tensors) for key, value in meta["state_dict"].items()}
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint's optimizer state lacks the tensor {error}") from error
+    state_dict = {key: _unpack(value, tensors) for key, value in meta["state_dict"].items()}
+    own = optimizer.state_dict()["param_groups"]
+    check_like(state_dict["param_groups"], own, "param_groups")
+    # torch's own versions differ in their flags.
+    state_dict["param_groups"] = [{**mine, **its} for mine, its in zip(own, state_dict["param_groups"], strict=True)]
     optimizer.load_state_dict(state_dict)  # the optimizer chooses the devices and may nest states its own way
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):  # torch numbers them in this order
         if number in state_dict["state"]:
             optimizer.state[parameter] = _as_saved(optimizer.state[parameter], state_dict["state"][number])
+            _check_state(optimizer, f"state.{number}", optimizer.state[parameter], parameter)
     taken, _ = optimizer_tensors(optimizer)
     lost = [name for name in tensors if name not in taken or taken[name].dtype != tensors[name].dtype]
     if lost:
         raise CheckpointError(f"the optimizer ({type(optimizer).__name__}) did not take the states {', '.join(lost)}")
+
+
+def _check_state(optimizer: torch.optim.Optimizer, name: str, state: dict[str, Any], parameter: Tensor) -> None:
+    """Check the states of the optimizers above, whose kernels read them without a look at their sizes."""
+    like, blocks = list(parameter.shape), [-(-parameter.numel() // 256)]
+    kinds: dict[str, tuple[Any, Any]] = {}  # name: shape, dtypes
+    if type(optimizer) is torch.optim.AdamW:
+        kinds = dict.fromkeys(("exp_avg", "exp_avg_sq"), (like, (parameter.dtype, torch.float32)))
+        kinds["step"] = ([], (torch.float32,))
+    elif type(optimizer).__name__ == "AdamW8bit":
+        whole = getattr(state.get("state1"), "dtype", None) != torch.uint8  # as those of small tensors are kept
+        kinds = dict.fromkeys(("state1", "state2"), (like, (torch.float32 if whole else torch.uint8,)))
+        if not whole:
+            kinds |= dict.fromkeys(("qmap1", "qmap2"), ([256], (torch.float32,)))
+            kinds |= dict.fromkeys(("absmax1", "absmax2"), (blocks, (torch.float32,)))
+        if not isinstance(state.get("step"), int):
+            raise CheckpointError(f"{name}.step: expected int, got {quote(state.get('step'))}")
+    for key, (shape, dtypes) in kinds.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor) or list(value.shape) != shape or value.dtype not in dtypes:
+            given = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else quote(value)
+            raise CheckpointError(f"{name}.{key}: expected {dtypes[0]} {shape}, got {given}")
 
 
 def _as_saved(loaded: Any, saved: Any) -> Any:

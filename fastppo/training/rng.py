@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastppo.engines.dispatch import FastPPOWarning
-from fastppo.training.checkpoint import CheckpointError
 
 
 def seed_everything(seed: int) -> None:
@@ -41,18 +40,19 @@ def set_rng_state(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Restore what `rng_state` returned. A FastPPOWarning tells of states whose GPU is missing.
 
     Raises:
-        CheckpointError: a state is missing, or this version of Python, numpy or torch does not accept it.
+        Exception: a state is missing, or this version of Python, numpy or torch does not accept it.
     """
-    try:
-        words = tuple(tensors["python"].tolist())
-        numpy_state = {**meta["numpy"], "state": dict(meta["numpy"]["state"])}
-        if "numpy" in tensors:
-            numpy_state["state"]["key"] = tensors["numpy"].numpy().astype(np.uint32)
-        random.setstate((meta["python"]["version"], words, meta["python"]["gauss_next"]))
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(tensors["torch"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the random-number generators cannot be restored: {error!r}") from error
+    words, gauss_next = tuple(tensors["python"].tolist()), meta["python"]["gauss_next"]
+    numpy_state = {**meta["numpy"], "state": dict(meta["numpy"]["state"])}
+    if "numpy" in tensors:
+        numpy_state["state"]["key"] = tensors["numpy"].numpy().astype(np.uint32)
+        if not 0 <= numpy_state["state"]["pos"] <= tensors["numpy"].numel():  # numpy would read beyond the key
+            raise ValueError(f"pos is outside of the key: {numpy_state['state']['pos']}")
+    if not isinstance(gauss_next, float | None):  # Python takes anything, and fails at the next draw
+        raise TypeError(f"gauss_next is no number: {gauss_next!r:.60}")
+    random.setstate((meta["python"]["version"], words, gauss_next))
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    torch.set_rng_state(tensors["torch"])
     saved = sorted(int(name.removeprefix("cuda.")) for name in tensors if name.startswith("cuda."))
     present = torch.cuda.device_count() if saved and torch.cuda.is_available() else 0
     if present < len(saved):

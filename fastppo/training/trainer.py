@@ -29,25 +29,30 @@ from torch import Tensor
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
+from fastppo.errors import one_line, quote
 from fastppo.models import ValueHead, load_tokenizer, merge_lora
 from fastppo.models.policy_models import PolicyModels
 from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    check_same_run,
+    check_like,
     discard_checkpoints,
     find_checkpoint,
+    restoring,
     save_checkpoint,
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
+from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler, load_prompts
 from fastppo.training.device import choose_device
+from fastppo.training.files import SAVING, TRASH, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
+from fastppo.training.lock import FolderLock
 from fastppo.training.metrics import (
     ALARMS_FILE,
     METRICS_FILE,
+    SAMPLES_FOLDER,
     MetricsLogger,
-    atomic_write,
     read_metrics,
     write_alarms,
     write_samples,
@@ -60,7 +65,7 @@ from fastppo.training.optim import (
     scale_learning_rate,
 )
 from fastppo.training.progress import ProgressDisplay
-from fastppo.training.report import write_report
+from fastppo.training.report import PLOTS_FOLDER, write_report
 from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer
@@ -70,6 +75,8 @@ CHECKPOINTS = "checkpoints"
 FINAL = "final"
 STATEFUL = ("sampler", "algorithm", "rewards", "scheduler", "watch")
 """The trainer's attributes whose `state_dict` a checkpoint holds."""
+OVER = "the run was over"
+"""Outcome of an alarm of the last evaluation."""
 
 
 @dataclass
@@ -92,6 +99,8 @@ class Trainer:
         progress: the progress display; by default one on standard output.
         resume: continue from the newest undamaged checkpoint in `config.output_dir`; bit-identical on a CPU.
 
+    From here to the end of `train`, no other run can use `config.output_dir`.
+
     Raises:
         ConfigError, ModelError, DataError, RewardError, CheckpointError: the configuration cannot be run. The message
             is one line; no training has been done.
@@ -112,12 +121,18 @@ class Trainer:
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
-        self.config, self.progress = config, progress
-        self.output_dir = Path(config.output_dir).expanduser()
+        self.config, self.progress, self._resume = config, progress, resume
         self.device = choose_device(config.device, config.backend_name)
-        _check_writable(self.output_dir)
-        self._resume, checkpoint = resume, self._find_checkpoint(resume)
+        self.output_dir, self._lock = _lock_output_dir(config.output_dir)
+        try:
+            self._build(rewards)
+        except BaseException:
+            self._lock.release()
+            raise
 
+    def _build(self, rewards: Sequence[Callable[..., Sequence[float]]] | None) -> None:
+        """Load and build all that a run needs, and restore the checkpoint that it goes on from."""
+        config, checkpoint = self.config, self._find_checkpoint()
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
         self.rewards = build_rewards(rewards or config.rewards, device=self.device, model_defaults=config.model)
@@ -159,7 +174,8 @@ class Trainer:
         self.step, self._saved_step = 0, None
         self._evaluated: set[int] = set()
         self._signal = self._stopped = None  # what ends the run before its last step
-        self._step_start = None  # while a step runs, the state before it: what a checkpoint holds if it fails
+        # While a step or an evaluation runs, the state before it: what a checkpoint holds if it fails.
+        self._step_start: dict[str, Any] | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -176,7 +192,13 @@ class Trainer:
             RewardError: a reward function failed. Completed steps are saved.
             CheckpointError: a checkpoint could not be written; older ones are intact.
         """
+        with self._lock:
+            return self._train()
+
+    def _train(self) -> TrainResult:
         config = self.config
+        for folder in ("", SAMPLES_FOLDER, PLOTS_FOLDER, CHECKPOINTS):
+            delete_temporary(self.output_dir / folder)
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         if self.progress is None:
             self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
@@ -231,15 +253,15 @@ class Trainer:
         except NonFiniteError as error:
             saved = "none" if self._saved_step is None else f"step {self._saved_step}"
             raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from None
-        self.step, self._step_start = self.step + 1, None
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
-        metrics, alarms = self._log(metrics, logger)
+        metrics, act = self._log(self.step + 1, metrics, logger)
+        self.step, self._step_start = self.step + 1, None
         self.progress.update(self.step, metrics)
         last = self.step == config.total_steps
         # The evaluation precedes the checkpoint, so that a run killed after it repeats neither. The last evaluation
         # follows the saving of the policy.
-        if self._act(alarms, logger) or (not last and self._evaluate_if_due(logger)):
+        if act() or (not last and self._evaluate_if_due(logger)):
             return
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or last):
             self._checkpoint()
@@ -301,67 +323,88 @@ class Trainer:
         due = step == 0 or last or (every and step % every == 0)
         if not due or step in self._evaluated or not self.data.eval:
             return False
-        self._evaluated.add(step)
+        # A failure from here to the row is as if there had been no evaluation; see `_save_completed_steps`.
+        self._step_start, self.learner.changed = self._state(), False
         name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
         self.progress.phase("evaluate")
         metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
-        metrics, alarms = self._log(metrics, logger)
+        # The row comes last: it says that the evaluation was done.
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
+        metrics, act = self._log(step, metrics, logger, over=last)
+        self._evaluated.add(step)
+        self._step_start = None
         kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
         self.progress.print(
             f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
             f"({len(rows)} prompts)"
         )
-        return self._act(alarms, logger, over=last)
+        return act()
 
     # Alarms
 
-    def _log(self, metrics: dict[str, float], logger: MetricsLogger) -> tuple[dict[str, float], list[Alarm]]:
-        """Log metrics and those that the watch derives from them; returns all, and the alarms that they raise."""
-        derived, alarms = self.watch.observe(self.step, metrics)
-        if self.step == 1:
+    def _log(
+        self, step: int, metrics: dict[str, float], logger: MetricsLogger, *, over: bool = False
+    ) -> tuple[dict[str, float], Callable[[], bool]]:
+        """Log metrics with those that the watch derives from them, after the alarms that they raise.
+
+        Args:
+            over: the run has ended, so alarms are only reported.
+
+        Returns:
+            All metrics, and a function that does what the alarms ask for and returns whether it rolled the run back.
+        """
+        derived, alarms = self.watch.observe(step, metrics)
+        if step == 1:
             for metric in self.watch.unseen():
                 self.progress.print(f"watch: there is no metric {metric} so far, so its rule has no effect")
         counts = {"watch/alarms": len(alarms), "watch/rollbacks": self.watch.rollbacks}
         metrics = metrics | derived | {name: count for name, count in counts.items() if count}
-        logger.log(self.step, metrics)
-        return metrics, alarms
+        act = self._decide(alarms, logger, over)
+        if alarms:
+            self._write_alarms()
+        logger.log(step, metrics)
+        return metrics, act
 
-    def _act(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> bool:
-        """Take the most severe action that the alarms ask for; where the run is `over`, only report them.
-
-        Returns:
-            Whether the run was rolled back.
-        """
-        if not alarms:
-            return False
+    def _decide(self, alarms: list[Alarm], logger: MetricsLogger, over: bool) -> Callable[[], bool]:
+        """Choose the most severe action that the alarms ask for and write its outcome into them; see `_log`."""
         action, outcome, factor = most_severe(alarms), "run stopped", self.config.watch.lr_factor
         checkpoint = None
         if over:
-            action, outcome = "warn", "the run was over"
+            action, outcome = "warn", OVER
         elif action == "lower_lr":
             outcome = f"learning rate times {factor:g}"
-            self.watch.lr_scale *= factor
-            scale_learning_rate(self.optimizer, self.scheduler, factor)
         elif action == "rollback":
             good_step = min(alarm.good_step for alarm in alarms if alarm.action == "rollback")
-            checkpoint = find_checkpoint(self.output_dir / CHECKPOINTS, until=good_step)
             if self.watch.rollbacks >= self.config.watch.max_rollbacks:
                 action, outcome = "stop", f"run stopped after {self.watch.rollbacks} rollbacks"
-            elif checkpoint is None:
-                action, outcome = "stop", f"run stopped: no checkpoint of step {good_step} or before to roll back to"
-            else:
+            elif checkpoint := self._find_good(good_step):
                 changes = f"other random numbers and a learning rate times {factor:g}"
                 outcome = f"rolled back to step {checkpoint.step}, with {changes}"
+            else:
+                action, outcome = "stop", f"run stopped: no checkpoint of step {good_step} or before to roll back to"
         for alarm in alarms:
             alarm.outcome = "warned" if alarm.action == "warn" else outcome
-            self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
-        if action == "rollback":
-            self._roll_back(checkpoint, logger)
-        elif action == "stop":
-            self._stopped = next(alarm.reason for alarm in alarms if alarm.action != "warn")
-        self._write_alarms()
-        return action == "rollback"
+
+        def act() -> bool:
+            for alarm in alarms:
+                self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
+            if action == "lower_lr":
+                self.watch.lr_scale *= factor
+                scale_learning_rate(self.optimizer, self.scheduler, factor)
+            elif action == "rollback":
+                self._roll_back(checkpoint, logger)
+            elif action == "stop":
+                self._stopped = next(alarm.reason for alarm in alarms if alarm.action != "warn")
+            return action == "rollback"
+
+        return act
+
+    def _find_good(self, step: int) -> Checkpoint | None:
+        try:
+            return find_checkpoint(self.output_dir / CHECKPOINTS, until=step)
+        except CheckpointError as error:
+            self.progress.print(str(error))
+            return None
 
     def _roll_back(self, checkpoint: Checkpoint, logger: MetricsLogger) -> None:
         """Restore an earlier checkpoint and continue with other random numbers and a lower learning rate.
@@ -386,17 +429,18 @@ class Trainer:
 
     def save_policy(self, folder: Path) -> Path:
         """Write the policy (adapters merged), tokenizer and critic to a folder that transformers loads."""
-        temporary, replaced = (folder.with_name(f".{what}-{folder.name}") for what in ("saving", "replaced"))
+        temporary, replaced = (folder.with_name(f"{what}{folder.name}") for what in (SAVING, TRASH))
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         policy = self.models.policy
         if self.config.model.lora is not None:
             policy = merge_lora(policy)
-        policy.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        if self.models.value is not None:
-            value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
-            self.models.value.save_pretrained(value_folder)
+        with naming(folder):
+            policy.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            if self.models.value is not None:
+                value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
+                self.models.value.save_pretrained(value_folder)
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
@@ -407,7 +451,8 @@ class Trainer:
         """A copy of all state but parameters and optimizer: {"rng": tensors, "state": JSON values}."""
         tensors, generators = rng_state()
         states = {name: getattr(self, name).state_dict() for name in STATEFUL}
-        return {"rng": tensors, "state": copy.deepcopy(states | {"rng": generators})}
+        states |= {"rng": generators, "evaluated": self.step in self._evaluated}
+        return {"rng": tensors, "state": copy.deepcopy(states)}
 
     def _saved_parameters(self) -> dict[str, dict[str, Tensor]]:
         """The parameters that a checkpoint holds, by group and name."""
@@ -439,11 +484,11 @@ class Trainer:
             self._checkpoint()
             self.progress.print(f"saved a checkpoint of step {self.step}")
 
-    def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
+    def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from, if any; raises rather than mix two runs in one folder."""
         root = self.output_dir / CHECKPOINTS
         saved = any(root.glob("step-*"))
-        if not resume:
+        if not self._resume:
             if saved or (self.output_dir / FINAL).exists():
                 raise CheckpointError(
                     f"{self.output_dir}: holds an earlier run; continue it with --resume, or choose another output_dir"
@@ -452,26 +497,51 @@ class Trainer:
         checkpoint = find_checkpoint(root)
         if checkpoint is not None:
             check_same_run(checkpoint.config, to_dict(self.config))
-        elif saved:
-            raise CheckpointError(f"{root}: all checkpoints are damaged; start a new run with another output_dir")
+            if checkpoint.step > self.config.total_steps:
+                raise ConfigError(
+                    f"total_steps: {self.config.total_steps} is less than the {checkpoint.step} steps that "
+                    f"{self.output_dir} has done; give at least {checkpoint.step}"
+                )
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        path, state = checkpoint.path, checkpoint.state
         for group, parameters in self._saved_parameters().items():
             saved = checkpoint.tensors(group)
-            if saved.keys() != parameters.keys():
-                raise CheckpointError(f"{checkpoint.path}: the {group}'s parameters are not those of this model")
-            with torch.no_grad():
+            with restoring(f"{path}: {group}.safetensors"), torch.no_grad():
+                if wrong := sorted(saved.keys() ^ parameters.keys()):
+                    there = "is no parameter of this model" if wrong[0] in saved else "is missing"
+                    raise CheckpointError(f"{quote(wrong[0])} {there}")
                 for name, parameter in parameters.items():
+                    was, now = ((tensor.dtype, list(tensor.shape)) for tensor in (saved[name], parameter))
+                    if was != now:
+                        raise CheckpointError(f"{quote(name)} is {was[0]} {was[1]}, this model's is {now[0]} {now[1]}")
                     parameter.copy_(saved[name])
-        load_optimizer(self.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        tensors = checkpoint.tensors("optimizer")
+        with restoring(f"{path}: optimizer"):
+            load_optimizer(self.optimizer, tensors, state["optimizer"])
         for name in STATEFUL:
-            getattr(self, name).load_state_dict(checkpoint.state[name])
-        set_rng_state(checkpoint.tensors("rng"), checkpoint.state["rng"])
+            with restoring(f"{path}: state.json: {name}"):
+                part = getattr(self, name)
+                if part is not self.watch:  # whose rules may have changed
+                    check_like(state[name], part.state_dict())
+                part.load_state_dict(state[name])
+        with restoring(f"{path}: state.json: scheduler"):
+            if self.scheduler.last_epoch != checkpoint.step + 1:  # would be another step's learning rate
+                raise CheckpointError(f"last_epoch is {self.scheduler.last_epoch}, expected {checkpoint.step + 1}")
+        tensors = checkpoint.tensors("rng")
+        with restoring(f"{path}: rng"):
+            set_rng_state(tensors, state["rng"])
         self.step = self._saved_step = checkpoint.step
-        metrics = self.output_dir / METRICS_FILE
-        rows = read_metrics(metrics) if metrics.exists() else []
-        self._evaluated = {row["step"] for row in rows if "eval/reward" in row and row["step"] <= self.step}
+        rows = [row for row in read_metrics(self.output_dir / METRICS_FILE) if row["step"] <= self.step]
+        rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
+        self._evaluated = {row["step"] for row in rows}
+        if not state.get("evaluated", True):  # the last evaluation of a run that is now prolonged
+            for row in rows:
+                if row["step"] == self.step:
+                    _, alarms = self.watch.observe(self.step, row)
+                    for alarm in alarms:
+                        alarm.outcome = "warned" if alarm.action == "warn" else OVER
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -494,9 +564,12 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _check_writable(folder: Path) -> None:
+def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:
     try:
-        atomic_write(folder / ".writable", b"")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written to ({error.strerror})") from None
+        folder = Path(name).expanduser()
+        return folder, FolderLock(folder)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the name, or no such user as in ~user
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"output_dir: {quote(name)} cannot be written to ({problem})") from None

@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from fastppo.config_fields import NonNegativeInt, PositiveFloat
 from fastppo.training.config import WatchConfig, WatchRule
 
 _EVAL = "eval/"  # metrics of evaluations, the first of which is before any step
@@ -61,6 +64,23 @@ class _RuleState:
     good_step: int = 0
     warned: bool = False
     """Whether a warning was given since the metric was last within the bounds."""
+
+
+@dataclass
+class _Baseline:
+    count: int
+    mean: float
+
+
+@dataclass
+class _State:
+    """What `Watch.state_dict` returns."""
+
+    rules: dict[str, _RuleState]
+    baselines: dict[str, _Baseline]
+    alarms: list[Alarm]
+    rollbacks: NonNegativeInt
+    lr_scale: PositiveFloat
 
 
 class Watch:
@@ -209,12 +229,16 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`. Rules may have changed since: a new one starts anew."""
-        self._states = {key: _RuleState(**state["rules"].get(key, {})) for key in self._states}
+        """Restore `state`. Rules may have changed since: a new one starts anew.
+
+        Raises:
+            pydantic.ValidationError: it is no such state.
+        """
+        saved = TypeAdapter(_State).validate_python(state)
+        self._states = {key: saved.rules.get(key, _RuleState()) for key in self._states}
         for name, baseline in self._baselines.items():
-            baseline.update(state["baselines"].get(name, {"count": 0, "mean": 0.0}))
-        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
-        self.rollbacks, self.lr_scale = state["rollbacks"], state["lr_scale"]
+            baseline.update(dataclasses.asdict(saved.baselines.get(name, _Baseline(0, 0.0))))
+        self.alarms, self.rollbacks, self.lr_scale = saved.alarms, saved.rollbacks, saved.lr_scale
 
 
 def _key(rule: WatchRule) -> str:
@@ -224,4 +248,4 @@ def _key(rule: WatchRule) -> str:
 
 def most_severe(alarms: Sequence[Alarm]) -> str:
     """The most severe action of the alarms: warn < lower_lr < rollback < stop."""
-    return max((alarm.action for alarm in alarms), key=("warn", "lower_lr", "rollback", "stop").index)
+    return max((alarm.action for alarm in alarms), key=("warn", "lower_lr", "rollback", "stop").index, default="warn")

@@ -28,17 +28,14 @@ from safetensors.torch import load_file
 
 import fastppo
 from fastppo.training import checkpoint as module
-from fastppo.training import config as run_config
 from fastppo.training.checkpoint import (
-    MAY_DIFFER,
     CheckpointError,
-    check_same_run,
     discard_checkpoints,
     find_checkpoint,
     load_checkpoint,
+    restoring,
     save_checkpoint,
 )
-from fastppo.training.config_keys import documented_keys
 from fastppo.training.optim import load_optimizer, optimizer_tensors
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
@@ -140,7 +137,7 @@ def test_layout_and_round_trip_of_every_kind_of_tensor(tmp_path):
     os.truncate(path / "policy.safetensors", 0)
     assert same_bits(restored["bf16"], tensors["bf16"])
     shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match=r"policy\.safetensors can no longer be read"):
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors: "):
         found.tensors("policy")
 
 
@@ -194,7 +191,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path, change, error, mess
 
 def test_an_unknown_group_is_named(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"value\.safetensors can no longer be read"):
+    with pytest.raises(CheckpointError, match=r"value\.safetensors: is not part of the checkpoint"):
         find_checkpoint(tmp_path).tensors("value")
 
 
@@ -366,9 +363,8 @@ def test_damage_is_named_and_passed_over(tmp_path, harm):
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(root / "step-000002")
         harm(root / "step-000001" / name)
-        with pytest.warns(fastppo.FastPPOWarning, match="skipped a damaged checkpoint") as caught:
-            assert find_checkpoint(root) is None
-        assert len(caught) == 2
+        with pytest.raises(CheckpointError, match=f"no checkpoint can be used; the newest: .*step-000002.*{name}"):
+            find_checkpoint(root)
         # The run goes on from what is left, over the damaged ones.
         save(root, 2)
         assert_is(find_checkpoint(root), 2)
@@ -497,7 +493,7 @@ def before(tmp_path_factory):
     save(root, 2)
     shutil.copytree(root / "step-000001", root / ".saving-step-000003-0123abcd")
     (root / "step-000002").rename(root / "step-000002.1")
-    shutil.copytree(root / "step-000001", root / "step-000002")
+    shutil.copytree(root / "step-000002.1", root / "step-000002")
     return root
 
 
@@ -684,68 +680,6 @@ def test_full_disk(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-# The same run
-
-
-def test_configurations_compared():
-    config = run_config.build_config(
-        {"model": {"name_or_path": "m"}, "data": {"train": "d.txt"}, "rewards": [{"name": "r", "function": "f:f"}]}
-    )
-    saved = json.loads(json.dumps(run_config.to_dict(config)))
-    check_same_run(saved, run_config.to_dict(config))
-    given = json.loads(json.dumps(saved))
-    given |= {"output_dir": "elsewhere", "total_steps": 7, "tensorboard": False, "on_nonfinite": "skip"}
-    given["eval"] |= {"every": 3, "num_prompts": 1}
-    given["checkpoint"]["keep_last"] = 9
-    given["model"]["allow_download"] = True
-    check_same_run(saved, given)
-    del given["eval"]
-    check_same_run(saved, given)
-
-    given["ppo"]["kl_coef"] = 0.25
-    given["model"]["lora"] = {"r": 8}
-    given["rewards"][0]["name"] = "s"
-    given["rewards"].append({"name": "t"})
-    del given["optim"]["warmup_steps"]
-    with pytest.raises(CheckpointError) as caught:
-        check_same_run(saved, given)
-    message = str(caught.value)
-    for part in (
-        "ppo.kl_coef was 0.05, is now 0.25",
-        'model.lora was null, is now {"r": 8}',
-        'rewards.0.name was "r", is now "s"',
-        'rewards.1 was absent, is now {"name": "t"}',
-        "optim.warmup_steps was 0, is now absent",
-    ):
-        assert part in message
-    assert message.count(" was ") == 5
-    assert "\n" not in message
-
-
-def test_may_differ_covers_whole_keys_only():
-    saved, given = {"eval": {"every": 1}, "evaluate": 1, "seed": 0}, {"eval": {"every": 2}, "evaluate": 1, "seed": 0}
-    check_same_run(saved, given)
-    with pytest.raises(CheckpointError, match=r"evaluate was 1, is now 2"):
-        check_same_run(saved, {**given, "evaluate": 2})
-    check_same_run({"x": math.nan, "y": (1, 2)}, {"x": math.nan, "y": [1, 2]})
-
-
-def test_removed_options_may_be_absent_where_they_had_no_effect():
-    unused = {"length_penalty": 0.0, "reward_clip": None, "preconditioner": "none", "preconditioner_probes": 8}
-    saved, given = {"seed": 0, "trpo": {"kl_coef": 0.1, **unused}}, {"seed": 0, "trpo": {"kl_coef": 0.1}}
-    check_same_run(saved, given)
-    saved["trpo"]["reward_clip"] = 5.0
-    with pytest.raises(CheckpointError, match=r"checkpoint's: trpo\.reward_clip was 5\.0, is now absent\. Resume"):
-        check_same_run(saved, given)
-    with pytest.raises(CheckpointError, match=r"seed was 0, is now absent"):
-        check_same_run({"seed": 0}, {})
-
-
-def test_the_default_exceptions_are_keys_of_the_configuration():
-    known = [key.name for key in documented_keys()]
-    assert [key for key in MAY_DIFFER if not any(f"{name}.".startswith(f"{key}.") for name in known)] == []
-
-
 # Optimizers
 
 
@@ -892,7 +826,7 @@ def test_missing_and_untaken_states_are_named():
     learner.step()
     tensors, meta = optimizer_tensors(learner.optimizer)
     lacking = {key: tensor for key, tensor in tensors.items() if key != "state.1.exp_avg"}
-    with pytest.raises(CheckpointError, match=r"lacks the tensor 'state\.1\.exp_avg'"):
+    with pytest.raises(CheckpointError, match=r"here: lacks 'state\.1\.exp_avg'"), restoring("here"):
         load_optimizer(other.optimizer, lacking, meta)
     with pytest.raises(CheckpointError, match=r"AdamW\) did not take the states stray"):
         load_optimizer(other.optimizer, {**tensors, "stray": torch.ones(1)}, meta)
@@ -971,8 +905,10 @@ def test_states_that_do_not_fit_are_refused():
         ({key: tensor for key, tensor in tensors.items() if key != "python"}, meta),
         ({**tensors, "python": tensors["python"][1:]}, meta),
         (tensors, {**meta, "numpy": {**meta["numpy"], "bit_generator": "PCG64"}}),
+        (tensors, {**meta, "numpy": {**meta["numpy"], "state": {"pos": 2**30}}}),  # numpy alone would read it there
+        (tensors, {**meta, "python": {**meta["python"], "gauss_next": "x"}}),
     ):
-        with pytest.raises(CheckpointError, match="generators cannot be restored"):
+        with pytest.raises(CheckpointError, match="rng"), restoring("rng"):
             set_rng_state(*broken)
 
 

@@ -586,7 +586,7 @@ def test_two_runs_are_never_mixed(world, tmp_path):
     ("changes", "error", "message"),
     [
         ({"rewards": []}, ConfigError, "rewards: at least one is required"),
-        ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir: /proc/nowhere cannot be written to"),
+        ({"output_dir": "/proc/nowhere"}, ConfigError, "output_dir: '/proc/nowhere' cannot be written to"),
         ({"device": "cuda:7"}, ConfigError, "device: 'cuda:7' cannot be used"),
         ({"backend": "triton"}, ConfigError, "backend"),
         ({"data__train": "/nothing.jsonl"}, DataError, "/nothing.jsonl"),

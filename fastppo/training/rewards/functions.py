@@ -95,7 +95,10 @@ class RunningNormalizer:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        vars(self).update(state)
+        """Restore `state`; raises ValueError if no values have such statistics."""
+        if not (state["count"] >= 0 and state["m2"] >= 0):
+            raise ValueError(f"count and m2 are at least 0, got {state['count']} and {state['m2']}")
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
 
 
 class RewardFunctions:
