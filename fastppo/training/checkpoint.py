@@ -267,7 +267,7 @@ def restoring(where: str) -> Iterator[None]:
         problem = one_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {quote(first['input'])}"
+            problem = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {quote(first['input'])}")
         elif isinstance(error, KeyError):
             problem = f"lacks {quote(*error.args)}"
         elif not isinstance(error, FastPPOError):
@@ -286,22 +286,23 @@ def check_like(saved: Any, own: Any, key: str = "") -> None:
     """
     if own is None or own == {}:  # nothing to compare with
         return
+    where = f"{key}: " if key else ""
     kinds: dict[type, Any] = {float: int | float, tuple: list | tuple}
     if not isinstance(saved, kinds.get(type(own), type(own))) or (isinstance(saved, bool) and type(own) is not bool):
-        raise CheckpointError(f"{key}: expected {type(own).__name__}, got {quote(saved)}")
+        raise CheckpointError(f"{where}expected {type(own).__name__}, got {quote(saved)}")
     if isinstance(own, dict):
         for name, value in own.items():
             if name in saved:
                 check_like(saved[name], value, f"{key}.{name}" if key else name)
             elif not (name.startswith("_") or value is None or isinstance(value, bool)):
-                raise CheckpointError(f"{key}: lacks {quote(name)}")
+                raise CheckpointError(f"{where}lacks {quote(name)}")
     elif isinstance(own, list | tuple):
         if len(saved) != len(own):
-            raise CheckpointError(f"{key}: expected {len(own)} items, got {len(saved)}")
+            raise CheckpointError(f"{where}expected {len(own)} items, got {len(saved)}")
         for index, (item, value) in enumerate(zip(saved, own, strict=True)):
             check_like(item, value, f"{key}.{index}")
     elif isinstance(saved, int) and not -(2**63) <= saved < 2**63:
-        raise CheckpointError(f"{key}: {quote(saved)} is out of range")
+        raise CheckpointError(f"{where}{quote(saved)} is out of range")
 
 
 def _check_json(value: Any, name: str) -> None:
@@ -372,7 +373,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {_MANIFEST} is damaged")
     with restoring(f"{path}: {_MANIFEST}"):
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            found = one_line(f"{manifest['format']} version {manifest['version']}", 100)
+            found = one_line(f"{manifest['format']} version {quote(manifest['version'])}", 100)
             raise CheckpointError(f"{found}, this fastppo reads {FORMAT} version {VERSION}")
         _MANIFEST_TYPE.validate_python(manifest, strict=True)
         if missing := {"state.json", "config.json"} - manifest["files"].keys():

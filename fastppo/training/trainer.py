@@ -496,7 +496,8 @@ class Trainer:
             return None
         checkpoint = find_checkpoint(root)
         if checkpoint is not None:
-            check_same_run(checkpoint.config, to_dict(self.config))
+            with restoring(f"{checkpoint.path}: config.json"):
+                check_same_run(checkpoint.config, to_dict(self.config))
             if checkpoint.step > self.config.total_steps:
                 raise ConfigError(
                     f"total_steps: {self.config.total_steps} is less than the {checkpoint.step} steps that "
