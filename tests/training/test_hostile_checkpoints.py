@@ -142,7 +142,7 @@ MUTATIONS = {
     "manifest is deep": (lambda path: (path / "manifest.json").write_bytes(DEEP), "manifest.json is damaged"),
     "no format": (in_manifest(lambda m: m.pop("format") and None), "manifest.json: lacks 'format'"),
     "format is a list": (in_manifest(lambda m: m | {"format": [1] * 999}), "manifest.json: "),
-    "version is text": (in_manifest(lambda m: m | {"version": "1"}), "manifest.json: step"),
+    "version is text": (in_manifest(lambda m: m | {"version": "1"}), "manifest.json: fastppo-checkpoint version '1'"),
     "no step": (in_manifest(lambda m: m.pop("step") and None), "manifest.json: step"),
     "step is text": (in_manifest(lambda m: m | {"step": "1"}), "manifest.json: step"),
     "step is true": (in_manifest(lambda m: m | {"step": True}), "manifest.json: step"),
