@@ -37,10 +37,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import fastppo
+from fastppo.training.files import atomic_write
 from fastppo.training.metrics import (
     METRICS_FILE,
     SAMPLES_FOLDER,
-    atomic_write,
     read_alarms,
     read_metrics,
     read_samples,
