@@ -77,7 +77,9 @@ class MetricsLogger:
         self._file = self._path.open("ab", buffering=0)  # a buffer that a full disk refused would fail again on closing
         if self._new_writer is not None:
             # TensorBoard hides what earlier event files hold at `purge_step` and later.
-            self._writer = self._new_writer(str(self._path.with_name(TENSORBOARD_FOLDER)), purge_step=purge_step)
+            folder = self._path.with_name(TENSORBOARD_FOLDER)
+            with naming(folder):
+                self._writer = self._new_writer(str(folder), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics. The line in the file comes last, is on disk on return, and says that all is done.

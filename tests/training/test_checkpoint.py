@@ -602,7 +602,7 @@ KILLED_WHILE_SAVING = """
     torch.set_num_threads(1)  # fork copies only the calling thread
     root, newest, start = Path(sys.argv[1]), -1, time.monotonic()
     for trial in range(40):
-        if trial >= 10 and time.monotonic() > start + 3:
+        if trial >= 10 and time.monotonic() > start + 1:
             break
         reader, writer = os.pipe()
         child = os.fork()

@@ -392,7 +392,9 @@ def test_a_folder_without_permission(world, tmp_path):
 FILES = ["config.yaml", "metrics.jsonl", "samples/before.jsonl", "alarms.jsonl", "checkpoints", "final"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FILES[:2] else pytest.mark.slow) for name in FILES]
+)
 def test_a_full_disk_is_named_with_the_file(world, tmp_path, monkeypatch, capsys, name):
     """In the error of the system itself, which has no file name where a write fails."""
     out, call = tmp_path / "run", os.fsync

@@ -279,7 +279,7 @@ def resume(world):
 
 # Each takes a tenth of a second, so only some are part of the quick tests.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if i % 8 else []) for i, n in enumerate(MUTATIONS)]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if i % 12 else []) for i, n in enumerate(MUTATIONS)]
 )
 @pytest.mark.filterwarnings("error")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
