@@ -374,7 +374,7 @@ def test_a_rollback_too_many_reads_no_checkpoint(world, tmp_path, monkeypatch):
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_in_one_line(world, tmp_path, monkeypatch, name, problem):
-    monkeypatch.setattr("fastppo.training.trainer.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr(Trainer, "_build", lambda *_: pytest.fail("something was loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=rf"^output_dir: .* cannot be written to \(.*{problem}") as caught:
         Trainer(config(world, name.replace("FOLDER", str(tmp_path))))
