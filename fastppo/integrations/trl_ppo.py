@@ -413,8 +413,11 @@ class PPOTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder)
-        self.model.value_model.save_pretrained(folder / VALUE_FOLDER)
+        for model, place in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_FOLDER)):
+            config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
+            if (config.pad_token_id or 0) >= len(embedding):  # from_pretrained refuses it
+                config.pad_token_id = None
+            model.save_pretrained(place)
         self.processing_class.save_pretrained(folder)
         (folder / "training_args.json").write_text(self.ppo_args.to_json_string())
 

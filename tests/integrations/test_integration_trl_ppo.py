@@ -27,9 +27,11 @@ def _classifier(tiny, seed: int) -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, local_files_only=True)
 
 
-def _trainer(tiny, output_dir, *, peft_config=None, callbacks=None, models=None, **options) -> PPOTrainer:
+def _trainer(tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, models=None, **options) -> PPOTrainer:
     """The trainer as an old script builds it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True, padding_side="left")
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
     prompts = [f"{'Good ' * (n % 3)}Number {n} is" for n in range(24)]
     dataset = datasets.Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
     given = {
@@ -184,6 +186,34 @@ def test_evaluates_without_changing_the_run(tiny, tmp_path, capsys):
     assert len(shown) == 4
     assert shown[0]["query"].endswith("Number 0 is")
     assert "Number 0 is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_added_pad_token_needs_no_embedding(adapters, tiny, tmp_path, capsys):
+    """Scripts add one to the tokenizer alone."""
+    options = {"num_sample_generations": 1, "stop_token_id": 7, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "total_episodes": 16}
+    if adapters:
+        peft = pytest.importorskip("peft", reason="needs peft's adapters")
+        options["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"])
+    ends = []
+    for pad in (None, "[PAD]"):
+        torch.manual_seed(0)  # of the adapters
+        trainer = _trainer(tiny, tmp_path / str(pad), pad=pad, **options)
+        trainer.train()
+        ends.append((_parameters(trainer), trainer.evaluate(), trainer.generate_completions()))
+    assert all(parameter.equal(ends[0][0][name]) for name, parameter in ends[1][0].items())
+    assert ends[0][1:] == ends[1][1:]
+    assert trainer.processing_class.pad_token_id >= trainer.model.policy.get_input_embeddings().num_embeddings
+    resumed = _trainer(tiny, tmp_path / "[PAD]", pad=pad, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "[PAD]" / "checkpoint-1"))
+    assert all(parameter.equal(ends[0][0][name]) for name, parameter in _parameters(resumed).items())
+    trainer.model.value_model.config.pad_token_id = trainer.processing_class.pad_token_id  # as scripts do
+    trainer.save_model(str(tmp_path / "final"))
+    if not adapters:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", local_files_only=True)
+    value_folder = tmp_path / "final" / "value_model"
+    transformers.AutoModelForSequenceClassification.from_pretrained(value_folder, local_files_only=True)
 
 
 def test_best_model_is_kept_and_loaded(tiny, tmp_path):
