@@ -150,8 +150,12 @@ class PPOTrainer(Trainer):
                     raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
                 model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
-        if args.ref_adapter_name is not None and not self.is_peft_model:
-            raise ValueError("ref_adapter_name: the model has no adapters")
+        adapters = model.peft_config if self.is_peft_model else {}
+        for option in ("model_adapter_name", "ref_adapter_name"):
+            if (name := getattr(args, option)) is not None and name not in adapters:
+                raise ValueError(f"{option}: {name!r}, but the model's adapters are: {', '.join(adapters) or 'none'}")
+        if args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)
         for part in (model, ref_model, reward_model, value_model):
             if part is not None:
                 disable_dropout(part)
@@ -315,11 +319,12 @@ class PPOTrainer(Trainer):
             with policy.disable_adapter():
                 yield policy
         else:
+            trained = policy.active_adapter
             policy.set_adapter(name)
             try:
                 yield policy
             finally:
-                policy.set_adapter(self.ppo_args.model_adapter_name or "default")
+                policy.set_adapter(trained)
 
     def _is_eos(self, experience: Experience) -> Tensor:
         return (experience.targets == self.processing_class.eos_token_id) & experience.mask

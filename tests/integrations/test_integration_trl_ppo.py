@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -92,6 +94,22 @@ def test_names_and_defaults_are_trls(tmp_path):
         "total_episodes": None,
         "local_rollout_forward_batch_size": 64,
         "num_sample_generations": 10,
+        "run_name": None,
+        "dataset_num_proc": None,
+        "stop_token_id": None,
+        "sft_model_path": "EleutherAI/pythia-160m",
+        "reward_model_path": "EleutherAI/pythia-160m",
+        "exp_name": "ppo_config",
+        "model_adapter_name": None,
+        "ref_adapter_name": None,
+        "ds3_gather_for_generation": True,
+        "push_to_hub": False,
+        "num_total_batches": None,
+        "micro_batch_size": None,
+        "local_batch_size": None,
+        "batch_size": None,
+        "local_mini_batch_size": None,
+        "mini_batch_size": None,
     }
     assert {name: getattr(args, name) for name in expected} == expected
     # Scripts parse them from the command line.
@@ -99,17 +117,58 @@ def test_names_and_defaults_are_trls(tmp_path):
         ["--output_dir", str(tmp_path), "--kl_coef", "0.1", "--stop_token", "eos", "--use_cpu", "true"]
     )[0]
     assert (parsed.kl_coef, parsed.stop_token) == (0.1, "eos")
+    # A configuration that was written down, or is copied, comes with every field.
+    assert PPOConfig(**parsed.to_dict() | {"hub_token": None}) == parsed  # transformers hides that one
+    assert dataclasses.replace(parsed, kl_coef=0.2).kl_coef == 0.2
     for wrong in (
         {"kl_estimator": "k4"},
         {"stop_token": "x"},
         {"stop_token": "eos", "stop_token_id": 3},
+        {"stop_token_id": -1},
         {"total_episodes": 0},
+        {"total_episodes": "many"},
         {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"response_length": 1.5},
+        {"response_length": None},
+        {"local_rollout_forward_batch_size": 2.5},
+        {"missing_eos_penalty": math.nan},
+        {"num_sample_generations": -1},
         {"num_mini_batches": 0},
+        {"gradient_accumulation_steps": 0},
         {"kl_coef": -0.1},
+        {"cliprange": -0.1},
+        {"cliprange_value": "wide"},
+        {"batch_size": 7},
+        {"world_size": 2},
+        {"num_total_batches": 3},
     ):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(ValueError, match=next(iter(wrong))) as caught:
             PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **wrong)
+        assert "\n" not in str(caught.value)
+
+
+def test_scripts_can_read_what_trl_computes(tiny, tmp_path):
+    trainer = _trainer(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, total_episodes=20)
+    right = {
+        "world_size": 1,
+        "local_batch_size": 6,
+        "micro_batch_size": 2,
+        "batch_size": 6,
+        "local_mini_batch_size": 3,
+        "mini_batch_size": 3,
+        "num_total_batches": 4,
+        "total_episodes": 20,
+    }
+    for args in (trainer.ppo_args, trainer.args):
+        assert {name: getattr(args, name) for name in right} == right
+        assert args.run_name.startswith(f"ppo_config__{args.seed}__")
+    assert PPOConfig(**trainer.ppo_args.to_dict()).batch_size == 6  # given, and right
+    assert _trainer(tiny, tmp_path, total_episodes=None).ppo_args.total_episodes == 72  # three epochs of 24 prompts
+    trainer = _trainer(tiny, tmp_path, total_episodes=None, max_steps=2, run_name="mine")
+    assert (trainer.args.total_episodes, trainer.args.num_total_batches, trainer.args.run_name) == (16, 2, "mine")
+    with pytest.raises(ValueError, match="num_train_epochs"):
+        _trainer(tiny, tmp_path, total_episodes=None, num_train_epochs=0.01)
 
 
 def test_trains_logs_and_saves(tiny, tmp_path):
@@ -302,6 +361,10 @@ def test_reference_adapter_stays(tiny, tmp_path):
     model = peft.get_peft_model(model, config, adapter_name="trained")
     model.add_adapter("fixed", config)
     nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["fixed"].weight)
+    model.set_adapter("fixed")  # not what is trained
+    for option in ("model_adapter_name", "ref_adapter_name"):
+        with pytest.raises(ValueError, match=f"{option}: 'lost', but the model's adapters are: trained, fixed"):
+            _trainer(tiny, tmp_path, models={"model": model}, **{option: "lost"})
     options = {"model_adapter_name": "trained", "ref_adapter_name": "fixed", "total_episodes": 8}
     trainer = _trainer(tiny, tmp_path, models={"model": model}, **options)
     before = _parameters(trainer)
