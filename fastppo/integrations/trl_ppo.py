@@ -255,7 +255,15 @@ class PPOTrainer(Trainer):
     def _sample(self, inputs: dict[str, Any]) -> Rollout:
         """One completion of each prompt of a batch as the collator made it."""
         args, tokenizer, ids = self.ppo_args, self.processing_class, inputs["input_ids"]
-        mask = inputs.get("attention_mask", ids != tokenizer.pad_token_id).bool()
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if "attention_mask" not in inputs or tokenizer.pad_token_id != tokenizer.eos_token_id:
+            mask &= ids != tokenizer.pad_token_id  # a row may be padded already
+        known = len(self.model.policy.get_input_embeddings().weight)
+        if len(unknown := ids[mask & ((ids < 0) | (ids >= known))]):
+            raise ValueError(
+                f"a prompt has the token {unknown[0].item()}, but the model's embedding has {known} rows; tokens that "
+                "were added to the tokenizer need model.resize_token_embeddings(len(tokenizer)) for all four models"
+            )
         prompts = [Prompt("", row[keep].tolist(), {}) for row, keep in zip(ids, mask, strict=True)]
         longest, limit = int(mask.sum(1).max()), context_length(self.model.policy)
         if limit is not None and longest + args.response_length > limit:
@@ -365,8 +373,15 @@ class PPOTrainer(Trainer):
         """Sample completions of the held-out prompts and score them; always with the same random numbers.
 
         Returns:
-            Means of score, KL (nats a completion), score − kl_coef · KL, and number of tokens.
+            Means of score, KL (nats a completion), score − kl_coef · KL, and number of tokens; of each dataset if
+            eval_dataset is a dict.
         """
+        if isinstance(given := self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            metrics = {}
+            for name, part in given.items():
+                part = name if eval_dataset is None else part
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         parts = []  # [3, b] each: score, KL, number of tokens
         for experience in self._held_out(eval_dataset):
             columns = (experience.scores, experience.kl.sum(1), experience.mask.sum(1).float())
@@ -405,7 +420,9 @@ class PPOTrainer(Trainer):
         state = rng_state()
         try:
             set_seed(self.args.seed, device_specific=True)
-            for inputs in itertools.islice(self.get_eval_dataloader(eval_dataset), num_batches):
+            several = eval_dataset is None and isinstance(self.eval_dataset, dict)
+            loaders = map(self.get_eval_dataloader, self.eval_dataset if several else [eval_dataset])
+            for inputs in itertools.islice(itertools.chain.from_iterable(loaders), num_batches):
                 yield self._experience(self._sample(self._prepare_inputs(inputs)))
         finally:
             set_rng_state(*state)
@@ -500,6 +517,9 @@ def _classify(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Te
 def _check_models(
     model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module, peft_config: Any
 ) -> None:
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        if not hasattr(given, "get_output_embeddings") and not (given is None and name == "ref_model"):
+            raise TypeError(f"{name}: expected a causal language model, got {type(given).__name__}")
     if peft_config is not None and hasattr(model, "disable_adapter"):
         raise ValueError("peft_config: the model has adapters already; give one or the other")
     if ref_model is model:

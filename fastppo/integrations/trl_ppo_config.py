@@ -131,6 +131,8 @@ def one_rollout_per_step(args: PPOConfig, train_dataset: Any) -> PPOConfig:
     if rollout < args.num_mini_batches:
         raise ValueError(f"num_mini_batches: {args.num_mini_batches}, but a rollout has {rollout} completions")
     needed = rollout * args.world_size
+    if not hasattr(train_dataset, "__len__"):
+        raise TypeError(f"train_dataset: expected one with a length, got {type(train_dataset).__name__}")
     if len(train_dataset) < needed:
         raise ValueError(f"train_dataset: {len(train_dataset)} prompts, fewer than the {needed} of a rollout")
     if args.total_episodes is None:

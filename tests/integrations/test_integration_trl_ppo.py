@@ -29,7 +29,9 @@ def _classifier(tiny, seed: int) -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, local_files_only=True)
 
 
-def _trainer(tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, models=None, **options) -> PPOTrainer:
+def _trainer(
+    tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, models=None, data=None, **options
+) -> PPOTrainer:
     """The trainer as an old script builds it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True, padding_side="left")
     if pad is not None:
@@ -61,10 +63,9 @@ def _trainer(tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, mo
     return PPOTrainer(
         args=PPOConfig(**arguments),
         processing_class=tokenizer,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)),
         peft_config=peft_config,
         callbacks=callbacks,
+        **{"train_dataset": dataset, "eval_dataset": dataset.select(range(4))} | (data or {}),
         **given,
     )
 
@@ -275,6 +276,36 @@ def test_an_added_pad_token_needs_no_embedding(adapters, tiny, tmp_path, capsys)
     transformers.AutoModelForSequenceClassification.from_pretrained(value_folder, local_files_only=True)
 
 
+def test_several_held_out_datasets_and_none(tiny, tmp_path):
+    parts = {name: datasets.Dataset.from_dict({"input_ids": [[n, n + 1]] * 2}) for name, n in (("a", 5), ("b", 9))}
+    trainer = _trainer(tiny, tmp_path, data={"eval_dataset": parts}, eval_strategy="steps", total_episodes=8)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(metrics) == 8
+    for name in parts:
+        assert {key: value for key, value in metrics.items() if f"_{name}_" in key} == trainer.evaluate(
+            parts[name], metric_key_prefix=f"eval_{name}"
+        )
+    assert len(trainer.generate_completions()) == 4
+    trainer = _trainer(tiny, tmp_path, data={"eval_dataset": None}, num_sample_generations=3, total_episodes=8)
+    trainer.train()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.generate_completions()
+
+
+@pytest.mark.parametrize("pad", [None, "[PAD]"])
+def test_prompts_that_are_padded_already(pad, tiny, tmp_path):
+    """Scripts tokenize with padding, and may keep no mask."""
+    trainer = _trainer(tiny, tmp_path, pad=pad)
+    fill = trainer.processing_class.pad_token_id
+    for rows in ([[fill, fill, 5, 6], [7, 8, fill, fill]], [[5, 6], [7, 8]]):
+        with_mask = trainer.data_collator([{"input_ids": row} for row in rows])
+        for batch in (with_mask, {"input_ids": with_mask["input_ids"]}):
+            rollout = trainer._sample(batch)
+            assert rollout.sequences[:, :2].tolist() == [[5, 6], [7, 8]]
+            assert rollout.attention_mask[:, :2].all()
+
+
 def test_best_model_is_kept_and_loaded(tiny, tmp_path):
     trainer = _trainer(
         tiny,
@@ -410,6 +441,9 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         ({"reward_model": reward, "value_model": reward}, ValueError, "value_model: the same object"),
         ({"reward_model": two}, ValueError, "num_labels=1"),
         ({"value_model": model}, TypeError, "value_model: expected a sequence-classification"),
+        ({"value_model": None}, TypeError, "value_model: .* got NoneType"),
+        ({"model": str(tiny)}, TypeError, "^model: expected a causal language model, got str"),
+        ({"ref_model": str(tiny)}, TypeError, "ref_model: expected a causal language model, got str"),
     ):
         with pytest.raises(error, match=match):
             _trainer(tiny, tmp_path, models=models)
@@ -417,7 +451,16 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         _trainer(tiny, tmp_path, per_device_train_batch_size=400)
     with pytest.raises(ValueError, match="more than the 128 that the policy can read"):
         _trainer(tiny, tmp_path, response_length=126).train()
+    with pytest.raises(TypeError, match="train_dataset: expected one with a length, got IterableDataset"):
+        _trainer(tiny, tmp_path, data={"train_dataset": datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset()})
     trainer = _trainer(tiny, tmp_path)
-    trainer.train_dataset = datasets.Dataset.from_dict({"prompt": ["a"] * 8})
-    with pytest.raises(ValueError, match="come tokenized"):
-        trainer.train()
+    for columns, match in (
+        ({"prompt": ["a"] * 8}, "come tokenized"),
+        (
+            {"input_ids": [[5, 6000]] * 8},
+            "the token 6000, but the model's embedding has 331 rows.*resize_token_emb",
+        ),
+    ):
+        trainer.train_dataset = datasets.Dataset.from_dict(columns)
+        with pytest.raises(ValueError, match=match):
+            trainer.train()
