@@ -258,12 +258,6 @@ class PPOTrainer(Trainer):
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         if "attention_mask" not in inputs or tokenizer.pad_token_id != tokenizer.eos_token_id:
             mask &= ids != tokenizer.pad_token_id  # a row may be padded already
-        known = len(self.model.policy.get_input_embeddings().weight)
-        if len(unknown := ids[mask & ((ids < 0) | (ids >= known))]):
-            raise ValueError(
-                f"a prompt has the token {unknown[0].item()}, but the model's embedding has {known} rows; tokens that "
-                "were added to the tokenizer need model.resize_token_embeddings(len(tokenizer)) for all four models"
-            )
         prompts = [Prompt("", row[keep].tolist(), {}) for row, keep in zip(ids, mask, strict=True)]
         longest, limit = int(mask.sum(1).max()), context_length(self.model.policy)
         if limit is not None and longest + args.response_length > limit:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from fastppo.algorithms import config as algorithms
-from fastppo.config_fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat
+from fastppo.config_fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, quote
 
 
 def _option(default: Any, explanation: str) -> Any:
@@ -82,7 +82,9 @@ class PPOConfig(TrainingArguments):
                 setattr(self, name, adapter.validate_python(getattr(self, name)))
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
-                raise ValueError(f"{name}: {problem[0].lower()}{problem[1:]}, got {getattr(self, name)!r}") from None
+                raise ValueError(
+                    f"{name}: {problem[0].lower()}{problem[1:]}, got {quote(getattr(self, name))}"
+                ) from None
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("stop_token and stop_token_id: give one of them")
         for name, right in computed(self).items():
