@@ -9,6 +9,7 @@ own. It occupies one core for as long as the other tests occupy theirs.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import secrets
@@ -84,6 +85,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    # What the imported libraries made stays. Every start of transformers' Trainer collects garbage, several times, and
+    # going through all of it takes longer than the training of a test.
+    gc.freeze()
     if session.config.option.collectonly or not any(item.name == THE_TEST for item in session.items):
         return
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open for as long as the process runs)
@@ -98,6 +102,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()
     if run := config.stash.get(RUN, None):
         run.process.kill()
 

@@ -110,10 +110,9 @@ class ConservativePolicyIteration(PolicyThenCritic):
     def _ratios(self, learner: Learner, experience: Experience) -> Tensor:
         """π(a|s) / π_old(a|s) [B, T] of the current policy; 1 on padding."""
         hidden, head = learner.snapshot(experience)
-        targets = experience.targets.masked_fill(~experience.mask, -100)
         with learner.autocast():
             options = head_arguments(head, self.temperature, self.backend)
-            logprobs = linear_logprob(hidden, targets=targets, **options).logprobs
+            logprobs = linear_logprob(hidden, targets=experience.targets, **options).logprobs
         return (logprobs - experience.old_logprobs).masked_fill(~experience.mask, 0.0).exp()
 
 

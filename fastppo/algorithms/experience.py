@@ -60,8 +60,8 @@ class Experience:
 
     @property
     def targets(self) -> Tensor:
-        """[B, T] the sampled tokens."""
-        return self.sequences[:, -self.mask.shape[1] :]
+        """[B, T] the sampled tokens; -100, which the operators ignore, on padding, whose id may have no logit."""
+        return self.sequences[:, -self.mask.shape[1] :].masked_fill(~self.mask, -100)
 
     def token_share(self, whole: Experience) -> float:
         """How many of `whole`'s sampled tokens are these, from 0 to 1."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastppo import reference, selective_logprob, value_loss
 from fastppo.integrations.patching import Patch
-from fastppo.integrations.shared import batch_share, replace_gradient, weighted_ppo_loss
+from fastppo.integrations.shared import batch_share, callers_names, check_alike, replace_gradient, weighted_ppo_loss
 from fastppo.integrations.shared import entropy_from_logits as compute_entropy
 
 SUPPORTED = ">=0.11.2,<0.12"
@@ -45,6 +45,7 @@ def compute_approx_kl(
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {kl_estimator!r}")
+    check_alike(log_probs=log_probs, log_probs_base=log_probs_base, log_probs_old=log_probs_old)
     log_ratio = log_probs.float() - log_probs_base.float()
     zero = torch.zeros_like(log_ratio)
     # k3 of e^60 would have a NaN gradient; beyond the cap of 10 it has none.
@@ -101,6 +102,16 @@ class PolicyLoss(torch.nn.Module):
                 f"is_correction_threshold: expected (0, bound) for is_correction_gating={is_correction_gating}, "
                 f"got {tuple(is_correction_threshold)}"
             )
+        if is_correction_level != "off":
+            try:
+                low, high = is_correction_threshold
+                ordered = low <= high
+            except (TypeError, ValueError):
+                ordered = False
+            if not ordered:
+                raise ValueError(
+                    f"is_correction_threshold: expected (low, high), the low one first, got {is_correction_threshold!r}"
+                )
         self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
         self.policy_loss_type = policy_loss_type
         self.token_level_loss = token_level_loss and policy_loss_type != "gspo"  # GSPO is a mean over sequences
@@ -128,6 +139,8 @@ class PolicyLoss(torch.nn.Module):
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs: needed for is_correction_level={self.is_correction_level!r}")
+        tensors = {"old_log_probs": old_log_probs, "action_mask": action_mask, "rollout_log_probs": rollout_log_probs}
+        check_alike(log_probs=log_probs, **tensors)
         mask, loss_agg = _mask(action_mask, log_probs), _loss_agg(self.token_level_loss)
         weights = vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
@@ -137,17 +150,18 @@ class PolicyLoss(torch.nn.Module):
             if corrected:
                 weights, is_filter_ratio = self._correction(old_log_probs, rollout_log_probs, mask)
                 vllm_kl = _masked_mean((rollout_log_probs - old_log_probs).detach(), mask)
-        loss, metrics = weighted_ppo_loss(
-            log_ratio,
-            advantages,
-            weights,
-            mask=mask,
-            clip_low=self.clip_eps_low,
-            clip_high=self.clip_eps_high,
-            dual_clip=self.dual_clip,
-            ratio_level="token" if self.policy_loss_type == "ppo" else "sequence-geometric",
-            loss_agg=loss_agg,
-        )
+        with callers_names(logprobs="log_probs", clip_low="clip_eps_low", clip_high="clip_eps_high"):
+            loss, metrics = weighted_ppo_loss(
+                log_ratio,
+                advantages,
+                weights,
+                mask=mask,
+                clip_low=self.clip_eps_low,
+                clip_high=self.clip_eps_high,
+                dual_clip=self.dual_clip,
+                ratio_level="token" if self.policy_loss_type == "ppo" else "sequence-geometric",
+                loss_agg=loss_agg,
+            )
         loss = loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
         ppo_kl = _masked_mean((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction"], ppo_kl, vllm_kl, is_filter_ratio
@@ -194,10 +208,11 @@ class ValueLoss(torch.nn.Module):
         global_batch_size: float | None = None,
     ) -> Tensor:
         """All tensors [B, T]; the last three arguments are those of the whole batch over all ranks."""
+        check_alike(values=values, action_mask=action_mask)
         mask, loss_agg = _mask(action_mask, values), _loss_agg(self.token_level_loss)
-        out = value_loss(
-            values, returns, old_values=old_values, mask=mask, cliprange_value=self.clip_eps, loss_agg=loss_agg
-        )
+        options = {"mask": mask, "cliprange_value": self.clip_eps, "loss_agg": loss_agg}
+        with callers_names(cliprange_value="clip_eps"):
+            out = value_loss(values, returns, old_values=old_values, **options)
         return out.loss * _share(mask, loss_agg, dp_size, batch_num_tokens, global_batch_size)
 
 

@@ -5,18 +5,43 @@ B sequences, T response tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppo import ppo_loss, selective_logprob
+from fastppo.ops.checks import check_shape, check_tensor
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats, [...], of softmax(logits [..., V]); no copy of the logits is made."""
     any_target = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return selective_logprob(logits, any_target, return_entropy=True).entropy
+
+
+@contextlib.contextmanager
+def callers_names(**names: str) -> Iterator[None]:
+    """Errors of fastppo's operators by the names that the caller wrote: ``callers_names(clip_low="clip_eps_low")``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        ours, colon, rest = str(error).partition(": ")
+        if not colon or ours not in names:
+            raise
+        raise type(error)(f"{names[ours]}: {rest}") from None
+
+
+def check_alike(**tensors: Tensor | None) -> None:
+    """Tensors of the first one's shape, which PyTorch would broadcast; those after the first may be None."""
+    (first, pattern), *others = tensors.items()
+    check_tensor(first, pattern)
+    for name, tensor in others:
+        if tensor is not None:
+            check_tensor(name, tensor)
+            check_shape(name, tensor, pattern.shape, f"that of {first}")
 
 
 def weighted_ppo_loss(
@@ -63,7 +88,11 @@ def batch_share(
     total = 1 if loss_agg == "token-sum" else total
     if total is None and dp_size > 1:
         raise ValueError(f"{name}: needed when dp_size > 1")
-    share = 1.0 if total is None else (mask.sum() if by_token else mask.any(-1).sum()) / total * dp_size
+    share = 1.0
+    if total is not None:  # 0 where no rank has a token
+        share = (mask.sum() if by_token else mask.any(-1).sum()) / torch.as_tensor(total).clamp(min=1) * dp_size
     if loss_agg == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
+        if not loss_scale_factor > 0:
+            raise ValueError(f"loss_scale_factor: expected a number above 0, got {loss_scale_factor}")
         share = share * (mask.shape[-1] / loss_scale_factor)
     return share

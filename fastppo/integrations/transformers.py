@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,30 +33,13 @@ IGNORED = -100  # transformers' own
 SLOT = "_fastppo_patch"  # the attribute of a patched model that holds its `LogprobForward`
 
 
-class CausalLMLogprobs(NamedTuple):
-    """What ``model(..., labels=labels, return_logprobs=True)`` returns; 0 where the label is -100.
-
-    The loss comes first, where transformers' own Trainer looks for it.
-    """
-
-    loss: Tensor
-    """Scalar float32: −log p summed over the labels / their number (or `num_items_in_batch`), plus the aux_loss."""
-    logprobs: Tensor
-    """[B, T - 1] float32 log-probabilities of the labels ([B, T] with `shift_labels`)."""
-    entropy: Tensor
-    """[B, T - 1] float32 entropy of the whole distribution, in nats, differentiable."""
-    label_mask: Tensor
-    """[B, T - 1] bool: where there is a label."""
-    aux_loss: Tensor | None
-    """Scalar: the load-balancing loss of a mixture of experts, if its router logits were requested."""
-
-
 def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | None = None) -> nn.Module:
     """Give a causal language model a forward without logits; `unpatch_model` takes it away.
 
-    ``model(input_ids=..., attention_mask=..., labels=..., return_logprobs=True)`` then returns a `CausalLMLogprobs`.
-    Without ``return_logprobs`` the forward is the model's own. Works under autocast, torch.compile, gradient
-    checkpointing, DDP and FSDP2, with LoRA adapters (also on the head), tied weights, and 4- or 8-bit base weights.
+    ``model(input_ids=..., attention_mask=..., labels=..., return_logprobs=True)`` then returns a `CausalLMLogprobs`, or
+    a tuple with ``return_dict=False``. Without ``return_logprobs`` the forward is the model's own. Works under
+    autocast, torch.compile, gradient checkpointing, DDP and FSDP2, with LoRA adapters (also on the head), tied weights,
+    and 4- or 8-bit base weights.
 
     Args:
         model: any AutoModelForCausalLM or a vision-language model, wrapped by peft or not; patched in place.
@@ -72,7 +55,10 @@ def patch_model(model: nn.Module, *, temperature: float = 1.0, backend: str | No
         RuntimeError: fastppo or another library has replaced the model's forward already.
         ValueError: its head is not ``h Wᵀ + b`` with a constant scale and soft cap; the model is unchanged.
     """
-    install(model, LogprobForward("return_logprobs", lambda out: out, temperature, backend=backend))
+    require("transformers", SUPPORTED)
+    from fastppo.integrations.model_output import CausalLMLogprobs
+
+    install(model, LogprobForward("return_logprobs", CausalLMLogprobs, temperature, backend=backend))
     return model
 
 
@@ -102,8 +88,8 @@ class LogprobForward:
 
     keyword: str
     """The forward's argument that requests log-probabilities."""
-    convert: Callable[[CausalLMLogprobs], Any]
-    """Turns our output into that of the library whose convention this is."""
+    output: Callable[..., Any]
+    """Makes the ModelOutput of the library whose convention this is of the fields of `CausalLMLogprobs`."""
     temperature: float
     backend: str | None = None
     float32_head: bool = False
@@ -157,9 +143,11 @@ def _make_forward(model_class: type[nn.Module], backbone_class: type[nn.Module])
             kwargs |= {name: value for name, value in targets.items() if value is not None}
             return own(self, *args, **kwargs) if patch.replaced is None else patch.replaced(*args, **kwargs)
         kwargs |= zip(positional, args, strict=False)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
+        as_tuple = kwargs.pop("return_dict", None) is False
+        kwargs = {name: value for name, value in kwargs.items() if name != "use_cache"}
         kwargs |= {"use_cache": False} if caches else {}
-        return patch.convert(_without_logits(self, patch, kwargs, **targets))
+        output = patch.output(**_without_logits(self, patch, kwargs, **targets))
+        return output.to_tuple() if as_tuple else output
 
     return forward
 
@@ -171,7 +159,7 @@ def _without_logits(
     labels: Tensor | None,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
-) -> CausalLMLogprobs:
+) -> dict[str, Tensor | None]:
     if labels is None and shift_labels is None:
         raise ValueError(f"labels: required with {patch.keyword}=True; use -100 where no log-probability is needed")
     config = causal.config.get_text_config()
@@ -207,7 +195,7 @@ def _without_logits(
     if inputs.get("output_router_logits"):
         aux_loss = _load_balancing_loss(causal, config, outputs.router_logits, inputs.get("attention_mask"))
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
-    return CausalLMLogprobs(loss, logprobs, entropy, mask, aux_loss)
+    return {"loss": loss, "logprobs": logprobs, "entropy": entropy, "label_mask": mask, "aux_loss": aux_loss}
 
 
 def _load_balancing_loss(causal: nn.Module, config: Any, router_logits: Any, mask: Tensor | None) -> Tensor:

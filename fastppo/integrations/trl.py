@@ -19,10 +19,10 @@ import inspect
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastppo.integrations.patching import Patch, require
-from fastppo.integrations.transformers import SLOT, CausalLMLogprobs, LogprobForward, install
+from fastppo.integrations.transformers import SLOT, LogprobForward, install
 
 SUPPORTED = ">=1.15,<2"
 _KEYWORD = "fused_lm_head"
@@ -38,25 +38,19 @@ def add_fused_lm_head(
     """TRL's function of this name, computed by `fastppo.linear_logprob`."""
     if unknown := set(outputs) - {"log_probs", "entropy"}:
         raise ValueError(f"outputs: fastppo computes log_probs and entropy, not {', '.join(sorted(unknown))}")
-    convert = partial(_to_trl, with_entropy="entropy" in outputs)
+    output = partial(_to_trl, with_entropy="entropy" in outputs)
     earlier = getattr(model, SLOT, None)
     if earlier is not None and earlier.keyword == _KEYWORD:
         # A second trainer of the same model: its settings may differ, and the forward may be wrapped by now.
-        earlier.temperature, earlier.convert, earlier.float32_head = temperature, convert, cast_lm_head_to_fp32
+        earlier.temperature, earlier.output, earlier.float32_head = temperature, output, cast_lm_head_to_fp32
         return
-    install(model, LogprobForward(_KEYWORD, convert, temperature, float32_head=cast_lm_head_to_fp32))
+    install(model, LogprobForward(_KEYWORD, output, temperature, float32_head=cast_lm_head_to_fp32))
 
 
-def _to_trl(out: CausalLMLogprobs, *, with_entropy: bool) -> Any:
+def _to_trl(*, with_entropy: bool, logprobs: Tensor, entropy: Tensor, **fields: Tensor | None) -> Any:
     from trl.trainer.utils import FusedCausalLMOutput
 
-    return FusedCausalLMOutput(
-        loss=out.loss,
-        log_probs=out.logprobs,
-        entropy=out.entropy if with_entropy else None,
-        label_mask=out.label_mask,
-        aux_loss=out.aux_loss,
-    )
+    return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy if with_entropy else None, **fields)
 
 
 class _Patch(Patch):

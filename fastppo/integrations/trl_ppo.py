@@ -150,8 +150,12 @@ class PPOTrainer(Trainer):
                     raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
                 model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
-        if args.ref_adapter_name is not None and not self.is_peft_model:
-            raise ValueError("ref_adapter_name: the model has no adapters")
+        adapters = model.peft_config if self.is_peft_model else {}
+        for option in ("model_adapter_name", "ref_adapter_name"):
+            if (name := getattr(args, option)) is not None and name not in adapters:
+                raise ValueError(f"{option}: {name!r}, but the model's adapters are: {', '.join(adapters) or 'none'}")
+        if args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)
         for part in (model, ref_model, reward_model, value_model):
             if part is not None:
                 disable_dropout(part)
@@ -251,7 +255,9 @@ class PPOTrainer(Trainer):
     def _sample(self, inputs: dict[str, Any]) -> Rollout:
         """One completion of each prompt of a batch as the collator made it."""
         args, tokenizer, ids = self.ppo_args, self.processing_class, inputs["input_ids"]
-        mask = inputs.get("attention_mask", ids != tokenizer.pad_token_id).bool()
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if "attention_mask" not in inputs or tokenizer.pad_token_id != tokenizer.eos_token_id:
+            mask &= ids != tokenizer.pad_token_id  # a row may be padded already
         prompts = [Prompt("", row[keep].tolist(), {}) for row, keep in zip(ids, mask, strict=True)]
         longest, limit = int(mask.sum(1).max()), context_length(self.model.policy)
         if limit is not None and longest + args.response_length > limit:
@@ -315,11 +321,12 @@ class PPOTrainer(Trainer):
             with policy.disable_adapter():
                 yield policy
         else:
+            trained = policy.active_adapter
             policy.set_adapter(name)
             try:
                 yield policy
             finally:
-                policy.set_adapter(self.ppo_args.model_adapter_name or "default")
+                policy.set_adapter(trained)
 
     def _is_eos(self, experience: Experience) -> Tensor:
         return (experience.targets == self.processing_class.eos_token_id) & experience.mask
@@ -360,8 +367,15 @@ class PPOTrainer(Trainer):
         """Sample completions of the held-out prompts and score them; always with the same random numbers.
 
         Returns:
-            Means of score, KL (nats a completion), score − kl_coef · KL, and number of tokens.
+            Means of score, KL (nats a completion), score − kl_coef · KL, and number of tokens; of each dataset if
+            eval_dataset is a dict.
         """
+        if isinstance(given := self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            metrics = {}
+            for name, part in given.items():
+                part = name if eval_dataset is None else part
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         parts = []  # [3, b] each: score, KL, number of tokens
         for experience in self._held_out(eval_dataset):
             columns = (experience.scores, experience.kl.sum(1), experience.mask.sum(1).float())
@@ -400,7 +414,9 @@ class PPOTrainer(Trainer):
         state = rng_state()
         try:
             set_seed(self.args.seed, device_specific=True)
-            for inputs in itertools.islice(self.get_eval_dataloader(eval_dataset), num_batches):
+            several = eval_dataset is None and isinstance(self.eval_dataset, dict)
+            loaders = map(self.get_eval_dataloader, self.eval_dataset if several else [eval_dataset])
+            for inputs in itertools.islice(itertools.chain.from_iterable(loaders), num_batches):
                 yield self._experience(self._sample(self._prepare_inputs(inputs)))
         finally:
             set_rng_state(*state)
@@ -413,8 +429,11 @@ class PPOTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder)
-        self.model.value_model.save_pretrained(folder / VALUE_FOLDER)
+        for model, place in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_FOLDER)):
+            config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
+            if (config.pad_token_id or 0) >= len(embedding):  # from_pretrained refuses it
+                config.pad_token_id = None
+            model.save_pretrained(place)
         self.processing_class.save_pretrained(folder)
         (folder / "training_args.json").write_text(self.ppo_args.to_json_string())
 
@@ -492,6 +511,9 @@ def _classify(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Te
 def _check_models(
     model: nn.Module, ref_model: nn.Module | None, reward_model: nn.Module, value_model: nn.Module, peft_config: Any
 ) -> None:
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        if not hasattr(given, "get_output_embeddings") and not (given is None and name == "ref_model"):
+            raise TypeError(f"{name}: expected a causal language model, got {type(given).__name__}")
     if peft_config is not None and hasattr(model, "disable_adapter"):
         raise ValueError("peft_config: the model has adapters already; give one or the other")
     if ref_model is model:

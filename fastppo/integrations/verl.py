@@ -22,7 +22,14 @@ from torch import Tensor
 
 from fastppo import gae, linear_logprob, reference, selective_logprob, value_loss, whiten
 from fastppo.integrations.patching import Patch, require
-from fastppo.integrations.shared import batch_share, entropy_from_logits, replace_gradient, weighted_ppo_loss
+from fastppo.integrations.shared import (
+    batch_share,
+    callers_names,
+    check_alike,
+    entropy_from_logits,
+    replace_gradient,
+    weighted_ppo_loss,
+)
 
 SUPPORTED = ">=0.8,<0.10"
 
@@ -115,19 +122,23 @@ def compute_policy_loss(
     """
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, got None")
+    weights = {"rollout_is_weights": rollout_is_weights}
+    check_alike(log_prob=log_prob, old_log_prob=old_log_prob, response_mask=response_mask, **weights)
     mask = response_mask.bool()
     log_ratio = (log_prob - old_log_prob.detach()).clamp(-20.0, 20.0)  # verl's bounds
-    low, high = config.get("clip_ratio_low"), config.get("clip_ratio_high")
-    loss, metrics = weighted_ppo_loss(
-        log_ratio,
-        advantages,
-        rollout_is_weights,
-        mask=mask,
-        clip_low=config.clip_ratio if low is None else low,
-        clip_high=config.clip_ratio if high is None else high,
-        dual_clip=config.get("clip_ratio_c", 3.0),
-        loss_agg=_local_mode(loss_agg_mode),
-    )
+    low, high = ("clip_ratio" if config.get(name) is None else name for name in ("clip_ratio_low", "clip_ratio_high"))
+    names = {"clip_low": low, "clip_high": high, "dual_clip": "clip_ratio_c", "loss_agg": "loss_agg_mode"}
+    with callers_names(logprobs="log_prob", **names):
+        loss, metrics = weighted_ppo_loss(
+            log_ratio,
+            advantages,
+            rollout_is_weights,
+            mask=mask,
+            clip_low=config.get(low),
+            clip_high=config.get(high),
+            dual_clip=config.get("clip_ratio_c", 3.0),
+            loss_agg=_local_mode(loss_agg_mode),
+        )
     return loss * batch_share(mask, loss_agg_mode, **(config.get("global_batch_info") or {})), {
         "actor/pg_clipfrac": metrics["clip_fraction"].item(),
         "actor/ppo_kl": agg_loss(-log_ratio.detach(), mask, "token-mean").item(),
@@ -148,9 +159,12 @@ def compute_value_loss(
     loss_scale_factor: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The clipped value loss of vpreds [B, T] around the rollout's values, and the fraction of clipped tokens."""
+    check_alike(vpreds=vpreds, response_mask=response_mask)
     mask, loss_agg = response_mask.bool(), _local_mode(loss_agg_mode)
     share = batch_share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    out = value_loss(vpreds, returns, old_values=values, mask=mask, cliprange_value=cliprange_value, loss_agg=loss_agg)
+    options = {"mask": mask, "cliprange_value": cliprange_value, "loss_agg": loss_agg}
+    with callers_names(values="vpreds", old_values="values", loss_agg="loss_agg_mode"):
+        out = value_loss(vpreds, returns, old_values=values, **options)
     return out.loss * share, out.metrics["clip_fraction"]
 
 
@@ -172,8 +186,10 @@ def agg_loss(
         batch_num_tokens, global_batch_size: of the whole batch over all ranks; without them the mean is local.
         loss_scale_factor: divides seq-mean-token-sum-norm instead of T.
     """
+    check_alike(loss_mat=loss_mat, loss_mask=loss_mask)
     mask = loss_mask.bool()
-    weights = reference.aggregation_weights(mask, _local_mode(loss_agg_mode), reference.upcast(loss_mat).dtype)
+    with callers_names(loss_agg="loss_agg_mode"):
+        weights = reference.aggregation_weights(mask, _local_mode(loss_agg_mode), reference.upcast(loss_mat).dtype)
     share = batch_share(mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     return (weights * loss_mat.masked_fill(~mask, 0.0)).sum() * share
 
@@ -184,7 +200,8 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     A "+" after the name keeps the value and takes the gradient of k2, which is unbiased. k3 stays accurate where the
     two log-probabilities are close.
     """
-    kind = kl_penalty.removesuffix("+")
+    check_alike(logprob=logprob, ref_logprob=ref_logprob)
+    kind = str(kl_penalty).removesuffix("+")
     log_ratio = logprob - ref_logprob
     zero = torch.zeros_like(log_ratio)
     if kind == "abs":
@@ -203,8 +220,10 @@ def compute_gae_advantage_return(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns, both [B, T]; tokens outside the mask are skipped and give 0."""
+    check_alike(token_level_rewards=token_level_rewards, values=values, response_mask=response_mask)
     mask = response_mask.bool()
-    advantages, returns = gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=mask)
+    with callers_names(rewards="token_level_rewards"):
+        advantages, returns = gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=mask)
     return whiten(advantages, mask=mask), returns
 
 

@@ -70,6 +70,16 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(loss_agg, size):
         assert metrics[name] == pytest.approx(whole[name].item()), name
 
 
+def test_what_stands_on_padding_is_no_target():
+    """A pad token that was added to the tokenizer has no logit."""
+    experience = world()[3]
+    experience.mask = torch.arange(3) < torch.randint(4, (len(experience), 1))
+    tokens = experience.sequences[:, 1:]
+    expected = tokens.masked_fill(~experience.mask, -100)
+    tokens[~experience.mask] = 10**6
+    assert experience.targets.equal(expected)
+
+
 def test_the_norm_is_the_longest_completion_that_is_allowed():
     """A batch whose longest completion is shorter than max_new_tokens: token sums over max_new_tokens."""
     gradients = {}

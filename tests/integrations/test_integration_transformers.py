@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -161,6 +162,25 @@ def test_call_by_position_and_without_labels():
     assert model(*arguments, labels=batch["labels"], return_logprobs=True).logprobs.equal(want.logprobs)
     with pytest.raises(ValueError, match="labels: required"):
         model(input_ids=batch["input_ids"], return_logprobs=True)
+
+
+def test_output_is_of_the_models_own_kind():
+    """By attribute, key and index; a tuple where the caller wants one."""
+    model = fastppo.patch_model(_random_model())
+    batch = _batch()
+    out = model(**batch, return_logprobs=True)
+    assert isinstance(out, type(model(**batch)).__mro__[1])  # ModelOutput
+    assert list(out) == ["loss", "logprobs", "entropy", "label_mask"]
+    assert out["loss"] is out[0] is out.loss
+    assert out["entropy"] is out[2] is out.entropy
+    assert out[:2] == (out.loss, out.logprobs)
+    assert out.aux_loss is None
+    with pytest.raises(KeyError):
+        out["aux_loss"]
+    assert pickle.loads(pickle.dumps(type(out)(loss=out.loss.detach()))).loss == out.loss
+    given = model(**batch, return_logprobs=True, return_dict=False)
+    assert isinstance(given, tuple)
+    assert all(ours.equal(own) for ours, own in zip(given, out.to_tuple(), strict=True))
 
 
 def test_no_labels_at_all_give_zeros_that_backpropagate():
@@ -456,7 +476,7 @@ def test_two_hundred_steps_follow_the_plain_curve(half):
         for _ in range(200):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 if policy is model:
-                    _, logprobs, entropy, *_ = policy(**batch, return_logprobs=True)
+                    _, logprobs, entropy = policy(**batch, return_logprobs=True)[:3]
                 else:
                     _, logprobs, entropy = _plain(policy, batch, temperature=0.8)
             # A policy gradient that pulls some tokens up, pushes some down, and is held by an entropy bonus.

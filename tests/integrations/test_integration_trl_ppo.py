@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -27,9 +29,13 @@ def _classifier(tiny, seed: int) -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, local_files_only=True)
 
 
-def _trainer(tiny, output_dir, *, peft_config=None, callbacks=None, models=None, **options) -> PPOTrainer:
+def _trainer(
+    tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, models=None, data=None, **options
+) -> PPOTrainer:
     """The trainer as an old script builds it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True, padding_side="left")
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
     prompts = [f"{'Good ' * (n % 3)}Number {n} is" for n in range(24)]
     dataset = datasets.Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
     given = {
@@ -57,10 +63,9 @@ def _trainer(tiny, output_dir, *, peft_config=None, callbacks=None, models=None,
     return PPOTrainer(
         args=PPOConfig(**arguments),
         processing_class=tokenizer,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)),
         peft_config=peft_config,
         callbacks=callbacks,
+        **{"train_dataset": dataset, "eval_dataset": dataset.select(range(4))} | (data or {}),
         **given,
     )
 
@@ -90,6 +95,22 @@ def test_names_and_defaults_are_trls(tmp_path):
         "total_episodes": None,
         "local_rollout_forward_batch_size": 64,
         "num_sample_generations": 10,
+        "run_name": None,
+        "dataset_num_proc": None,
+        "stop_token_id": None,
+        "sft_model_path": "EleutherAI/pythia-160m",
+        "reward_model_path": "EleutherAI/pythia-160m",
+        "exp_name": "ppo_config",
+        "model_adapter_name": None,
+        "ref_adapter_name": None,
+        "ds3_gather_for_generation": True,
+        "push_to_hub": False,
+        "num_total_batches": None,
+        "micro_batch_size": None,
+        "local_batch_size": None,
+        "batch_size": None,
+        "local_mini_batch_size": None,
+        "mini_batch_size": None,
     }
     assert {name: getattr(args, name) for name in expected} == expected
     # Scripts parse them from the command line.
@@ -97,17 +118,58 @@ def test_names_and_defaults_are_trls(tmp_path):
         ["--output_dir", str(tmp_path), "--kl_coef", "0.1", "--stop_token", "eos", "--use_cpu", "true"]
     )[0]
     assert (parsed.kl_coef, parsed.stop_token) == (0.1, "eos")
+    # A configuration that was written down, or is copied, comes with every field.
+    assert PPOConfig(**parsed.to_dict() | {"hub_token": None}) == parsed  # transformers hides that one
+    assert dataclasses.replace(parsed, kl_coef=0.2).kl_coef == 0.2
     for wrong in (
         {"kl_estimator": "k4"},
         {"stop_token": "x"},
         {"stop_token": "eos", "stop_token_id": 3},
+        {"stop_token_id": -1},
         {"total_episodes": 0},
+        {"total_episodes": "many"},
         {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"response_length": 1.5},
+        {"response_length": None},
+        {"local_rollout_forward_batch_size": 2.5},
+        {"missing_eos_penalty": math.nan},
+        {"num_sample_generations": -1},
         {"num_mini_batches": 0},
+        {"gradient_accumulation_steps": 0},
         {"kl_coef": -0.1},
+        {"cliprange": -0.1},
+        {"cliprange_value": "wide"},
+        {"batch_size": 7},
+        {"world_size": 2},
+        {"num_total_batches": 3},
     ):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(ValueError, match=next(iter(wrong))) as caught:
             PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **wrong)
+        assert "\n" not in str(caught.value)
+
+
+def test_scripts_can_read_what_trl_computes(tiny, tmp_path):
+    trainer = _trainer(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, total_episodes=20)
+    right = {
+        "world_size": 1,
+        "local_batch_size": 6,
+        "micro_batch_size": 2,
+        "batch_size": 6,
+        "local_mini_batch_size": 3,
+        "mini_batch_size": 3,
+        "num_total_batches": 4,
+        "total_episodes": 20,
+    }
+    for args in (trainer.ppo_args, trainer.args):
+        assert {name: getattr(args, name) for name in right} == right
+        assert args.run_name.startswith(f"ppo_config__{args.seed}__")
+    assert PPOConfig(**trainer.ppo_args.to_dict()).batch_size == 6  # given, and right
+    assert _trainer(tiny, tmp_path, total_episodes=None).ppo_args.total_episodes == 72  # three epochs of 24 prompts
+    trainer = _trainer(tiny, tmp_path, total_episodes=None, max_steps=2, run_name="mine")
+    assert (trainer.args.total_episodes, trainer.args.num_total_batches, trainer.args.run_name) == (16, 2, "mine")
+    with pytest.raises(ValueError, match="num_train_epochs"):
+        _trainer(tiny, tmp_path, total_episodes=None, num_train_epochs=0.01)
 
 
 def test_trains_logs_and_saves(tiny, tmp_path):
@@ -184,6 +246,64 @@ def test_evaluates_without_changing_the_run(tiny, tmp_path, capsys):
     assert len(shown) == 4
     assert shown[0]["query"].endswith("Number 0 is")
     assert "Number 0 is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_added_pad_token_needs_no_embedding(adapters, tiny, tmp_path, capsys):
+    """Scripts add one to the tokenizer alone."""
+    options = {"num_sample_generations": 1, "stop_token_id": 7, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "total_episodes": 16}
+    if adapters:
+        peft = pytest.importorskip("peft", reason="needs peft's adapters")
+        options["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"])
+    ends = []
+    for pad in (None, "[PAD]"):
+        torch.manual_seed(0)  # of the adapters
+        trainer = _trainer(tiny, tmp_path / str(pad), pad=pad, **options)
+        trainer.train()
+        ends.append((_parameters(trainer), trainer.evaluate(), trainer.generate_completions()))
+    assert all(parameter.equal(ends[0][0][name]) for name, parameter in ends[1][0].items())
+    assert ends[0][1:] == ends[1][1:]
+    assert trainer.processing_class.pad_token_id >= trainer.model.policy.get_input_embeddings().num_embeddings
+    resumed = _trainer(tiny, tmp_path / "[PAD]", pad=pad, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "[PAD]" / "checkpoint-1"))
+    assert all(parameter.equal(ends[0][0][name]) for name, parameter in _parameters(resumed).items())
+    trainer.model.value_model.config.pad_token_id = trainer.processing_class.pad_token_id  # as scripts do
+    trainer.save_model(str(tmp_path / "final"))
+    if not adapters:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", local_files_only=True)
+    value_folder = tmp_path / "final" / "value_model"
+    transformers.AutoModelForSequenceClassification.from_pretrained(value_folder, local_files_only=True)
+
+
+def test_several_held_out_datasets_and_none(tiny, tmp_path):
+    parts = {name: datasets.Dataset.from_dict({"input_ids": [[n, n + 1]] * 2}) for name, n in (("a", 5), ("b", 9))}
+    trainer = _trainer(tiny, tmp_path, data={"eval_dataset": parts}, eval_strategy="steps", total_episodes=8)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(metrics) == 8
+    for name in parts:
+        assert {key: value for key, value in metrics.items() if f"_{name}_" in key} == trainer.evaluate(
+            parts[name], metric_key_prefix=f"eval_{name}"
+        )
+    assert len(trainer.generate_completions()) == 4
+    trainer = _trainer(tiny, tmp_path, data={"eval_dataset": None}, num_sample_generations=3, total_episodes=8)
+    trainer.train()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.generate_completions()
+
+
+@pytest.mark.parametrize("pad", [None, "[PAD]"])
+def test_prompts_that_are_padded_already(pad, tiny, tmp_path):
+    """Scripts tokenize with padding, and may keep no mask."""
+    trainer = _trainer(tiny, tmp_path, pad=pad)
+    fill = trainer.processing_class.pad_token_id
+    for rows in ([[fill, fill, 5, 6], [7, 8, fill, fill]], [[5, 6], [7, 8]]):
+        with_mask = trainer.data_collator([{"input_ids": row} for row in rows])
+        for batch in (with_mask, {"input_ids": with_mask["input_ids"]}):
+            rollout = trainer._sample(batch)
+            assert rollout.sequences[:, :2].tolist() == [[5, 6], [7, 8]]
+            assert rollout.attention_mask[:, :2].all()
 
 
 def test_best_model_is_kept_and_loaded(tiny, tmp_path):
@@ -272,6 +392,10 @@ def test_reference_adapter_stays(tiny, tmp_path):
     model = peft.get_peft_model(model, config, adapter_name="trained")
     model.add_adapter("fixed", config)
     nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["fixed"].weight)
+    model.set_adapter("fixed")  # not what is trained
+    for option in ("model_adapter_name", "ref_adapter_name"):
+        with pytest.raises(ValueError, match=f"{option}: 'lost', but the model's adapters are: trained, fixed"):
+            _trainer(tiny, tmp_path, models={"model": model}, **{option: "lost"})
     options = {"model_adapter_name": "trained", "ref_adapter_name": "fixed", "total_episodes": 8}
     trainer = _trainer(tiny, tmp_path, models={"model": model}, **options)
     before = _parameters(trainer)
@@ -317,6 +441,9 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         ({"reward_model": reward, "value_model": reward}, ValueError, "value_model: the same object"),
         ({"reward_model": two}, ValueError, "num_labels=1"),
         ({"value_model": model}, TypeError, "value_model: expected a sequence-classification"),
+        ({"value_model": None}, TypeError, "value_model: .* got NoneType"),
+        ({"model": str(tiny)}, TypeError, "^model: expected a causal language model, got str"),
+        ({"ref_model": str(tiny)}, TypeError, "ref_model: expected a causal language model, got str"),
     ):
         with pytest.raises(error, match=match):
             _trainer(tiny, tmp_path, models=models)
@@ -324,7 +451,16 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         _trainer(tiny, tmp_path, per_device_train_batch_size=400)
     with pytest.raises(ValueError, match="more than the 128 that the policy can read"):
         _trainer(tiny, tmp_path, response_length=126).train()
+    with pytest.raises(TypeError, match="train_dataset: expected one with a length, got IterableDataset"):
+        _trainer(tiny, tmp_path, data={"train_dataset": datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset()})
     trainer = _trainer(tiny, tmp_path)
-    trainer.train_dataset = datasets.Dataset.from_dict({"prompt": ["a"] * 8})
-    with pytest.raises(ValueError, match="come tokenized"):
-        trainer.train()
+    for columns, match in (
+        ({"prompt": ["a"] * 8}, "come tokenized"),
+        (
+            {"input_ids": [[5, 6000]] * 8},
+            "token 6000 has no embedding, the model has 331: .*resize_token_emb",
+        ),
+    ):
+        trainer.train_dataset = datasets.Dataset.from_dict(columns)
+        with pytest.raises(ValueError, match=match):
+            trainer.train()

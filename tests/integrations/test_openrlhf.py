@@ -140,15 +140,36 @@ def test_policy_loss_without_a_mask_and_with_what_stands_on_padding(losses):
         ({"is_correction_gating": "kl"}, "is_correction_gating"),
         ({"is_correction_mode": "clip", "is_correction_level": "seq"}, "is_correction_mode"),
         ({"is_correction_gating": "tv", "is_correction_level": "seq"}, "is_correction_threshold"),
+        ({"is_correction_threshold": (5.0, 0.5), "is_correction_level": "token"}, "is_correction_threshold"),
+        ({"is_correction_threshold": 2.0, "is_correction_level": "token"}, "is_correction_threshold"),
     ],
 )
 def test_bad_options_are_named(losses, options, named):
     with pytest.raises(ValueError, match=f"^{named}: "):
         adapter.PolicyLoss(**options)
-    # OpenRLHF looks at policy_loss_type only when the loss is computed.
-    if named != "policy_loss_type":
+    # OpenRLHF looks at policy_loss_type only when the loss is computed, and at the order of the thresholds never.
+    if named != "policy_loss_type" and not options.get("is_correction_threshold"):
         with pytest.raises((ValueError, AssertionError)):
             losses.PolicyLoss(**options)
+
+
+def test_errors_name_openrlhfs_arguments():
+    tensors = dict.fromkeys(
+        ("log_probs", "old_log_probs", "advantages", "action_mask", "rollout_log_probs"), torch.ones(2, 3)
+    )
+    for options, named in (({"clip_eps_low": -1.0}, "clip_eps_low"), ({"clip_eps_high": -1.0}, "clip_eps_high")):
+        with pytest.raises(ValueError, match=f"^{named}: "):
+            adapter.PolicyLoss(**options)(**tensors)
+    values = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"^clip_eps: "):
+        adapter.ValueLoss(-1.0)(values, values, values)
+    for name in tensors.keys() - {"log_probs"}:  # PyTorch would broadcast these
+        with pytest.raises(ValueError, match=f"^{name}: expected shape"):
+            adapter.PolicyLoss(is_correction_level="token")(**tensors | {name: torch.ones(2, 1)})
+    with pytest.raises(ValueError, match=r"^action_mask: expected shape"):
+        adapter.ValueLoss(0.2)(values, values, values, torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"^log_probs_base: expected shape"):
+        adapter.compute_approx_kl(values, torch.ones(2, 1))
 
 
 def test_the_correction_needs_the_rollouts_log_probs():

@@ -229,8 +229,50 @@ def test_aggregation_over_ranks_needs_the_totals():
     for agg, name in (("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")):
         with pytest.raises(ValueError, match=name):
             adapter.agg_loss(torch.ones(2, 3), torch.ones(2, 3), agg, dp_size=2)
-    with pytest.raises(ValueError, match="loss_agg"):
+    with pytest.raises(ValueError, match=r"^loss_agg_mode: "):
         adapter.agg_loss(torch.ones(2, 3), torch.ones(2, 3), "median")
+    # A batch without a token on any rank.
+    for agg, total in (("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")):
+        assert adapter.agg_loss(torch.ones(2, 3), torch.zeros(2, 3), agg, dp_size=2, **{total: 0}) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"clip_ratio": -1.0}, "clip_ratio"),
+        ({"clip_ratio_low": -1.0}, "clip_ratio_low"),
+        ({"clip_ratio_high": "wide"}, "clip_ratio_high"),
+        ({"clip_ratio_c": 0.5}, "clip_ratio_c"),
+    ],
+)
+def test_errors_name_verls_options(options, named):
+    class Config(dict):
+        __getattr__ = dict.__getitem__
+
+    tensors = [torch.ones(2, 3)] * 4
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: "):
+        adapter.compute_policy_loss(*tensors, config=Config({"clip_ratio": 0.2} | options))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (3,)])
+def test_what_pytorch_would_broadcast_is_refused_by_name(shape):
+    """A reward or mask per sequence in place of one per token gives a number, and a wrong one."""
+    right, wrong = torch.ones(2, 3), torch.ones(shape)
+    for function, names, options in (
+        (adapter.compute_policy_loss, ("old_log_prob", "log_prob", "advantages", "response_mask"), {"config": {}}),
+        (adapter.compute_value_loss, ("vpreds", "returns", "values", "response_mask"), {"cliprange_value": 0.2}),
+        (
+            adapter.compute_gae_advantage_return,
+            ("token_level_rewards", "values", "response_mask"),
+            {"gamma": 1, "lam": 1},
+        ),
+        (adapter.agg_loss, ("loss_mat", "loss_mask"), {"loss_agg_mode": "token-mean"}),
+        (adapter.kl_penalty, ("logprob", "ref_logprob"), {"kl_penalty": "k3"}),
+    ):
+        for name in names[1:]:
+            if name not in ("log_prob", "advantages"):  # the pattern, and ppo_loss's own check
+                with pytest.raises(ValueError, match=f"^{name}: expected shape"):
+                    function(**dict.fromkeys(names, right) | {name: wrong} | options)
 
 
 KINDS = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
