@@ -19,8 +19,8 @@ from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
-from fastppo.training.health import load_texts, perplexity
-from fastppo.training.rewards import RewardFunctions, RewardOutput, build_rewards
+from fastppo.training.health import perplexity
+from fastppo.training.rewards import RewardFunctions, RewardOutput
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
 
@@ -31,13 +31,9 @@ class Scorer:
         config: the run's configuration.
         tokenizer, models, rewards: the run's own, not copies.
         algorithm: the algorithm that `score` is for; not needed for evaluations.
-
-    Raises:
-        RewardError, DataError: a held-out reward or the texts for the perplexity cannot be loaded.
+        held_out: rewards that are evaluated but not optimized.
+        texts: token ids of texts, whose perplexity is evaluated.
     """
-
-    held_out: RewardFunctions | None
-    """Rewards that are evaluated but not optimized."""
 
     def __init__(
         self,
@@ -46,16 +42,15 @@ class Scorer:
         models: PolicyModels,
         rewards: RewardFunctions,
         algorithm: Algorithm | None = None,
+        *,
+        held_out: RewardFunctions | None = None,
+        texts: list[list[int]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
+        self.held_out, self._texts = held_out, texts
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
-        self.held_out = self._texts = None
-        if config.eval.rewards:
-            self.held_out = build_rewards(config.eval.rewards, device=models.device, model_defaults=config.model)
-        if config.eval.perplexity is not None:
-            self._texts = load_texts(config.eval.perplexity, tokenizer, context_length=models.context_length)
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """Sample one completion of each prompt."""

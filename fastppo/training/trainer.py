@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
-from fastppo.models import ValueHead, load_tokenizer, merge_lora
+from fastppo.extras import install_command
+from fastppo.models import ValueHead, merge_lora
 from fastppo.models.policy_models import PolicyModels
 from fastppo.training.checkpoint import (
     Checkpoint,
@@ -40,9 +42,10 @@ from fastppo.training.checkpoint import (
     save_checkpoint,
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
-from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.data import PromptSampler
 from fastppo.training.device import choose_device
 from fastppo.training.health import advantage_health, length_health, text_health
+from fastppo.training.inputs import Inputs
 from fastppo.training.metrics import (
     ALARMS_FILE,
     METRICS_FILE,
@@ -61,7 +64,6 @@ from fastppo.training.optim import (
 )
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import write_report
-from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer
 from fastppo.training.watch import Alarm, Watch, most_severe
@@ -113,32 +115,30 @@ class Trainer:
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
         self.config, self.progress = config, progress
-        self.output_dir = Path(config.output_dir).expanduser()
+        self.output_dir = Path(os.path.expanduser(config.output_dir))
         self.device = choose_device(config.device, config.backend_name)
+        _check_packages(config)
         _check_writable(self.output_dir)
         self._resume, checkpoint = resume, self._find_checkpoint(resume)
 
         seed_everything(config.seed)
-        self.tokenizer = load_tokenizer(config.model)
-        self.rewards = build_rewards(rewards or config.rewards, device=self.device, model_defaults=config.model)
+        inputs = Inputs(config, device=self.device, rewards=rewards)
+        self.tokenizer, self.rewards, self.data = inputs.tokenizer, inputs.rewards, inputs.data
         self.algorithm = ALGORITHMS[config.algorithm](
             config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name
         )
         by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
         num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
         self.models = PolicyModels(config.model, device=self.device, num_values=num_values)
-        self.data = load_prompts(
-            config.data,
+        self.scorer = Scorer(
+            config,
             self.tokenizer,
-            context_length=self.models.context_length,
-            max_new_tokens=config.rollout.max_new_tokens,
-            allow_download=config.model.allow_download,
+            self.models,
+            self.rewards,
+            self.algorithm,
+            held_out=inputs.held_out,
+            texts=inputs.texts,
         )
-        self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards, self.algorithm)
-        for prompts in filter(None, (self.data.train, self.data.eval)):
-            self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
-        if self.scorer.held_out is not None and self.data.eval:
-            self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
         self.policy_parameters = self.models.policy_parameters()
@@ -492,6 +492,16 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_packages(config: Config) -> None:
+    """Raise ConfigError for a package that is missing, rather than ImportError after minutes of reading weights."""
+    for what, package, needed in (
+        ("model.lora", "peft", config.model.lora is not None),
+        ("optim.name: adamw_8bit", "bitsandbytes", config.optim.name == "adamw_8bit"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{what} needs {package}; {install_command('demo')}")
 
 
 def _check_writable(folder: Path) -> None:

@@ -37,15 +37,17 @@ def build_rewards(
     Raises:
         RewardError: a function or model cannot be found or loaded.
     """
+    functions = [  # all of them before a model is read: they cost nothing
+        config if callable(config) else config.function and find_function(config.name, config.function)
+        for config in configs
+    ]
     rewards = []
-    for config in configs:
+    for config, function in zip(configs, functions, strict=True):
         if callable(config):
-            rewards.append(Reward(getattr(config, "__name__", type(config).__name__), config))
+            rewards.append(Reward(getattr(config, "__name__", type(config).__name__), function))
             continue
         multiplier = None
-        if config.function is not None:
-            function = find_function(config.name, config.function)
-        else:
+        if function is None:
             function = ModelReward(config, device=device, defaults=model_defaults or ModelConfig())
         if config.threshold is not None:
             multiplier = LagrangeMultiplier(config.weight, config.threshold, config.multiplier_learning_rate)
