@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         needed = ("transformers", "pydantic", "rich", "yaml")
         if missing := [name for name in needed if not importlib.util.find_spec(name)]:
             return _fail(1, f"{', '.join(missing)} missing; {install_command('train')}")
-        # It warns on import of 4-bit kernels that it could not load; nothing here multiplies in 4 bits.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # They warn on import of 4-bit kernels that they could not load; nothing here multiplies in 4 bits.
+        for name in ("bitsandbytes", "kernels"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         if arguments.command == "keys":
             from fastppo.training.config_keys import explain, overview
 

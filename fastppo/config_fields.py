@@ -22,10 +22,10 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:  # no path may hold one; half surrogate pairs, which cannot be written either, pydantic refuses
-        raise PydanticCustomError("nul", "Expected text without NUL characters")
-    return text
+def _plain(value: Any) -> Any:
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise PydanticCustomError("text", "Expected text without NUL characters and halves of surrogate pairs")
+    return value
 
 
 def _known_home(path: str) -> str:
@@ -43,7 +43,7 @@ FiniteFloat = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=Fa
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
 UnitFloat = Annotated[FiniteFloat, Field(ge=0, le=1)]
-AnyText = Annotated[str, AfterValidator(_no_nul)]
+AnyText = Annotated[str, BeforeValidator(_plain)]
 AnyPath = Annotated[AnyText, AfterValidator(_known_home)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+Text = Annotated[str, Field(min_length=1), BeforeValidator(_plain)]
 PathText = Annotated[Text, AfterValidator(_known_home)]

@@ -156,6 +156,7 @@ def test_a_kernel_tool_without_triton_says_so_in_one_line(module):
     assert re.fullmatch(rf"fastppo_kernels\.{module}: .*pip install triton\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_help_of_the_example_makes_no_folder(tmp_path):
     command = [sys.executable, ROOT / "examples" / "make_tiny_run.py", "--help"]
     assert "usage: make_tiny_run.py" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fastppo.config_fields import STRICT, AnyPath, AnyText, PositiveInt
@@ -13,7 +14,7 @@ from fastppo.config_fields import STRICT, AnyPath, AnyText, PositiveInt
 class LoraConfig:
     """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
 
-    r: PositiveInt = 16
+    r: Annotated[PositiveInt, Field(le=2**14)] = 16
     """Rank of the adapters."""
     lora_alpha: PositiveInt = 32
     """The adapters' output is scaled by lora_alpha / r."""

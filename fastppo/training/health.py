@@ -80,7 +80,8 @@ def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, *, context_length:
     try:
         lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL character in the path
-        raise DataError(f"eval.perplexity: {path} cannot be read as text ({one_line(error)})") from None
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise DataError(f"eval.perplexity: {path} cannot be read as text ({why})") from None
     texts = [line for line in lines if line.strip()]
     ids = [row[:context_length] for row in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
     ids = [row for row in ids if len(row) > 1]  # nothing predicts the first token

@@ -80,10 +80,9 @@ def test_round_trip(tmp_path):
         (["--seed", "1.0e+300"], "seed: "),
         (["--output_dir", "~nosuchuser/x"], "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--data.train", "a\0b"], "data.train: expected text without NUL"),
-        (
-            ["--rewards.0.name", "\ud83d"],
-            "rewards.0.name: input should be a valid string, unable to parse raw data as a unicode",
-        ),
+        (["--rewards.0.name", "\ud83d"], "rewards.0.name: expected text without NUL"),
+        (["--device", "\ud83d"], r"halves of surrogate pairs, got '\ud83d'"),
+        (["--model.lora.r", "1" + "0" * 9], "model.lora.r: input should be less than or equal to 16384"),
         (["--rollout.num_prompts", "1" + "0" * 12], "rollout: 4000000000000 sequences"),
         (["--rollout.max_new_tokens", "1" + "0" * 12], "of up to 1000000000000 tokens are too much for a step"),
         (["--device", "x" * 10**6 + "y", "--seed", "x" * 10**6], "xxx..."),
