@@ -126,11 +126,13 @@ def _explain(error: BaseException, output_dir: str | None) -> int:
         return _fail(2, error)
     if isinstance(error, FastPPOError | FloatingPointError | ImportError):
         return _fail(1, error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or "(os error " in one_line(error):  # as safetensors, which is Rust, words it
         # A write to a full disk does not name its file; what the command writes is in output_dir.
-        where = output_dir if error.filename is None else error.filename
-        return _fail(1, f"{where}: {error.strerror}" if error.strerror else error)
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        named = getattr(error, "errno", 0) is None  # by its text, as libraries do
+        where = getattr(error, "filename", None) or (None if named else output_dir)
+        why = getattr(error, "strerror", None) or one_line(error)
+        return _fail(1, f"{where}: {why}" if where else why)
+    if isinstance(error, MemoryError) or any(words in one_line(error) for words in _OUT_OF_MEMORY):
         return _fail(1, f"out of memory ({one_line(error)}); take a smaller model or less of it at a time: {_LESS}")
     text = "".join(traceback.format_exception(error))
     folder = output_dir if output_dir and os.path.isdir(output_dir) else tempfile.gettempdir()
