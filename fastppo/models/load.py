@@ -208,10 +208,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         try:
             adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
             return peft.get_peft_model(model, adapters).eval()
-        except re.error as error:
-            raise ModelError(
-                f"model.lora.target_modules: {quote(lora.target_modules)} is not a regular expression ({error})"
-            ) from None
+        except (re.error, RecursionError) as error:  # RecursionError: thousands of parentheses
+            given = f"{quote(lora.target_modules)} is not a regular expression"
+            raise ModelError(f"model.lora.target_modules: {given} ({one_line(error)})") from None
         except ValueError as error:
             raise ModelError(f"model.lora: {_why(error)}") from error
 
