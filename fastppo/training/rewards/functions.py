@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
 from fastppo.errors import FastPPOError, did_you_mean
+from fastppo.ops.checks import NonFiniteValue
 
 RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
 """f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
@@ -33,6 +34,10 @@ number for every token of completion_ids."""
 
 class RewardError(FastPPOError, ValueError):
     """A reward cannot be loaded, or raised an exception, or returned something invalid; the message names it."""
+
+
+class NonFiniteReward(RewardError, NonFiniteValue):
+    """A reward is NaN or infinite, or too large for float32."""
 
 
 class RewardOutput(NamedTuple):
@@ -136,6 +141,7 @@ class RewardFunctions:
 
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
+            NonFiniteValue: a number, a sum or a multiplier is not finite; normalizers may have changed.
         """
         arguments = {"prompts": prompts, "completions": completions, **columns}
         if completion_ids is not None:
@@ -156,13 +162,13 @@ class RewardFunctions:
             whole[name] = normalizer(whole[name])
         weights = {r.name: r.multiplier.value if r.multiplier else r.weight for r in self.rewards}
         total = sum(weight * whole[name] for name, weight in weights.items())
-        if not total.abs().le(torch.finfo(torch.float32).max).all():
-            raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
         if update:
             for name, multiplier in self.multipliers.items():
                 multiplier.update(raw[name].mean().item())
 
         def result(values: Tensor) -> Tensor:
+            if not values.abs().le(torch.finfo(torch.float32).max).all():
+                raise NonFiniteReward("the weighted sum of the rewards, or one over tokens, is too large for float32")
             return values.to(self.device, torch.float32)
 
         token_objectives = None
@@ -239,12 +245,12 @@ def _checked(name: str, result: Any, completions: list[str], completion_ids: lis
     if len(result) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(result)} numbers for {len(completions)} completions")
 
-    def check(good: bool, item: Any, index: int, expected: str) -> None:
+    def check(good: bool, item: Any, index: int, expected: str, kind: type[RewardError] = RewardError) -> None:
         if not good:
             text = completions[index] if len(completions[index]) <= 60 else completions[index][:57] + "..."
-            raise RewardError(
-                f"reward {name!r} gave {item!r:.60} for completion {index}, {text!r}, expected {expected}"
-            )
+            error = kind(f"reward {name!r} gave {item!r:.60} for completion {index}, {text!r}, expected {expected}")
+            error.row = index
+            raise error
 
     by_token = completion_ids is not None and any(map(_is_list, result))
     rows = []
@@ -253,7 +259,9 @@ def _checked(name: str, result: Any, completions: list[str], completion_ids: lis
             size = len(completion_ids[index])
             check(_is_list(item) and len(item) == size, item, index, f"{size} numbers, one for every token")
         row = [_number(value) for value in (item if by_token else [item])]
-        check(None not in row, item, index, "finite numbers" if by_token else "a finite number")
+        expected, largest = "finite numbers" if by_token else "a finite number", torch.finfo(torch.float32).max
+        check(None not in row, item, index, expected)
+        check(all(abs(value) <= largest for value in row), item, index, expected, NonFiniteReward)
         rows.append(torch.tensor(row, dtype=torch.float64))
     padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.float64)
     return padded if by_token else padded[:, 0]
@@ -264,14 +272,15 @@ def _is_list(item: Any) -> bool:
 
 
 def _number(item: Any) -> float | None:
-    """The item as a float; None if it is no number, or none that float32 can hold."""
+    """The item as a float; None if it is no number."""
     try:
         if hasattr(item, "item"):  # a scalar of an array library
             item = item.item()
-        value = float(item) if isinstance(item, numbers.Real) else math.nan
-    except (ValueError, RuntimeError, OverflowError):  # several elements, or an integer too large for a float
+        return float(item) if isinstance(item, numbers.Real) else None
+    except (ValueError, RuntimeError):  # several elements
         return None
-    return value if abs(value) <= torch.finfo(torch.float32).max else None
+    except OverflowError:  # an integer too large for a float
+        return math.inf
 
 
 def _line_of(function: Any, error: BaseException) -> str:
