@@ -114,7 +114,7 @@ class Algorithm:
         return total, metrics
 
     def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        check_finite("rewards, less the KL penalty", rewards, mask)
+        check_finite(f"rewards, less the KL penalty (kl_coef {self.kl_controller.value:g})", rewards, mask)
         return whiten(rewards, mask=mask, shift_mean=False) if self.config.whiten_rewards else rewards
 
     def shape_rewards(self, experience: Experience) -> Tensor:

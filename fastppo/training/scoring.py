@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
 from fastppo.algorithms.experience import Experience, check_finite
 from fastppo.algorithms.learner import NonFiniteError
+from fastppo.errors import quote
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
@@ -217,4 +218,4 @@ class Scorer:
 def with_prompt(error: FloatingPointError, prompts: list[Prompt]) -> str:
     """The error's message, with the prompt of the completion that it names."""
     row = getattr(error, "row", None)
-    return str(error) if row is None else f"{error}, prompt {prompts[row].text!r:.60}"
+    return str(error) if row is None else f"{error}, prompt {quote(prompts[row].text)}"

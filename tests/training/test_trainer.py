@@ -495,7 +495,7 @@ def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(("eval_size", "where"), [(0, "step 1"), (8, "evaluation")])
+@pytest.mark.parametrize(("eval_size", "where"), [(0, "step 1, rollout"), (8, "after step 0, evaluation")])
 def test_nonfinite_probabilities_are_named(world, tmp_path, eval_size, where):
     trainer = Trainer(config(world, tmp_path / "run", data__eval_size=eval_size))
     with torch.no_grad():

@@ -164,7 +164,10 @@ class RewardFunctions:
         total = sum(weight * whole[name] for name, weight in weights.items())
         if update:
             for name, multiplier in self.multipliers.items():
-                multiplier.update(raw[name].mean().item())
+                try:
+                    multiplier.update(raw[name].mean().item())
+                except FloatingPointError as error:
+                    raise NonFiniteReward(f"reward {name!r}: {error}") from None
 
         def result(values: Tensor) -> Tensor:
             if not values.abs().le(torch.finfo(torch.float32).max).all():
