@@ -179,7 +179,7 @@ class Config:
     backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
     """Implementation of log-probabilities and losses. `fastppo doctor` lists the usable ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """On NaN or Inf in a loss or gradient: stop the run, or skip the optimizer step."""
+    """On a NaN or Inf: stop the run, or skip the optimizer step, training step or evaluation that it is in."""
     tensorboard: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

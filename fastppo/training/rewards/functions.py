@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
 from fastppo.errors import FastPPOError, did_you_mean, one_line, quote
+from fastppo.ops.checks import NonFiniteValue
 
 RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
 """f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
@@ -34,6 +35,10 @@ number for every token of completion_ids."""
 
 class RewardError(FastPPOError, ValueError):
     """A reward cannot be loaded, or raised an exception, or returned something invalid; the message names it."""
+
+
+class NonFiniteReward(RewardError, NonFiniteValue):
+    """A reward is NaN or infinite, or too large for float32."""
 
 
 class RewardOutput(NamedTuple):
@@ -137,6 +142,7 @@ class RewardFunctions:
 
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
+            NonFiniteValue: a number, a sum or a multiplier is not finite; normalizers may have changed.
         """
         arguments = {"prompts": prompts, "completions": completions, **columns}
         if completion_ids is not None:
@@ -157,13 +163,16 @@ class RewardFunctions:
             whole[name] = normalizer(whole[name])
         weights = {r.name: r.multiplier.value if r.multiplier else r.weight for r in self.rewards}
         total = sum(weight * whole[name] for name, weight in weights.items())
-        if not total.abs().le(torch.finfo(torch.float32).max).all():
-            raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
         if update:
             for name, multiplier in self.multipliers.items():
-                multiplier.update(raw[name].mean().item())
+                try:
+                    multiplier.update(raw[name].mean().item())
+                except FloatingPointError as error:
+                    raise NonFiniteReward(f"reward {name!r}: {error}") from None
 
         def result(values: Tensor) -> Tensor:
+            if not values.abs().le(torch.finfo(torch.float32).max).all():
+                raise NonFiniteReward("the weighted sum of the rewards, or one over tokens, is too large for float32")
             return values.to(self.device, torch.float32)
 
         token_objectives = None
@@ -215,7 +224,9 @@ def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:
             )  # runs the rest of a generator, which may be endless
         return _checked(result, completions, arguments.get("completion_ids"))
     except _BadResult as error:
-        raise RewardError(f"reward {quote(reward.name)} {error}{_place(reward.function)}") from None
+        bad = error.kind(f"reward {quote(reward.name)} {error}{_place(reward.function)}")
+        bad.row = error.row
+        raise bad from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() and asyncio's CancelledError are no Exception
@@ -241,7 +252,11 @@ def _accepted(reward: Reward, offered: list[str]) -> list[str]:
 
 
 class _BadResult(Exception):
-    """What a reward function returned is no reward."""
+    """What a reward function returned is no reward: for which completion, and the RewardError to raise."""
+
+    def __init__(self, text: str, kind: type[RewardError] = RewardError, row: int | None = None) -> None:
+        super().__init__(text)
+        self.kind, self.row = kind, row
 
 
 def _checked(result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
@@ -254,10 +269,10 @@ def _checked(result: Any, completions: list[str], completion_ids: list[list[int]
         many = len(result) if len(result) < count else f"more than {count}"
         raise _BadResult(f"returned {many} numbers for {count} completions")
 
-    def check(good: bool, item: Any, index: int, expected: str) -> None:
+    def check(good: bool, item: Any, index: int, expected: str, kind: type[RewardError] = RewardError) -> None:
         if not good:
             text = quote(completions[index], 60)
-            raise _BadResult(f"gave {quote(item)} for completion {index}, {text}, expected {expected}")
+            raise _BadResult(f"gave {quote(item)} for completion {index}, {text}, expected {expected}", kind, index)
 
     by_token = completion_ids is not None and any(map(_is_list, result))
     rows = []
@@ -266,7 +281,9 @@ def _checked(result: Any, completions: list[str], completion_ids: list[list[int]
             size = len(completion_ids[index])
             check(_is_list(item) and len(item) == size, item, index, f"{size} numbers, one for every token")
         row = [_number(value) for value in (item if by_token else [item])]
-        check(None not in row, item, index, "finite numbers" if by_token else "a finite number")
+        expected, largest = "finite numbers" if by_token else "a finite number", torch.finfo(torch.float32).max
+        check(None not in row, item, index, expected)
+        check(all(abs(value) <= largest for value in row), item, index, expected, NonFiniteReward)
         rows.append(torch.tensor(row, dtype=torch.float64))
     padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.float64)
     return padded if by_token else padded[:, 0]
@@ -277,14 +294,15 @@ def _is_list(item: Any) -> bool:
 
 
 def _number(item: Any) -> float | None:
-    """The item as a float; None if it is no number, or none that float32 can hold."""
+    """The item as a float; None if it is no number."""
     try:
         if hasattr(item, "item"):  # a scalar of an array library
             item = item.item()
-        value = float(item) if isinstance(item, numbers.Real) else math.nan
-    except Exception:  # several elements, no data, or an integer too large for a float
+        return float(item) if isinstance(item, numbers.Real) else None
+    except OverflowError:  # an integer too large for a float
+        return math.inf
+    except Exception:  # several elements, no data, or whatever a class of its own raises
         return None
-    return value if abs(value) <= torch.finfo(torch.float32).max else None
 
 
 def describe(error: BaseException) -> str:
