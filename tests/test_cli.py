@@ -64,7 +64,7 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--device", "quantum"], 2, "device"),
         (["--=x"], 2, "'--=x': expected --section.key value"),
         (["--"], 2, "'--': expected --section.key value"),
-        (["--rollout.temperature", "1e-300"], 1, "not finite"),
+        (["--rollout.temperature", "1e-300"], 1, "nan"),
         (["--output_dir", "~nosuchuser/x"], 2, "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--output_dir", "a\0b"], 2, "output_dir: expected text without NUL"),
         (["--output_dir", "x" * 5000], 2, "cannot be written to (File name too long)"),
