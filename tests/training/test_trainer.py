@@ -599,7 +599,7 @@ def test_two_runs_are_never_mixed(world, tmp_path):
 def test_bad_input_is_refused_before_any_work(world, tmp_path, monkeypatch, changes, error, message):
     """Nothing is written; and no model is loaded to find an error that shows without one."""
     if error is ConfigError:
-        monkeypatch.setattr("fastppo.training.trainer.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+        monkeypatch.setattr("fastppo.training.inputs.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was run"))
     changes = {"output_dir": str(tmp_path / "run")} | changes
     with pytest.raises(error) as caught:
