@@ -8,9 +8,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import traceback
+from collections.abc import Sequence
 
 import fastppo
+from fastppo.errors import ConfigError, FastPPOError, one_line
 from fastppo.extras import install_command
 
 _DESCRIPTION = """\
@@ -23,11 +26,51 @@ Policy optimization of language models on one machine.
   fastppo keys ppo                                 the configuration's keys, of one section or all
   fastppo doctor                                   what is installed, and which backends can be used and why
 """
+_OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator", "not enough memory")  # PyTorch's words
+_LESS = "rollout.generation_batch_size, gradient_accumulation_steps, rollout.max_new_tokens"
 _OVERRIDES = "Any key of the configuration can be given as --section.key value; `fastppo keys` lists them."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # its descriptor was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a completion may hold what this encoding lacks
+    output_dir = None
+    try:
+        arguments, overrides = _parse(argv)
+        if arguments.command == "doctor":
+            from fastppo.doctor import report
+
+            return _show(report())
+        needed = ("transformers", "pydantic", "rich", "yaml")
+        if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+            return _fail(1, f"{', '.join(missing)} missing; {install_command('train')}")
+        # They warn on import of 4-bit kernels that they could not load; nothing here multiplies in 4 bits.
+        for name in ("bitsandbytes", "kernels"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if arguments.command == "keys":
+            from fastppo.training.config_keys import explain, overview
+
+            return _show(explain(arguments.section) if arguments.section else overview())
+        from fastppo.training.config import load_config
+
+        config = load_config(arguments.config, overrides)
+        output_dir = os.path.expanduser(config.output_dir)
+        return (_train if arguments.command == "train" else _evaluate)(arguments, config)
+    except SystemExit:  # argparse has printed the help, the version or what is wrong
+        _write("stdout", "")
+        raise
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        return _explain(error, output_dir)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the words that are overrides of the configuration."""
     run = {"epilog": _OVERRIDES, "allow_abbrev": False}  # an abbreviated option could as well be a misspelt key
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fastppo", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
@@ -51,55 +94,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.command == "eval" and arguments.samples < 0:
         parser.error(f"--samples must be at least 0, got {arguments.samples}")
-    if arguments.command == "doctor":
-        from fastppo.doctor import report
-
-        return _show(report)
-    if missing := [name for name in ("transformers", "pydantic", "rich", "yaml") if not importlib.util.find_spec(name)]:
-        return _fail(1, f"{', '.join(missing)} missing; {install_command('train')}")
-    if arguments.command == "keys":
-        from fastppo.training.config_keys import explain, overview
-
-        return _show(lambda: explain(arguments.section) if arguments.section else overview())
-    return _run(_train if arguments.command == "train" else _evaluate, arguments, overrides)
+    return arguments, overrides
 
 
 def _fail(status: int, message: object) -> int:
-    print(f"fastppo: {message}", file=sys.stderr)
+    _write("stderr", f"fastppo: {one_line(message, 1000)}\n")
     return status
 
 
-def _show(page: Callable[[], str]) -> int:
+def _show(page: str) -> int:
+    error = _write("stdout", f"{page}\n")
+    if error is None or isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
+        return 0
+    return _fail(1, f"standard output: {error.strerror}")
+
+
+def _write(stream: str, text: str) -> OSError | None:
+    """Write and flush; after an error the stream takes anything, so that Python's own flush at exit says nothing."""
     try:
-        print(page(), flush=True)
-    except ValueError as error:  # an unknown FASTPPO_BACKEND or section
-        return _fail(2, error)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Python flushes on its way out
-    return 0
-
-
-def _run(command, arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Run a command on a configuration. Errors that a user can mend become one line each."""
-    # It warns on import of 4-bit kernels that it could not load; nothing here multiplies in 4 bits.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from fastppo.algorithms.learner import NonFiniteError
-    from fastppo.models import ModelError
-    from fastppo.training.checkpoint import CheckpointError
-    from fastppo.training.config import ConfigError, load_config
-    from fastppo.training.data import DataError
-    from fastppo.training.rewards import RewardError
-
-    try:
-        return command(arguments, load_config(arguments.config, overrides))
-    except ConfigError as error:
-        return _fail(2, error)
-    except (ModelError, DataError, RewardError, CheckpointError, NonFiniteError, FloatingPointError) as error:
-        return _fail(1, error)
+        getattr(sys, stream).write(text)
+        getattr(sys, stream).flush()
     except OSError as error:
-        return _fail(1, f"{error.filename or ''}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        return 130
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+        return error
+    return None
+
+
+def _explain(error: BaseException, output_dir: str | None) -> int:
+    """One line for what went wrong. What nobody foresaw leaves its traceback in a file."""
+    if isinstance(error, ConfigError):
+        return _fail(2, error)
+    if isinstance(error, FastPPOError | FloatingPointError | ImportError):
+        return _fail(1, error)
+    if isinstance(error, OSError) or "(os error " in one_line(error):  # as safetensors, which is Rust, words it
+        # A write to a full disk does not name its file; what the command writes is in output_dir.
+        named = getattr(error, "errno", 0) is None  # by its text, as libraries do
+        where = getattr(error, "filename", None) or (None if named else output_dir)
+        why = getattr(error, "strerror", None) or one_line(error)
+        return _fail(1, f"{where}: {why}" if where else why)
+    if isinstance(error, MemoryError) or any(words in one_line(error) for words in _OUT_OF_MEMORY):
+        return _fail(1, f"out of memory ({one_line(error)}); take a smaller model or less of it at a time: {_LESS}")
+    text = "".join(traceback.format_exception(error))
+    folder = output_dir if output_dir and os.path.isdir(output_dir) else tempfile.gettempdir()
+    try:
+        with open(os.path.join(folder, "traceback.txt"), "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        _write("stderr", text)
+        return 1
+    what = f"{type(error).__name__}: {one_line(error)}"
+    return _fail(1, f"unexpected error, which is a bug in fastppo: {what}; please report it with {file.name}")
 
 
 def _train(arguments: argparse.Namespace, config) -> int:
@@ -115,12 +159,11 @@ def _train(arguments: argparse.Namespace, config) -> int:
     if arguments.plain:
         trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)
     result = trainer.train()
-    if result.final is not None:
-        print(f"policy: {result.final}")
-    print(f"report: {result.report}")
+    policy = "" if result.final is None else f"policy: {result.final}\n"
+    failed = _show(f"{policy}report: {result.report}")
     if result.stopped is not None:
         return _fail(1, f"stopped at step {result.step}: {result.stopped}; --resume goes on")
-    return 128 + result.interrupted_by if result.interrupted_by else 0
+    return 128 + result.interrupted_by if result.interrupted_by else failed
 
 
 def _evaluate(arguments: argparse.Namespace, config) -> int:
@@ -129,10 +172,6 @@ def _evaluate(arguments: argparse.Namespace, config) -> int:
     metrics, rows = evaluate_policy(config, arguments.model)
     rows = rows[: arguments.samples]
     if arguments.json:
-        print(json.dumps({"metrics": metrics, "samples": rows}))
-        return 0
-    for row in rows:
-        print(f"{row['reward']:+.3f}  {row['prompt']!r} -> {row['completion']!r}")
-    for name, value in metrics.items():
-        print(f"{name:24} {value:.4f}")
-    return 0
+        return _show(json.dumps({"metrics": metrics, "samples": rows}))
+    lines = [f"{row['reward']:+.3f}  {row['prompt']!r} -> {row['completion']!r}" for row in rows]
+    return _show("\n".join([*lines, *(f"{name:24} {value:.4f}" for name, value in metrics.items())]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_run.py", folder], check=True, capture_output=True)
+    runpy.run_path(str(ROOT / "examples" / "make_tiny_run.py"))["main"](folder)
     return folder
 
 
@@ -61,7 +64,24 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--device", "quantum"], 2, "device"),
         (["--=x"], 2, "'--=x': expected --section.key value"),
         (["--"], 2, "'--': expected --section.key value"),
-        (["--rollout.temperature", "1e-300"], 1, "the policy's probabilities are not finite"),
+        (["--rollout.temperature", "1e-300"], 1, "nan"),
+        (["--output_dir", "~nosuchuser/x"], 2, "output_dir: there is no such user, got '~nosuchuser/x'"),
+        (["--output_dir", "a\0b"], 2, "output_dir: expected text without NUL"),
+        (["--output_dir", "x" * 5000], 2, "cannot be written to (File name too long)"),
+        (["--data.train", "\ud83d.jsonl"], 2, "data.train: expected text without NUL characters and halves"),
+        (["--data.eval", "/dev/null"], 1, "/dev/null: expected .jsonl, .csv, .txt or a folder"),
+        (["--eval.perplexity", "/no/texts"], 1, "eval.perplexity: /no/texts cannot be read as text (No such file"),
+        (["--eval.rewards", "[{name: x, function: 'no.py:f'}]"], 1, "reward 'x': no.py: no such file"),
+        (["--rewards.0.function", "a..b:f"], 1, "reward 'vowels': 'a..b:f' is not vader_sentiment"),
+        (["--rewards.0.function", "__main__:no_such_function"], 1, "no function 'no_such_function' in __main__"),
+        (["--model.name_or_path", "package:__main__/x"], 1, "__main__ is a module without files"),
+        (["--model.lora.target_modules", "["], 1, "'[' is not a regular expression"),
+        (["--model.lora.target_modules", "(" * 5000], 1, "is not a regular expression"),
+        (["--rollout.num_prompts", "1" + "0" * 12], 2, "rollout: 2000000000000 sequences"),
+        (["--total_steps", "9" * 5000], 2, "total_steps: "),
+        (["--total_steps", "x" * 10**6], 2, "...xxxx"),
+        (["--" + "a." * 5000, "1"], 2, "unknown key"),
+        (["--ppo.kl_coef", "1.0e+300"], 2, "ppo.kl_coef: input should be less than"),
     ],
 )
 def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, message):
@@ -71,7 +91,99 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
     error = capsys.readouterr().err.strip()
     assert error.startswith("fastppo: ")
     assert message in error
-    assert "\n" not in error
+    assert error.isprintable()
+    assert len(error) < 1100
+    assert not Path("~nosuchuser").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.prompt_column", "promt"], "no column 'promt'; did you mean 'prompt'?"),
+        (["--data.eval_size", "64"], "leaves none to train on"),
+        (["--rollout.max_new_tokens", "128"], "context of 128 tokens leaves no room"),
+        (["--rewards.0.function", "os:nothing"], "no function 'nothing' in os"),
+        (["--rewards.0.function", "math:isclose"], "its function needs 'a'"),
+        (["--eval.perplexity", "/dev/null"], "holds no text"),
+        (["--model.lora.r", "4"], "model.lora needs peft; pip install "),
+        (["--optim.name", "adamw_8bit"], "adamw_8bit needs bitsandbytes; pip install "),
+        (["--rewards.0.function", "vader_sentiment"], "needs vaderSentiment; pip install "),
+        (["--data.train", "examples"], "needs the package datasets; pip install "),
+    ],
+)
+def test_mistakes_are_told_before_weights_are_read(tiny, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(ROOT)
+    for package in ("peft", "bitsandbytes", "vaderSentiment", "vaderSentiment.vaderSentiment", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("fastppo.training.trainer.PolicyModels", lambda *_, **__: pytest.fail("weights were read"))
+    assert main(["train", str(tiny / "config.yaml"), "--output_dir", str(tmp_path), *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+class Odd(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "left"),
+    [
+        (KeyError("x"), "unexpected error, which is a bug in fastppo: KeyError: 'x'; please report it with {}", True),
+        (Odd(), "unexpected error, which is a bug in fastppo: Odd: Odd; please report it with {}", True),
+        (OSError(28, "No space left on device"), "{}: No space left on device", False),
+        (OSError(28, "No space left on device", "a file"), "a file: No space left on device", False),
+        (ValueError("I/O error: File too large (os error 27)"), "{}: I/O error: File too large (os error 27)", False),
+        (OSError("a library's text"), "a library's text", False),
+        (MemoryError(), "out of memory (MemoryError); take a smaller model", False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate"), "out of memory ([enforce", False),
+        (ImportError("needs a package"), "needs a package", False),
+    ],
+)
+def test_an_error_that_nobody_foresaw(tiny, tmp_path, capsys, monkeypatch, error, message, left):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("fastppo.training.evaluate.evaluate_policy", failing)
+    assert main(["eval", str(tiny / "config.yaml"), "--output_dir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"fastppo: {message.format(tmp_path)}")
+    assert printed.count("\n") == 1
+    trace = tmp_path / "traceback.txt"
+    assert trace.exists() == left
+    assert not left or "in failing" in trace.read_text()
+
+
+def test_ctrl_c(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("fastppo.training.config.load_config", raising(KeyboardInterrupt()))
+    assert main(["train", str(tiny / "config.yaml")]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_standard_output_of_every_kind(tiny, capsys, monkeypatch):
+    rows = [{"reward": 1.0, "prompt": "é", "completion": "😀\ud83d"}]
+    monkeypatch.setattr("fastppo.training.evaluate.evaluate_policy", lambda *_: ({"eval/reward": 1.0}, rows))
+    command = ["eval", str(tiny / "config.yaml")]
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    assert main(command) == main([*command, "--json"]) == 0
+    assert b"'\\xe9' -> '\\U0001f600\\ud83d'" in plain.buffer.getvalue()
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    assert main(command) == 0
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(command) == 1
+        assert capsys.readouterr().err == "fastppo: standard output: No space left on device\n"
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["train", "nothing.yaml"]) == 2
 
 
 def test_missing_config(capsys):

@@ -41,7 +41,7 @@ LIBRARIES = {
     "ops": {"torch"},
     PACKAGE: set(),
     "extras": set(),
-    "config_fields": {"pydantic"},
+    "config_fields": {"pydantic", "pydantic_core"},
     "errors": set(),
 }
 

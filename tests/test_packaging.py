@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,3 +145,19 @@ def test_wheel_holds_the_extension_once(tmp_path):
     compiled = check_wheel(build_wheel(tmp_path))
     assert len(compiled) == 1
     assert compiled[0].startswith("fastppo/_C.")
+
+
+@pytest.mark.parametrize("module", ["aot", "tune"])
+def test_a_kernel_tool_without_triton_says_so_in_one_line(module):
+    without = "import runpy, sys; sys.modules['triton'] = None; "
+    without += f"runpy.run_module('fastppo_kernels.{module}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", without], cwd=ROOT / "kernels", capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"fastppo_kernels\.{module}: .*pip install triton\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_help_of_the_example_makes_no_folder(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "make_tiny_run.py", "--help"]
+    assert "usage: make_tiny_run.py" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.config import AlgorithmConfig, SeparateCriticConfig
-from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.experience import Experience, check_finite
 from fastppo.algorithms.learner import Learner, StepOutput
 from fastppo.models.head import LMHead
 from fastppo.ops.gae import gae
@@ -65,6 +65,7 @@ class Algorithm:
 
         Raises:
             ValueError: the experience lacks a field that the configuration needs.
+            NonFiniteValue: a reward, advantage or target of the critic is NaN or infinite.
         """
         self._check(experience)
         mask = experience.mask
@@ -77,6 +78,9 @@ class Algorithm:
         if mask.any():
             metrics["advantage/std"] = advantages[mask].std(correction=0)
         experience.advantages = whiten(advantages, mask=mask) if self.whitens_advantages else advantages
+        check_finite("advantages", experience.advantages, mask)
+        if experience.returns is not None:
+            check_finite("targets of the critic", experience.returns, mask)
         return metrics
 
     def _check(self, experience: Experience) -> None:
@@ -110,6 +114,7 @@ class Algorithm:
         return total, metrics
 
     def _whitened(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        check_finite(f"rewards, less the KL penalty (kl_coef {self.kl_controller.value:g})", rewards, mask)
         return whiten(rewards, mask=mask, shift_mean=False) if self.config.whiten_rewards else rewards
 
     def shape_rewards(self, experience: Experience) -> Tensor:
@@ -251,12 +256,20 @@ class PolicyThenCritic(Algorithm):
         return gae(rewards, values, gamma=self.config.gamma, lam=self.config.lam, mask=experience.mask)
 
     def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        metrics = self.improve_policy(learner, experience)
+        try:
+            metrics = self.improve_policy(learner, experience)
+        except FloatingPointError as error:
+            learner.skip_nonfinite(str(error), "this step of the policy")
+            metrics = {"policy/skipped_steps": 1.0}
         num_epochs = self.config.num_value_epochs
         return metrics | learner.descend_values(experience, self.value_loss, num_epochs=num_epochs)
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        """Move the policy alone; returns metrics."""
+        """Move the policy alone; returns metrics.
+
+        Raises:
+            FloatingPointError: something is not finite, and the policy is as it was.
+        """
         raise NotImplementedError
 
 

@@ -121,7 +121,7 @@ class PPOConfig(GroupScaleConfig, GAEConfig, JointCriticConfig):
     clip_low: NonNegativeFloat = 0.2
     """Clip the probability ratio to [1 - clip_low, 1 + clip_high]."""
     clip_high: NonNegativeFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = None
     """Bound the loss of a negative advantage at this many times its size (Ye et al., 2020)."""
     ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
     """One ratio a token, or one a sequence: the product, or the geometric mean (GSPO; Zheng et al., 2025)."""
@@ -145,7 +145,7 @@ class NPGConfig(SeparateCriticConfig):
     """Added to the Fisher matrix's diagonal. With too little, the ratios of single tokens explode."""
     fisher_method: Literal["gauss_newton", "finite_difference"] = "gauss_newton"
     """Forward- and reverse-mode derivatives, or, for models without forward mode, differences of gradients."""
-    fisher_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fisher_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     """Share of the sequences that the Fisher matrix is computed over."""
 
 
@@ -155,7 +155,7 @@ class TRPOConfig(NPGConfig):
 
     line_search_steps: PositiveInt = 10
     """Step lengths tried before the policy is left unchanged."""
-    line_search_shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    line_search_shrink: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.5
     """Factor from one step length to the next."""
     accept_ratio: UnitFloat = 0.1
     """Least share of the expected improvement that an accepted step must bring."""
@@ -169,7 +169,7 @@ class CPIConfig(SeparateCriticConfig):
     """First-order epochs, without a clip, that make the approximately greedy policy."""
     step_size: Literal["held_out", "bound"] = "held_out"
     """Share of the greedy policy: the best on held-out sequences, or what the paper's bound allows (very small)."""
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    held_out_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.25
     """Share of the sequences held out for `step_size: held_out`; the greedy policy learns from the others."""
     num_distill_epochs: PositiveInt = 4
     """First-order epochs that distill the mixture into one network."""

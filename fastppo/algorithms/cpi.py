@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastppo.algorithms.algorithm import PolicyThenCritic, head_arguments, kl_from
 from fastppo.algorithms.config import CPIConfig
-from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.experience import Experience, check_finite
 from fastppo.algorithms.learner import Learner, Loss, StepOutput
 from fastppo.algorithms.second_order.conjugate_gradient import Vector
 from fastppo.models.head import LMHead
@@ -34,14 +34,23 @@ class ConservativePolicyIteration(PolicyThenCritic):
     config: CPIConfig
 
     def improve_policy(self, learner: Learner, experience: Experience) -> dict[str, float]:
-        config = self.config
         old = _copy(learner.policy_parameters())
+        try:
+            return self._mixture(learner, experience, old)
+        except FloatingPointError:
+            learner.load_policy(old)
+            raise
+
+    def _mixture(self, learner: Learner, experience: Experience, old: Vector) -> dict[str, float]:
+        """Learn the greedy policy and move to its mixture with the old one; returns metrics."""
+        config = self.config
         learned, judged = self._split(experience)
 
         learner.forget_policy_moments()
         metrics = learner.descend(learned, self.loss, num_epochs=config.num_greedy_epochs, with_values=False)
         greedy = _copy(learner.policy_parameters())
         ratios = self._ratios(learner, judged)
+        check_finite("probability ratios of the greedy policy", ratios, judged.mask)
         if config.step_size == "bound":
             alpha = bound_step_size(ratios, judged.advantages, judged.mask, gamma=config.gamma)
         else:
@@ -53,7 +62,9 @@ class ConservativePolicyIteration(PolicyThenCritic):
             return metrics
         # Near the mixture, as a start.
         learner.load_policy({name: torch.lerp(start, greedy[name], alpha) for name, start in old.items()})
-        return metrics | self._distill(learner, experience, old, greedy, alpha)
+        distilled = self._distill(learner, experience, old, greedy, alpha)
+        skipped = [part["policy/skipped_steps"] for part in (metrics, distilled) if "policy/skipped_steps" in part]
+        return metrics | distilled | ({"policy/skipped_steps": sum(skipped)} if skipped else {})
 
     def _distill(
         self, learner: Learner, experience: Experience, old: Vector, greedy: Vector, alpha: float
@@ -65,14 +76,17 @@ class ConservativePolicyIteration(PolicyThenCritic):
         loss = self.distillation_loss(old_head, greedy_head, alpha)
 
         start, before = _copy(learner.policy_parameters()), learner.measure(experience, loss)
+        if not math.isfinite(before["loss/distillation"]):
+            raise FloatingPointError(f"the distillation's loss is not finite ({before['loss/distillation']})")
         learner.forget_policy_moments()
-        learner.descend(experience, loss, num_epochs=self.config.num_distill_epochs, with_values=False)
+        epochs = learner.descend(experience, loss, num_epochs=self.config.num_distill_epochs, with_values=False)
+        skipped = {name: count for name, count in epochs.items() if name == "policy/skipped_steps"}
         after = learner.measure(experience, loss)
         if after["loss/distillation"] < before["loss/distillation"]:
-            return after
+            return after | skipped
         # Adam's first steps have the length of its learning rate, which for a small α can lead away.
         learner.load_policy(start)
-        return before
+        return before | skipped
 
     def distillation_loss(self, old_head: LMHead, greedy_head: LMHead, alpha: float) -> Loss:
         """KL((1 − α) π + α π' ‖ π_θ) up to a constant, averaged over states as `loss_agg` says.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from fastppo.ops.checks import NonFiniteValue
 
 
 @dataclass
@@ -71,3 +74,17 @@ class Experience:
         """The sequences `rows` [b] (int64 indices)."""
         fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
         return Experience(**{name: value[rows] if isinstance(value, Tensor) else value for name, value in fields})
+
+
+def check_finite(what: str, values: Tensor, mask: Tensor) -> None:
+    """Check values [B, T] or [B, T, K] where mask [B, T] is True, on any device.
+
+    Raises:
+        NonFiniteValue: there is a NaN or Inf; the message begins with `what` and names the first.
+    """
+    bad = ~torch.isfinite(values) & (mask if values.dim() == 2 else mask[..., None])
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        error = NonFiniteValue(f"{what}: {values[where].item()} at token {where[1]} of completion {where[0]}")
+        error.row = where[0]
+        raise error

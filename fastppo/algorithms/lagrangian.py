@@ -8,6 +8,10 @@ Dai et al., 2024, arXiv:2310.12773).
 
 from __future__ import annotations
 
+import math
+
+from fastppo.ops.checks import NonFiniteValue
+
 
 class LagrangeMultiplier:
     """λ, from `value` (at least 0) on, for the constraint that a mean is at least `threshold`."""
@@ -19,7 +23,10 @@ class LagrangeMultiplier:
 
     def update(self, mean: float) -> None:
         """λ ← max(0, λ + learning_rate · (threshold − mean))."""
-        self.value = max(0.0, self.value + self.learning_rate * (self.threshold - mean))
+        value = self.value + self.learning_rate * (self.threshold - mean)
+        if not math.isfinite(value):
+            raise NonFiniteValue(f"multiplier: {value} after {self.value:.4g}, at a mean of {mean:.4g}")
+        self.value = max(0.0, value)
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value}

@@ -26,7 +26,11 @@ if TYPE_CHECKING:  # importing it loads transformers, which `fastppo keys` does 
 
 
 class NonFiniteError(FastPPOError, RuntimeError):
-    """A NaN or Inf in a loss or gradient, found before the optimizer step."""
+    """A NaN or Inf stopped the run, as `on_nonfinite: stop` asks; the message says which and where.
+
+    Whatever finds one raises a FloatingPointError, and whoever can go on without it catches that and calls
+    `Learner.skip_nonfinite`, which decides.
+    """
 
 
 class StepOutput(NamedTuple):
@@ -51,9 +55,9 @@ class Learner:
         num_mini_batches: optimizer steps in an epoch.
         micro_batch_size: sequences in one forward and backward pass.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
-        on_nonfinite: raise at a NaN or Inf, or skip that optimizer step.
+        on_nonfinite: raise at a NaN or Inf, or skip what it is in.
         phase: called with a short text when a new phase of the update begins.
-        warn: called with a message when an optimizer step is skipped.
+        warn: called with a message when something is skipped.
     """
 
     def __init__(
@@ -134,18 +138,22 @@ class Learner:
             with_values: call the loss with the critic's values; False gives it None and moves the policy alone.
 
         Returns:
-            Metrics over the optimizer steps: means, extremes of `_min` and `_max`, and the number of skipped steps.
+            Metrics over the optimizer steps: means, extremes of `_min` and `_max`, and policy/skipped_steps if there
+            are any.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite, with `on_nonfinite="stop"`.
         """
         evaluate = partial(self.evaluate, loss, with_values=with_values)
-        return self._epochs(experience, evaluate, num_epochs, target_kl)
+        return self._epochs(experience, evaluate, num_epochs, "policy/skipped_steps", target_kl)
 
     def descend_values(
         self, experience: Experience, loss: Callable[[Experience, Tensor], StepOutput], *, num_epochs: int
     ) -> dict[str, float]:
-        """As `descend`, on the critic alone, with loss(batch, values [b, T]); a shared backbone gets no gradient."""
+        """As `descend`, on the critic alone, with loss(batch, values [b, T]); a shared backbone gets no gradient.
+
+        Skipped steps are counted in value/skipped_steps.
+        """
 
         def evaluate(batch: Experience) -> StepOutput:
             with self.autocast():
@@ -153,16 +161,17 @@ class Learner:
                     hidden, _ = self.hidden(batch)
                 return loss(batch, self.models.values(hidden, batch.sequences, batch.attention_mask))
 
-        return self._epochs(experience, evaluate, num_epochs, None)
+        return self._epochs(experience, evaluate, num_epochs, "value/skipped_steps")
 
     def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The gradient of a loss by the names of the policy's parameters, and the metrics. `values` is None."""
         self._phase("gradient")
-        metrics = self.accumulate(experience, partial(self.evaluate, loss))
-        parameters = self.policy_parameters()
-        gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-        self.optimizer.zero_grad(set_to_none=True)
-        return gradient, metrics
+        try:
+            metrics = self.accumulate(experience, partial(self.evaluate, loss))
+            parameters = self.policy_parameters()
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}, metrics
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def measure(
@@ -202,54 +211,72 @@ class Learner:
         return {name: _fold(name, *zip(*pairs, strict=True)) for name, pairs in collected.items()}
 
     def _epochs(
-        self, experience: Experience, evaluate: Evaluate, num_epochs: int, target_kl: float | None
+        self,
+        experience: Experience,
+        evaluate: Evaluate,
+        num_epochs: int,
+        skipped_steps: str,
+        target_kl: float | None = None,
     ) -> dict[str, float]:
         history: dict[str, list[float]] = defaultdict(list)
+        num_skipped, early = 0, {} if target_kl is None else {"policy/stopped_early": 0.0}
         with self.models.training():
-            for epoch in range(num_epochs):
-                self._phase(f"update {epoch + 1}/{num_epochs}")
-                order = torch.randperm(len(experience))
-                for rows in order.tensor_split(self.num_mini_batches):
-                    mini_batch = experience.select(rows.to(self.models.device))
+            for epoch, mini_batch in self._mini_batches(experience, num_epochs):
+                try:
                     metrics = self.accumulate(mini_batch, evaluate)
                     for name, value in metrics.items():
                         history[name].append(value)
                     losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
                     too_far = target_kl is not None and metrics.get("policy/approx_kl", 0.0) > target_kl
                     if too_far and math.isfinite(sum(losses.values())):
-                        self.optimizer.zero_grad(set_to_none=True)
-                        return _summary(history) | {"policy/stopped_early": 1.0}
-                    self._optimizer_step(losses, history, epoch)
-        return _summary(history) | ({"policy/stopped_early": 0.0} if target_kl is not None else {})
+                        early = {"policy/stopped_early": 1.0}
+                        break
+                    norm = self._optimizer_step(losses)
+                    history["grad_norm"].append(norm)
+                except FloatingPointError as error:
+                    self.skip_nonfinite(f"epoch {epoch}: {error}", "this optimizer step")
+                    num_skipped += 1
+                finally:
+                    self.optimizer.zero_grad(set_to_none=True)
+        return _summary(history) | early | ({skipped_steps: float(num_skipped)} if num_skipped else {})
 
-    def _optimizer_step(self, losses: dict[str, float], history: dict[str, list[float]], epoch: int) -> None:
-        """Clip and step; where a loss or gradient is not finite, stop or skip."""
+    def _mini_batches(self, experience: Experience, num_epochs: int) -> Iterator[tuple[int, Experience]]:
+        """Epoch, from 1, and mini-batch; every epoch has an order of its own."""
+        for epoch in range(1, num_epochs + 1):
+            self._phase(f"update {epoch}/{num_epochs}")
+            order = torch.randperm(len(experience))
+            for rows in order.tensor_split(self.num_mini_batches):
+                yield epoch, experience.select(rows.to(self.models.device))
+
+    def _optimizer_step(self, losses: dict[str, float]) -> float:
+        """Clip and step; returns the gradient's norm.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite; nothing has changed.
+        """
         parameters = {name: p for name, p in self.parameters().items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
-        if math.isfinite(norm.item() + sum(losses.values())):
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_grad_norm, norm)
-            self.changed = True
-            self.optimizer.step()
-            history["grad_norm"].append(norm.item())
-        else:
+        if not math.isfinite(norm.item() + sum(losses.values())):
             found = [f"{name} {value:.4g}" for name, value in (losses | {"gradient norm": norm.item()}).items()]
             if bad := [name for name, parameter in parameters.items() if not parameter.grad.isfinite().all()]:
                 found.append(f"first non-finite gradient in {bad[0]}")
-            self.skip_nonfinite(f"epoch {epoch + 1}: not finite ({', '.join(found)})")
-            history["skipped"].append(1.0)
-        self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"not finite ({', '.join(found)})")
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_grad_norm, norm)
+        self.changed = True
+        self.optimizer.step()
+        return norm.item()
 
     def forget_policy_moments(self) -> None:
         """Drop the optimizer's state of the policy, before it descends on another loss."""
         for parameter in self.policy_parameters().values():
             self.optimizer.state.pop(parameter, None)
 
-    def skip_nonfinite(self, what: str) -> None:
-        """Raise NonFiniteError, or warn that an optimizer step is skipped, as `on_nonfinite` says."""
+    def skip_nonfinite(self, what: str, skipped: str) -> None:
+        """Warn that `skipped` is skipped because of `what`, or raise NonFiniteError, as `on_nonfinite` says."""
         if self.on_nonfinite == "stop":
-            raise NonFiniteError(f"{self.where}, {what}")
-        self._warn(f"{self.where}, {what}; this optimizer step is skipped")
+            raise NonFiniteError(f"{self.where}, {what}; with on_nonfinite: skip, {skipped} would be skipped")
+        self._warn(f"{self.where}, {what}; {skipped} is skipped")
 
 
 def _fold(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
@@ -262,6 +289,5 @@ def _fold(name: str, values: Sequence[float], weights: Sequence[float]) -> float
 
 
 def _summary(history: dict[str, list[float]]) -> dict[str, float]:
-    """Over optimizer steps: means, extremes, and the number of skipped steps."""
-    skipped = {"policy/skipped_steps": sum(history.pop("skipped"))} if "skipped" in history else {}
-    return {name: _fold(name, values, [1 / len(values)] * len(values)) for name, values in history.items()} | skipped
+    """Over optimizer steps: means, and extremes."""
+    return {name: _fold(name, values, [1 / len(values)] * len(values)) for name, values in history.items()}

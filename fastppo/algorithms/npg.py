@@ -55,16 +55,12 @@ class NaturalPolicyGradient(PolicyThenCritic):
             measured = learner.measure(experience, self.trial_loss(old_head), parameters_at(fraction))
             return Trial(metrics["loss/surrogate"] - measured["loss/surrogate"], measured["policy/kl"])
 
-        try:
-            if not math.isfinite(metrics["loss/surrogate"]):
-                raise FloatingPointError(f"the surrogate loss is not finite ({metrics['loss/surrogate']})")
-            x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
-            taken, trial = self.choose(evaluate, scale * dot(ascent, x)) if scale else (0.0, Trial(0.0, 0.0))
-            if not math.isfinite(trial.improvement + trial.kl):
-                raise FloatingPointError(f"surrogate or KL not finite after the natural gradient's step ({trial})")
-        except FloatingPointError as error:
-            learner.skip_nonfinite(str(error))
-            return metrics | {"policy/skipped_steps": 1.0}
+        if not math.isfinite(metrics["loss/surrogate"]):
+            raise FloatingPointError(f"the surrogate loss is not finite ({metrics['loss/surrogate']})")
+        x, scale, solver_metrics = self.natural_gradient(learner, experience, ascent)
+        taken, trial = self.choose(evaluate, scale * dot(ascent, x)) if scale else (0.0, Trial(0.0, 0.0))
+        if not math.isfinite(trial.improvement + trial.kl):
+            raise FloatingPointError(f"surrogate or KL not finite after the natural gradient's step ({trial})")
         if taken:
             learner.load_policy(parameters_at(taken))
         return {
@@ -79,7 +75,7 @@ class NaturalPolicyGradient(PolicyThenCritic):
         """x = (F + λI)⁻¹ g; the scale for which the KL of scale · x is δ, 0 if xᵀF x is 0; metrics of the solver.
 
         Raises:
-            FloatingPointError: the gradient or a Fisher-vector product is not finite.
+            FloatingPointError: the gradient, a Fisher-vector product or xᵀF x is not finite.
         """
         config = self.config
         if config.fisher_fraction < 1.0:  # F may be rougher than the gradient (appendix C of the TRPO paper)
@@ -98,6 +94,8 @@ class NaturalPolicyGradient(PolicyThenCritic):
         solved = conjugate_gradient(damped, g, **limits)
         # xᵀF x, not xᵀ(F + λI)x: the damping must not shorten the step.
         curvature = dot(solved.x, fisher(solved.x)) if solved.iterations else 0.0
+        if not math.isfinite(curvature):
+            raise FloatingPointError(f"the natural gradient's curvature is not finite ({curvature})")
         scale = math.sqrt(2.0 * config.max_kl / curvature) if curvature > 0.0 else 0.0
         metrics = {"cg/iterations": float(solved.iterations), "cg/residual": solved.relative_residual}
         return solved.x, scale, metrics | {"policy/grad_norm": norm(g)}

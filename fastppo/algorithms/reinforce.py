@@ -86,11 +86,11 @@ def subtract_baseline(
         average = (total - whole) / (count - 1)
     else:
         average = total / count
-    advantages = returns - average.to(returns.dtype)[:, None]
+    advantages = returns.double() - average[:, None]
     if baseline == "grpo" and scale_rewards != "none":
         deviation = standard_deviation(whole, groups if scale_rewards == "group" else whole_batch)
-        advantages = advantages / (deviation.to(returns.dtype) + 1e-6)[:, None]
-    return advantages.masked_fill(~mask, 0.0)
+        advantages = advantages / (deviation + 1e-6)[:, None]
+    return advantages.to(returns.dtype).masked_fill(~mask, 0.0)
 
 
 def standard_deviation(returns: Tensor, groups: Tensor) -> Tensor:

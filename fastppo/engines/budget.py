@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fastppo.errors import ConfigError, quote
+
 DEFAULT_SCRATCH_BYTES = 32 * 2**20
 # On a GPU, storing the exponentials of all logits saves a fourth of a loss's FLOPs (6NDV for 8NDV). They may take what
 # is small beside the card: at Llama-3-8B's head 8,192 tokens need 2.1 GB.
@@ -31,8 +33,8 @@ def scratch_bytes(device: torch.device | None = None) -> int:
         return _share_of_gpu(device) if device.type == "cuda" else DEFAULT_ACCELERATOR_SCRATCH_BYTES
     try:
         return check_scratch(int(float(text) * 2**20))
-    except ValueError:
-        raise ValueError(f"FASTPPO_SCRATCH_MB: expected a number above 0, got {text!r}") from None
+    except (ValueError, OverflowError):
+        raise ConfigError(f"FASTPPO_SCRATCH_MB: expected a number above 0, got {quote(text)}") from None
 
 
 @torch.compiler.assume_constant_result

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fastppo.engines import chunked, cpu, extension, triton, triton_kernels
+from fastppo.errors import ConfigError, quote
 
 # For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
 # it, until every check of benchmarks/gpu.py passes on a chip.
@@ -73,7 +74,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         return backend
     wanted = os.environ.get("FASTPPO_BACKEND") or "auto"
     if wanted not in (*NAMES, "auto"):
-        raise ValueError(f"FASTPPO_BACKEND: expected one of {', '.join(NAMES)}, auto; got {wanted!r}")
+        raise ConfigError(f"FASTPPO_BACKEND: expected one of {', '.join(NAMES)}, auto; got {quote(wanted)}")
     if wanted in available:
         reason = unusable(wanted, device, dtype)
         if reason is None:

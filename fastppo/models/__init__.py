@@ -7,6 +7,7 @@ from fastppo.models.load import (
     context_length,
     disable_dropout,
     load_causal_lm,
+    load_context_length,
     load_tokenizer,
     merge_lora,
 )

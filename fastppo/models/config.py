@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fastppo.config_fields import STRICT, PositiveInt
+from fastppo.config_fields import STRICT, AnyPath, AnyText, PositiveInt
 
 
 @dataclass(config=STRICT)
 class LoraConfig:
     """Low-rank adapters on the policy (peft); the reference is then the same model with its adapter off."""
 
-    r: PositiveInt = 16
+    r: Annotated[PositiveInt, Field(le=2**14)] = 16
     """Rank of the adapters."""
     lora_alpha: PositiveInt = 32
     """The adapters' output is scaled by lora_alpha / r."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: AnyText | list[AnyText] = "all-linear"
     """Names of the modules to adapt, or `all-linear`."""
 
 
@@ -25,7 +26,7 @@ class LoraConfig:
 class ModelConfig:
     """The policy, and the value and reference models that go with it."""
 
-    name_or_path: str = ""
+    name_or_path: AnyPath = ""
     """Hub id, folder, GGUF file, `package:module/file`: a file inside an installed Python package, or
     `package:module:function`: a function of one that returns the path, after joining the file's parts for example."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,7 +44,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     value_model: Literal["shared", "separate"] = "shared"
     """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
-    value_name_or_path: str | None = None
+    value_name_or_path: AnyPath | None = None
     """Initial weights of a separate value model. Default: the policy's."""
     reference: Literal["frozen", "none"] = "frozen"
     """Reference of the KL penalty: `frozen` is the initial policy."""

@@ -25,7 +25,7 @@ from fastppo.models.head import check_head
 from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from fastppo.models.config import LoraConfig, ModelConfig
 
@@ -71,6 +71,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_context_length(config: ModelConfig) -> int | None:
+    """`context_length` of the configuration's model, without reading its weights.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(config.name_or_path, allow_download=config.allow_download)
+    return _context_length(load_pretrained(AutoConfig, source, config))
 
 
 def load_model(auto_class: Any, source: ModelSource, config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -126,7 +138,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
     except ModelError:
         raise
     except Exception as error:  # readers of a damaged file raise anything, struct.error and KeyError included
-        what = "model" if is_model else "tokenizer"
+        what = "model" if is_model else auto_class.__name__.removeprefix("Auto").lower()
         raise ModelError(f"{where}: the {what} cannot be loaded ({_why(error)})") from error
     if not is_model:
         return loaded
@@ -145,7 +157,11 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
 
 def context_length(model: nn.Module) -> int | None:
     """Most tokens of a sequence, prompt and completion together; None if the architecture sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _context_length(model.config)
+
+
+def _context_length(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -192,10 +208,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         try:
             adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
             return peft.get_peft_model(model, adapters).eval()
-        except re.error as error:
-            raise ModelError(
-                f"model.lora.target_modules: {quote(lora.target_modules)} is not a regular expression ({error})"
-            ) from None
+        except (re.error, RecursionError) as error:  # RecursionError: thousands of parentheses
+            given = f"{quote(lora.target_modules)} is not a regular expression"
+            raise ModelError(f"model.lora.target_modules: {given} ({one_line(error)})") from None
         except ValueError as error:
             raise ModelError(f"model.lora: {_why(error)}") from error
 

@@ -97,6 +97,10 @@ class PolicyModels:
         self._kept = _KeptPass(_version(self.policy), row_of, states, head)
         return states.detach(), head
 
+    def drop_kept_pass(self) -> None:
+        """Free the pass that `hidden_before_update` kept, where no update follows after all."""
+        self._kept = None
+
     def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
         """Values [B, T] or [B, T, K] float32 before each completion token, from the policy's states `hidden` there."""
         if self.value is None:

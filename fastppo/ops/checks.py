@@ -15,6 +15,13 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class NonFiniteValue(ValueError, FloatingPointError):
+    """A NaN or Inf where a finite number is needed."""
+
+    row: int | None = None
+    """The sequence of the batch it is in, where that is known."""
+
+
 def looks_at_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
@@ -99,5 +106,5 @@ def check_per_token(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype)
     tensor = tensor.detach().to(dtype).masked_fill(~mask, 0.0)
     if looks_at_values(tensor) and not torch.isfinite(tensor).all():
         where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
-        raise ValueError(f"{name}: expected finite values, got {tensor[where].item()} at {where}")
+        raise NonFiniteValue(f"{name}: expected finite values, got {tensor[where].item()} at {where}")
     return tensor

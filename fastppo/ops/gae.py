@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastppo.engines.dispatch import ENGINES, select
 from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_mask, check_shape, check_tensor, looks_at_values
+from fastppo.ops.checks import NonFiniteValue, check_floating, check_mask, check_shape, check_tensor, looks_at_values
 
 
 class GAEOutput(NamedTuple):
@@ -130,7 +130,7 @@ def _gae(
     if finite is None:
         finite = not looks_at_values(rewards) or bool(torch.isfinite(advantages).all())
     if not finite:
-        raise ValueError(_what_is_not_finite(rewards, values, mask, bootstrap))
+        raise NonFiniteValue(_what_is_not_finite(rewards, values, mask, bootstrap))
     return advantages, returns
 
 

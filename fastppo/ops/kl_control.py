@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fastppo.ops.checks import NonFiniteValue
+
 
 class FixedKLController:
     """A coefficient that stays what it is."""
@@ -40,9 +42,12 @@ class AdaptiveKLController(FixedKLController):
 
     def update(self, current_kl: float, num_sequences: int) -> None:
         if not math.isfinite(current_kl):
-            raise ValueError(f"current_kl: expected a finite number, got {current_kl}")
+            raise NonFiniteValue(f"current_kl: expected a finite number, got {current_kl}")
         error = min(max(current_kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * num_sequences / self.horizon
+        value = self.value * (1 + error * num_sequences / self.horizon)
+        if not math.isfinite(value):
+            raise NonFiniteValue(f"kl_coef: {value} after {self.value:.4g}, at a KL of {current_kl:.4g}")
+        self.value = value
 
 
 class LinearKLController(FixedKLController):

@@ -21,14 +21,17 @@ from pydantic.dataclasses import dataclass
 from fastppo.algorithms import config as algorithms
 from fastppo.config_fields import (
     STRICT,
+    AnyPath,
+    AnyText,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Text,
 )
-from fastppo.errors import ConfigError, did_you_mean
+from fastppo.errors import ConfigError, did_you_mean, one_line, quote
 from fastppo.models.config import ModelConfig
 from fastppo.rollout.config import RolloutConfig
 from fastppo.training.config_rules import check_consistency
@@ -44,19 +47,19 @@ ALGORITHMS: tuple[str, ...] = typing.get_args(Algorithm)
 class DataConfig:
     """Where prompts come from."""
 
-    train: str = ""
+    train: AnyPath = ""
     """Training prompts: a .jsonl, .csv or .txt file, a folder saved by `datasets`, or a Hub dataset id."""
-    eval: Text | None = None
+    eval: PathText | None = None
     """Held-out prompts, from the same kinds of source. Default: the last `eval_size` training prompts."""
-    train_split: str = "train"
+    train_split: AnyText = "train"
     """Split of a `datasets` folder or Hub dataset; for held-out prompts, `eval_split`."""
-    eval_split: str = "test"
+    eval_split: AnyText = "test"
     eval_size: NonNegativeInt = 32
-    prompt_column: str = "prompt"
+    prompt_column: AnyText = "prompt"
     """Column with a string, or with a list of chat messages, to which the chat template is always applied."""
     apply_chat_template: bool = False
     """Treat a string as the message of a user and apply the tokenizer's chat template."""
-    system_prompt: str | None = None
+    system_prompt: AnyText | None = None
     """System message for chats that do not begin with one."""
     max_prompt_length: PositiveInt = 512
     """Maximum length in tokens, chat template included."""
@@ -69,9 +72,9 @@ class RewardConfig:
     """A named, weighted reward: a Python function or a sequence-classification model."""
 
     name: Text
-    function: str | None = None
+    function: AnyPath | None = None
     """`vader_sentiment`, `reasoning_gym`, `module:f` or `file.py:f`, called as f(prompts, completions, **columns)."""
-    model: str | None = None
+    model: AnyPath | None = None
     """Sequence-classification model. The reward is its only logit, or the logit of class `label`."""
     label: NonNegativeInt | None = None
     weight: FiniteFloat = 1.0
@@ -95,8 +98,8 @@ class OptimConfig:
     value_learning_rate: PositiveFloat | None = None
     """Learning rate of the value head or value model. Default: `learning_rate`."""
     weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the gradient's norm to this; null does not clip."""
@@ -116,7 +119,7 @@ class EvalConfig:
     """Completions saved by each evaluation, for the report."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards that are logged as eval/<name> but not optimized. If they fall while the others rise, those are gamed."""
-    perplexity: str | None = None
+    perplexity: AnyPath | None = None
     """A .txt file with one text a line. A rising perplexity of the policy on ordinary text shows forgetting."""
 
 
@@ -147,7 +150,7 @@ class WatchConfig:
     perplexity and held-out rewards. A rule of yours on the same metric replaces the default one."""
     baseline_steps: PositiveInt = 5
     """Number of first steps that relative rules compare with."""
-    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    lr_factor: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.5
     """Factor by which `lower_lr` and `rollback` multiply the learning rate."""
     max_rollbacks: NonNegativeInt = 3
     """After this many rollbacks, the next one stops the run instead."""
@@ -167,16 +170,16 @@ class CheckpointConfig:
 class Config:
     """A whole run."""
 
-    output_dir: Text = "runs/default"
+    output_dir: PathText = "runs/default"
     """Folder for checkpoints, metrics, the final policy and the report."""
     total_steps: PositiveInt = 100
     seed: NonNegativeInt = 0
-    device: str = "auto"
+    device: AnyText = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
     """Implementation of log-probabilities and losses. `fastppo doctor` lists the usable ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """On NaN or Inf in a loss or gradient: stop the run, or skip the optimizer step."""
+    """On a NaN or Inf: stop the run, or skip the optimizer step, training step or evaluation that it is in."""
     tensorboard: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -211,12 +214,23 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen = []
+        first: dict[Any, yaml.Mark] = {}
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.append(key.value)
+            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in first:
+                problem = f"{quote(name)} is given twice, first in line {first[name].line + 1}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            first[name] = key.start_mark
         return node
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {one_line(error.problem)}"
+    return one_line(error)
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
@@ -234,19 +248,23 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror}); the configuration file comes first"
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            problem = f"cannot be read ({getattr(error, 'strerror', error)}); the configuration file comes first"
             raise ConfigError(f"{path}: {problem}") from None
+        try:
+            tree = yaml.load(text, _Loader) or {}
         except Exception as error:  # PyYAML lets through what int() and datetime raise, and a RecursionError
-            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+            raise ConfigError(f"{path}: not valid YAML ({_yaml_problem(error)})") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
     words = iter(overrides)
     for word in words:
         key, equals, text = word[2:].partition("=")
         if not word.startswith("--") or not key:
-            raise ConfigError(f"{word!r}: expected --section.key value")
+            raise ConfigError(f"{quote(word)}: expected --section.key value")
         if not equals and (text := next(words, None)) is None:
             raise ConfigError(f"--{key}: needs a value")
         _override(tree, key.replace("-", "_"), text)
@@ -265,7 +283,7 @@ def build_config(tree: dict[str, Any]) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_first_problem(error)) from None
     check_consistency(config)
     return config
 
@@ -276,7 +294,7 @@ def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
     for depth, part in enumerate(parts, 1):
         if isinstance(node, list):
             if part not in map(str, range(len(node))):
-                raise ConfigError(f"--{dotted}: {part!r} is not an index of a list of {len(node)}")
+                raise ConfigError(f"--{dotted}: {quote(part)} is not an index of a list of {len(node)}")
             part = int(part)
         elif not isinstance(node, dict):
             above = ".".join(parts[: depth - 1])
@@ -293,7 +311,7 @@ def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
     node[part] = text
 
 
-def _one_line(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> str:
     """The first problem as `key: problem`; a misspelt key or choice comes with its nearest neighbour."""
     first = error.errors()[0]
     path, hint, known = [], Config, []
@@ -308,12 +326,13 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: unknown key{hint or '; known here: ' + ', '.join(known)}"
     if problem == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{key}: {given!r} is not one of {', '.join(choices)}{did_you_mean(str(given), choices)}"
+        hint = did_you_mean(given, choices) if isinstance(given, str) else ""
+        return f"{key}: {quote(given)} is not one of {', '.join(choices)}{hint}"
     if problem == "missing":
         return f"{key}: required, but not given"
     if problem == "dataclass_type":
-        return f"{key}: expected keys and their values, got {given!r}"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given!r}"
+        return f"{key}: expected keys and their values, got {quote(given)}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quote(given)}"
 
 
 def section_of(hint: Any) -> type | None:

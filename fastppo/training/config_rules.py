@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastppo.algorithms.config import AlgorithmConfig
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, quote
 
 if TYPE_CHECKING:
     from fastppo.training.config import Config
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Metrics that evaluation logs beside the rewards, whose names must differ.
 _TAKEN = {"mean", "std", "reward", "reward_std", "length", "length_std", "kl", "kl_std", "num_prompts", "perplexity"}
 _TAKEN |= {"perplexity_reference"}
+
+# A step's sequences are lists and tensors in memory. Far beyond what one machine samples; it stops a slip of the hand.
+_MAX_SEQUENCES, _MAX_TOKENS = 2**20, 2**28
 
 
 def check_consistency(config: Config) -> None:
@@ -33,6 +36,13 @@ def _run(config: Config) -> Iterator[str]:
         yield "model.name_or_path: required, but not given"
     if not config.data.train:
         yield "data.train: required, but not given"
+    rollout = config.rollout
+    sequences = rollout.num_prompts * rollout.num_generations
+    if sequences > _MAX_SEQUENCES or sequences * rollout.max_new_tokens > _MAX_TOKENS:
+        yield (
+            f"rollout: {sequences} sequences (num_prompts x num_generations) of up to {rollout.max_new_tokens} tokens "
+            f"are too much for a step, which holds at most {_MAX_SEQUENCES} sequences and {_MAX_TOKENS} tokens"
+        )
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         yield "optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup"
 
@@ -44,11 +54,11 @@ def _rewards(config: Config) -> Iterator[str]:
     for key, reward in keyed:
         name, constraint, held_out = reward.name, reward.threshold is not None, key.startswith("eval.")
         if name in _TAKEN:
-            yield f"{key}.name: {name!r} is the name of a metric already; call the reward something else"
+            yield f"{key}.name: {quote(name)} is the name of a metric already; call the reward something else"
         if (reward.function is None) == (reward.model is None):
             yield f"{key}: give exactly one of `function` and `model`"
         if names.count(name) > 1:
-            yield f"{key}.name: {name!r} is used twice; metrics are kept by name"
+            yield f"{key}.name: {quote(name)} is used twice; metrics are kept by name"
         if not constraint and reward.multiplier_learning_rate != type(reward)("_").multiplier_learning_rate:
             yield f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one"
         if constraint and reward.weight < 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastppo.errors import FastPPOError, did_you_mean
+from fastppo.errors import FastPPOError, did_you_mean, quote
 from fastppo.extras import install_command
 from fastppo.rollout.prompt import Prompt
 
@@ -179,8 +179,8 @@ def _text(
 ) -> tuple[str, bool]:
     """What the model reads, and whether the tokenizer must add special tokens; a chat template writes its own."""
     if config.prompt_column not in values:
-        hint = did_you_mean(config.prompt_column, values) or f"; it has {', '.join(map(repr, values)) or 'none'}"
-        raise DataError(f"{where}: no column {config.prompt_column!r}{hint} (data.prompt_column)")
+        hint = did_you_mean(config.prompt_column, values) or f"; it has {', '.join(map(quote, values)) or 'none'}"
+        raise DataError(f"{where}: no column {quote(config.prompt_column)}{hint} (data.prompt_column)")
     prompt = values[config.prompt_column]
     if isinstance(prompt, str) and not config.apply_chat_template:
         if config.system_prompt is not None:
@@ -209,7 +209,7 @@ def _is_message(item: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "nothing" if value is None else f"{type(value).__name__} {quote(value, 60)}"
 
 
 # Plain readers: `datasets` reports a broken line without its file and number, reads CSV's `NA` and `007` as null and 7,
@@ -239,7 +239,9 @@ def _jsonl(file: Iterator[str], source: str, column: str) -> Iterator[_Row]:
     for where, line in _txt(file, source, column):
         try:
             values = json.loads(line[column])
-            json.dumps(values, ensure_ascii=False).encode()  # raises for half a surrogate pair, such as "\ud83d"
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: holds half of a surrogate pair, such as \\ud83d") from None
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
             raise DataError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
@@ -283,6 +285,6 @@ def _from_datasets(source: str, folder: Path | None, split: str, allow_download:
         raise DataError(f"{source}: {what} ({' '.join(str(error).split())})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
+            raise DataError(f"{source}: no split {quote(split)}; it has {', '.join(loaded)}")
         loaded = loaded[split]
     return [(f"{source}, row {number}", values) for number, values in enumerate(loaded)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import select
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, one_line, quote
 
 
 def choose_device(name: str, backend: str | None = None) -> torch.device:
@@ -19,8 +20,11 @@ def choose_device(name: str, backend: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"device: {quote(name)} cannot be used ({one_line(str(error).partition(chr(10))[0])})"
+        ) from None
+    scratch_bytes()  # raises for a FASTPPO_SCRATCH_MB that is no size
     try:
         for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):
             select(op, device, torch.float32, backend)

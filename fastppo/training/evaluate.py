@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastppo.models import ModelError, backbone_and_head, load_causal_lm, load_tokenizer
+from fastppo.models import ModelError, backbone_and_head, load_causal_lm
 from fastppo.models.policy_models import PolicyModels
-from fastppo.training.config import Config
-from fastppo.training.data import DataError, load_prompts
+from fastppo.training.config import Config, build_config, to_dict
+from fastppo.training.data import DataError
 from fastppo.training.device import choose_device
-from fastppo.training.rewards import build_rewards
+from fastppo.training.inputs import Inputs
 from fastppo.training.scoring import Scorer
 
 
@@ -25,25 +25,21 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
         Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
 
     Raises:
-        ModelError, DataError, RewardError: something cannot be loaded, or there are no held-out prompts.
+        ConfigError, ModelError, DataError, RewardError: something cannot be loaded, or there are no held-out prompts.
     """
+    tree = to_dict(config)
+    tree["model"]["name_or_path"] = config.model.name_or_path if model is None else model
+    policy_config = build_config(tree).model
     device = choose_device(config.device, config.backend_name)
-    tokenizer = load_tokenizer(config.model)
-    rewards = build_rewards(config.rewards, device=device, model_defaults=config.model)
+    inputs = Inputs(config, device=device)
+    if not inputs.data.eval:
+        raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
     models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
     if model is not None:
-        policy = load_causal_lm(dataclasses.replace(config.model, name_or_path=model), device=device)
+        policy = load_causal_lm(policy_config, device=device)
         size, expected = (backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy))
         if size != expected:
             raise ModelError(f"{model}: has a vocabulary of {size}, {config.model.name_or_path} one of {expected}")
         models.policy = policy
-    data = load_prompts(
-        config.data,
-        tokenizer,
-        context_length=models.context_length,
-        max_new_tokens=config.rollout.max_new_tokens,
-        allow_download=config.model.allow_download,
-    )
-    if not data.eval:
-        raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
-    return Scorer(config, tokenizer, models, rewards).evaluate(data.eval[: config.eval.num_prompts])
+    scorer = Scorer(config, inputs.tokenizer, models, inputs.rewards, held_out=inputs.held_out, texts=inputs.texts)
+    return scorer.evaluate(inputs.data.eval[: config.eval.num_prompts])

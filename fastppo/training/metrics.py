@@ -9,6 +9,7 @@ Metrics with a unit or a meaning that the name does not say; any others may be l
     eval/reward, eval/kl, eval/length, ...     the same on held-out prompts; eval/<name>_std and eval/num_prompts
     kl/reference, kl/reference_per_token       nats per completion, nats per token
     policy/entropy, policy/approx_kl           nats per token
+    policy/skipped_steps, value/skipped_steps  optimizer steps, or 1 for a whole step, left out for a NaN or Inf
     completion/length                          tokens
     time/<phase>, time/step                    seconds
 """

@@ -201,7 +201,7 @@ def _load(output_dir: Path) -> _Run:
         run.steps = step = line.pop("step")
         run.seconds = max(run.seconds, line.pop("time", 0.0))
         for name, value in line.items():
-            if math.isfinite(value):
+            if abs(value) < 1e100:  # the plots' axes overflow near the largest float
                 run.series[name][step] = value
             else:
                 run.nonfinite[name] += 1

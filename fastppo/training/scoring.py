@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
-from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.experience import Experience, check_finite
 from fastppo.algorithms.learner import NonFiniteError
+from fastppo.errors import quote
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
@@ -19,9 +20,16 @@ from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
-from fastppo.training.health import load_texts, perplexity
-from fastppo.training.rewards import RewardFunctions, RewardOutput, build_rewards
+from fastppo.training.health import perplexity
+from fastppo.training.rewards import RewardFunctions, RewardOutput
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
+
+_SCORES = {
+    "old_logprobs": "log-probabilities under the policy",
+    "old_values": "values of the critic",
+    "ref_logprobs": "log-probabilities under the reference",
+    "kl": "KL to the reference",
+}
 
 
 class Scorer:
@@ -31,13 +39,9 @@ class Scorer:
         config: the run's configuration.
         tokenizer, models, rewards: the run's own, not copies.
         algorithm: the algorithm that `score` is for; not needed for evaluations.
-
-    Raises:
-        RewardError, DataError: a held-out reward or the texts for the perplexity cannot be loaded.
+        held_out: rewards that are evaluated but not optimized.
+        texts: token ids of texts, whose perplexity is evaluated.
     """
-
-    held_out: RewardFunctions | None
-    """Rewards that are evaluated but not optimized."""
 
     def __init__(
         self,
@@ -46,16 +50,15 @@ class Scorer:
         models: PolicyModels,
         rewards: RewardFunctions,
         algorithm: Algorithm | None = None,
+        *,
+        held_out: RewardFunctions | None = None,
+        texts: list[list[int]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
+        self.held_out, self._texts = held_out, texts
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
-        self.held_out = self._texts = None
-        if config.eval.rewards:
-            self.held_out = build_rewards(config.eval.rewards, device=models.device, model_defaults=config.model)
-        if config.eval.perplexity is not None:
-            self._texts = load_texts(config.eval.perplexity, tokenizer, context_length=models.context_length)
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """Sample one completion of each prompt."""
@@ -89,12 +92,23 @@ class Scorer:
         Returns:
             Experience with `old_logprobs`, `kl` and `ref_logprobs` [B, T], `old_values` [B, T] or [B, T, K] and
             `ref_hidden` [B, T, D]: detached, 0 at padding, None where the configuration does not use them.
+
+        Raises:
+            NonFiniteValue: one of them is NaN or infinite.
         """
         all_rows = torch.arange(len(rollout.sequences)).split(self.micro_batch_size)
         # The update can start with this pass if all of its activations fit in memory, so if there is a single part.
         keep = update_follows and self._update_starts_with_scored_pass and len(all_rows) == 1
         keep = keep and not self.config.model.gradient_checkpointing
         parts = [self._score_part(rollout, rows, update_follows, keep) for rows in all_rows]
+        scores = {
+            name: None if value is None else torch.cat([part[name] for part in parts])
+            for name, value in parts[0].items()
+        }
+        checked = {what: scores[name] for name, what in _SCORES.items()}
+        for what, values in (checked | {"log-probabilities at sampling": rollout.logprobs}).items():
+            if values is not None:
+                check_finite(what, values, rollout.mask)
         return Experience(
             sequences=rollout.sequences,
             attention_mask=rollout.attention_mask,
@@ -106,9 +120,7 @@ class Scorer:
             objective_scores=rewards.objectives,
             objective_token_scores=rewards.token_objectives,
             objectives=rewards.weights,
-            **{
-                name: None if value is None else torch.cat([p[name] for p in parts]) for name, value in parts[0].items()
-            },
+            **scores,
         )
 
     def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
@@ -145,12 +157,12 @@ class Scorer:
         """Means of the rewards as the functions returned them; normalized ones would not show a rise."""
         weighted = self._weighted(rewards)
         metrics = {f"{prefix}/mean": weighted.mean().item(), f"{prefix}/std": weighted.std(correction=0).item()}
-        return metrics | {f"{prefix}/{name}": values.mean().item() for name, values in rewards.by_name.items()}
+        return metrics | {f"{prefix}/{name}": values.double().mean().item() for name, values in rewards.by_name.items()}
 
     def _weighted(self, rewards: RewardOutput) -> Tensor:
-        """[B]: the weighted sum, without constraints, whose weights change during a run."""
+        """[B] float64: the weighted sum, without constraints, whose weights change during a run."""
         objectives = (reward for reward in self.rewards.rewards if reward.multiplier is None)
-        return sum(reward.weight * rewards.by_name[reward.name] for reward in objectives)
+        return sum(reward.weight * rewards.by_name[reward.name].double() for reward in objectives)
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample and score held-out prompts, each time with the same random numbers; restores the generators.
@@ -159,7 +171,7 @@ class Scorer:
             Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
 
         Raises:
-            NonFiniteError: the policy's probabilities are not finite.
+            NonFiniteError: a probability or a reward is not finite.
         """
         state = rng_state()
         try:
@@ -169,16 +181,17 @@ class Scorer:
             held_out = self.reward(prompts, rollout, self.held_out, update=False).by_name if self.held_out else {}
             experience = self.score(rollout, rewards, update_follows=False)
         except FloatingPointError as error:
-            raise NonFiniteError(f"evaluation: {error}") from error
+            raise NonFiniteError(f"evaluation: {with_prompt(error, prompts)}") from error
         finally:
             set_rng_state(*state)
         named = self.reward_metrics(rewards, "eval")
         metrics = {"eval/reward": named.pop("eval/mean"), "eval/reward_std": named.pop("eval/std"), **named}
         metrics["eval/num_prompts"] = len(prompts)
-        measured = {"length": rollout.mask.sum(1).float()}
+        measured = {"length": rollout.mask.sum(1)}
         if experience.kl is not None:
-            measured["kl"] = experience.kl.sum(1)
+            measured["kl"] = experience.kl.double().sum(1)
         for name, values in (measured | held_out).items():
+            values = values.double()
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:
             options = {"pad": self.tokenizer.pad_token_id, "batch_size": self.micro_batch_size}
@@ -195,3 +208,9 @@ class Scorer:
             for i, (prompt, completion, total) in enumerate(zip(prompts, rollout.completions, totals, strict=True))
         ]
         return metrics, rows
+
+
+def with_prompt(error: FloatingPointError, prompts: list[Prompt]) -> str:
+    """The error's message, with the prompt of the completion that it names."""
+    row = getattr(error, "row", None)
+    return str(error) if row is None else f"{error}, prompt {quote(prompts[row].text)}"

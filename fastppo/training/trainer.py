@@ -9,9 +9,12 @@ A checkpoint holds all state that a step starts from, so a resumed run continues
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -30,8 +33,10 @@ from torch import Tensor
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
 from fastppo.errors import one_line, quote
-from fastppo.models import ValueHead, load_tokenizer, merge_lora
+from fastppo.extras import install_command
+from fastppo.models import ValueHead, merge_lora
 from fastppo.models.policy_models import PolicyModels
+from fastppo.rollout.prompt import Prompt
 from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -43,10 +48,11 @@ from fastppo.training.checkpoint import (
 )
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.config_resume import check_same_run
-from fastppo.training.data import PromptSampler, load_prompts
+from fastppo.training.data import PromptSampler
 from fastppo.training.device import choose_device
 from fastppo.training.files import SAVING, TRASH, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
+from fastppo.training.inputs import Inputs
 from fastppo.training.lock import FolderLock
 from fastppo.training.metrics import (
     ALARMS_FILE,
@@ -66,9 +72,8 @@ from fastppo.training.optim import (
 )
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import PLOTS_FOLDER, write_report
-from fastppo.training.rewards import build_rewards
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
-from fastppo.training.scoring import Scorer
+from fastppo.training.scoring import Scorer, with_prompt
 from fastppo.training.watch import Alarm, Watch, most_severe
 
 CHECKPOINTS = "checkpoints"
@@ -123,6 +128,7 @@ class Trainer:
         check_consistency(config)
         self.config, self.progress, self._resume = config, progress, resume
         self.device = choose_device(config.device, config.backend_name)
+        _check_packages(config)
         self.output_dir, self._lock = _lock_output_dir(config.output_dir)
         try:
             self._build(rewards)
@@ -134,26 +140,23 @@ class Trainer:
         """Load and build all that a run needs, and restore the checkpoint that it goes on from."""
         config, checkpoint = self.config, self._find_checkpoint()
         seed_everything(config.seed)
-        self.tokenizer = load_tokenizer(config.model)
-        self.rewards = build_rewards(rewards or config.rewards, device=self.device, model_defaults=config.model)
+        inputs = Inputs(config, device=self.device, rewards=rewards)
+        self.tokenizer, self.rewards, self.data = inputs.tokenizer, inputs.rewards, inputs.data
         self.algorithm = ALGORITHMS[config.algorithm](
             config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name
         )
         by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
         num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
         self.models = PolicyModels(config.model, device=self.device, num_values=num_values)
-        self.data = load_prompts(
-            config.data,
+        self.scorer = Scorer(
+            config,
             self.tokenizer,
-            context_length=self.models.context_length,
-            max_new_tokens=config.rollout.max_new_tokens,
-            allow_download=config.model.allow_download,
+            self.models,
+            self.rewards,
+            self.algorithm,
+            held_out=inputs.held_out,
+            texts=inputs.texts,
         )
-        self.scorer = Scorer(config, self.tokenizer, self.models, self.rewards, self.algorithm)
-        for prompts in filter(None, (self.data.train, self.data.eval)):
-            self.rewards.check_columns({name for prompt in prompts for name in prompt.columns})
-        if self.scorer.held_out is not None and self.data.eval:
-            self.scorer.held_out.check_columns({name for prompt in self.data.eval for name in prompt.columns})
         self.sampler = PromptSampler(len(self.data.train), config.rollout.num_prompts, config.seed)
         self.watch = Watch(config.watch, held_out=[reward.name for reward in config.eval.rewards])
         self.policy_parameters = self.models.policy_parameters()
@@ -188,7 +191,8 @@ class Trainer:
         stops at once.
 
         Raises:
-            NonFiniteError: a NaN or Inf in a loss, gradient or probability, with `on_nonfinite: stop`.
+            NonFiniteError: a number is NaN or infinite, with `on_nonfinite: stop`, or a parameter is. Completed steps
+                are saved.
             RewardError: a reward function failed. Completed steps are saved.
             CheckpointError: a checkpoint could not be written; older ones are intact.
         """
@@ -216,9 +220,13 @@ class Trainer:
                     self._checkpoint()  # a rollback may be due before the first regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
+                self._check_parameters()
             except Exception as error:
                 if not isinstance(error, CheckpointError):
                     self._save_completed_steps()
+                if isinstance(error, NonFiniteError):
+                    saved = "none" if self._saved_step is None else f"step {self._saved_step}, for --resume"
+                    raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from error
                 raise
             if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
                 self._checkpoint()
@@ -244,15 +252,7 @@ class Trainer:
         config = self.config
         began = time.perf_counter()
         self._step_start = self._state()
-        self.learner.changed = False
-        self.learner.where = f"step {self.step + 1}"
-        try:
-            metrics = self.train_step()
-        except FloatingPointError as error:
-            raise NonFiniteError(f"{self.learner.where}: {error}") from error
-        except NonFiniteError as error:
-            saved = "none" if self._saved_step is None else f"step {self._saved_step}"
-            raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from None
+        metrics = self.train_step()
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
         metrics, act = self._log(self.step + 1, metrics, logger)
@@ -269,10 +269,36 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Run one rollout and the updates from it. Returns the step's metrics."""
         config = self.config
+        self.learner.changed, self.learner.where = False, f"step {self.step + 1}"
+        controllers = {part: copy.deepcopy(part.state_dict()) for part in (self.rewards, self.algorithm)}
+        prompts = [self.data.train[index] for index in next(self.sampler)]
+        prompts = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
+        try:
+            metrics = self._rollout_and_update(prompts)
+        except FloatingPointError as error:  # one before the update; the learner deals with those in it
+            what = f"{self._phase_name}: {with_prompt(error, prompts)}"
+            if self.learner.changed:
+                raise NonFiniteError(f"{self.learner.where}, {what}") from error
+            self.learner.skip_nonfinite(what, "this step")
+            for part, state in controllers.items():
+                part.load_state_dict(state)
+            self.models.drop_kept_pass()
+            metrics = {"policy/skipped_steps": 1.0, "tokens": 0}
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        refresh = config.algorithm_config.reference_refresh_steps
+        if refresh and (self.step + 1) % refresh == 0:
+            self.models.refresh_reference()
+        return metrics
+
+    def _rollout_and_update(self, prompts: list[Prompt]) -> dict[str, float]:
+        """A step on these prompts, each as often as it is to be completed. Returns metrics.
+
+        Raises:
+            FloatingPointError: something that the update needs is not finite.
+        """
         metrics: dict[str, float] = {}
         with self._phase("rollout", metrics):
-            prompts = [self.data.train[index] for index in next(self.sampler)]
-            prompts = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
             rollout = self.scorer.sample(prompts)
         with self._phase("reward", metrics):
             rewards = self.scorer.reward(prompts, rollout)
@@ -281,33 +307,33 @@ class Trainer:
             shaped = self.algorithm.estimate_advantages(experience)
         with self._phase("update", metrics):
             updates = self.algorithm.update(self.learner, experience)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.scheduler.step()
 
+        controller = self.algorithm.kl_controller
         metrics |= self.scorer.reward_metrics(rewards)
         metrics |= {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
         metrics |= {name: value.item() for name, value in shaped.items()}
         metrics |= {
             "completion/length": rollout.mask.sum(1).float().mean().item(),
             "completion/ended": rollout.ended.float().mean().item(),
-            "kl/coef": self.algorithm.kl_controller.value,
-            "lr": learning_rate,
+            "kl/coef": controller.value,
             "tokens": rollout.mask.sum().item(),
         }
         metrics |= text_health(rollout) | length_health(rollout) | advantage_health(experience)
         if experience.kl is not None:
-            metrics["kl/reference"] = experience.kl.sum(1).mean().item()
-            metrics["kl/reference_per_token"] = (experience.kl.sum() / experience.mask.sum().clamp(min=1)).item()
-            self.algorithm.kl_controller.update(metrics["kl/reference"], len(experience))
-        refresh = config.algorithm_config.reference_refresh_steps
-        if refresh and (self.step + 1) % refresh == 0:
-            self.models.refresh_reference()
+            kl = experience.kl.double().sum()
+            metrics["kl/reference"] = (kl / len(experience)).item()
+            metrics["kl/reference_per_token"] = (kl / experience.mask.sum().clamp(min=1)).item()
+            try:
+                controller.update(metrics["kl/reference"], len(experience))
+            except FloatingPointError as error:
+                self.learner.skip_nonfinite(str(error), "this update of kl_coef")
         return metrics | updates
 
     @contextmanager
     def _phase(self, name: str, metrics: dict[str, float]) -> Iterator[None]:
         """Show a phase of the step and measure its seconds."""
         self.progress.phase(name)
+        self._phase_name = name
         began = time.perf_counter()
         yield
         metrics[f"time/{name}"] = time.perf_counter() - began
@@ -327,7 +353,15 @@ class Trainer:
         self._step_start, self.learner.changed = self._state(), False
         name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
         self.progress.phase("evaluate")
-        metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+        try:
+            metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+        except NonFiniteError as error:
+            self.learner.where = f"after step {step}"
+            self.learner.skip_nonfinite(str(error), "this evaluation")
+            self._log(step, {"eval/reward": math.nan, "eval/skipped": 1.0}, logger)
+            self._evaluated.add(step)
+            self._step_start = None
+            return False
         # The row comes last: it says that the evaluation was done.
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
         metrics, act = self._log(step, metrics, logger, over=last)
@@ -461,8 +495,16 @@ class Trainer:
         groups = {"policy": self.policy_parameters, "value": self.value_parameters, "reference": reference}
         return {group: parameters for group, parameters in groups.items() if parameters}
 
+    def _check_parameters(self) -> None:
+        """Raise NonFiniteError if a trained parameter is NaN or infinite: a later step could not mend it."""
+        for name, parameter in self.learner.parameters().items():
+            if not parameter.isfinite().all():
+                what = f"the parameter {name} is not finite, so nothing was saved; lower optim.learning_rate"
+                raise NonFiniteError(f"after step {self.step}: {what}")
+
     def _checkpoint(self) -> None:
         self.progress.phase("checkpoint")
+        self._check_parameters()
         state = self._step_start or self._state()
         optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
         save_checkpoint(
@@ -480,7 +522,7 @@ class Trainer:
         """After an error: save the completed steps, unless the failed one has changed parameters."""
         if (self._step_start and self.learner.changed) or self.step in (0, self._saved_step):
             return
-        if all(torch.isfinite(parameter).all() for parameter in self.learner.parameters().values()):
+        with contextlib.suppress(NonFiniteError):
             self._checkpoint()
             self.progress.print(f"saved a checkpoint of step {self.step}")
 
@@ -563,6 +605,16 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_packages(config: Config) -> None:
+    """Raise ConfigError for a package that is missing, rather than ImportError after minutes of reading weights."""
+    for what, package, needed in (
+        ("model.lora", "peft", config.model.lora is not None),
+        ("optim.name: adamw_8bit", "bitsandbytes", config.optim.name == "adamw_8bit"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{what} needs {package}; {install_command('demo')}")
 
 
 def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -32,6 +33,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+
+if importlib.util.find_spec("triton") is None and __name__ == "__main__":
+    sys.exit("fastppo_kernels.aot: the compiler, triton, is not installed; pip install triton")
 
 import triton
 from triton.backends.compiler import GPUTarget

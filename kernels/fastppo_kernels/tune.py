@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -22,6 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+if importlib.util.find_spec("triton") is None and __name__ == "__main__":
+    sys.exit("fastppo_kernels.tune: the compiler, triton, is not installed; pip install triton")
 
 import torch
 from torch import Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from functools import partial
 
@@ -373,3 +374,16 @@ def test_a_multiplier_finds_the_price_of_its_constraint():
             assert multiplier.value == 0.0  # a constraint that holds anyway has no price
     with pytest.raises(ValueError, match="at least 0"):
         LagrangeMultiplier(-1.0, 0.0, 1.0)
+    for mean, threshold in ((math.nan, 0.0), (-1e308, 1e308)):
+        multiplier = LagrangeMultiplier(0.5, threshold, 1.0)
+        with pytest.raises(FloatingPointError, match=r"multiplier: (nan|inf) after 0\.5"):
+            multiplier.update(mean)
+        assert multiplier.value == 0.5
+
+
+def test_advantages_of_the_largest_rewards():
+    """A group's deviation overflows float32 where its members do not; its advantages are as for small rewards."""
+    mask, groups = torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    small = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 2)
+    of_small, of_large = (subtract_baseline(scale * small, mask, groups, "grpo") for scale in (1e3, 3e38))
+    torch.testing.assert_close(of_large, of_small, rtol=1e-6, atol=0)

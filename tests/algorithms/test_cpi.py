@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -146,6 +147,33 @@ def test_a_distillation_that_leads_away_is_taken_back():
     metrics = algorithm._distill(learner, experience, old, greedy, 0.5)
     assert torch.equal(models.weight, old["head"])
     assert metrics["policy/kl"] == 0.0
+
+
+@pytest.mark.parametrize("where", ["the greedy policy", "the mixture"])
+def test_what_is_not_finite_leaves_the_old_policy(where, monkeypatch):
+    tree, models, algorithm, learner = world(features=3)
+    learner.on_nonfinite = "skip"
+    before = {name: p.detach().clone() for name, p in models.policy_parameters().items()}
+    if where == "the greedy policy":
+        ratios = algorithm._ratios
+        monkeypatch.setattr(algorithm, "_ratios", lambda *args: ratios(*args) * math.inf)
+    else:
+        monkeypatch.setattr("fastppo.algorithms.cpi.held_out_step_size", lambda *_: 0.5)
+        monkeypatch.setattr(learner, "measure", lambda *args: {"loss/distillation": math.nan})
+    metrics = algorithm.update(learner, rollout(tree, models, algorithm, 32))
+    assert metrics["policy/skipped_steps"] == 1.0
+    assert all(torch.equal(before[name], p) for name, p in models.policy_parameters().items())
+
+
+def test_skipped_steps_of_both_its_descents_are_counted(monkeypatch):
+    tree, models, algorithm, learner = world(num_greedy_epochs=2, num_distill_epochs=3)
+    learner.on_nonfinite = "skip"
+    monkeypatch.setattr("fastppo.algorithms.cpi.held_out_step_size", lambda *_: 0.5)
+    step = learner._optimizer_step
+    monkeypatch.setattr(learner, "_optimizer_step", lambda losses: step(losses | {"loss/x": math.nan}))
+    metrics = algorithm.update(learner, rollout(tree, models, algorithm, 32))
+    assert metrics["policy/skipped_steps"] == 5.0
+    assert metrics["value/skipped_steps"] == 4.0
 
 
 def test_no_promise_leaves_every_bit(monkeypatch):

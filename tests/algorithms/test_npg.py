@@ -188,6 +188,40 @@ def test_a_surrogate_that_is_not_finite_skips_the_step(name, where, on_nonfinite
     assert all(torch.equal(before[name], p) for name, p in models.policy_parameters().items())
 
 
+def test_the_critics_skipped_steps_are_counted_apart(monkeypatch):
+    tree, models, algorithm, learner = world("trpo", features=3, num_value_epochs=3)
+    learner.on_nonfinite = "skip"
+    experience = rollout(tree, models, algorithm, 32)
+    before = {name: p.detach().clone() for name, p in learner.parameters().items()}
+    loss = algorithm.value_loss
+    monkeypatch.setattr(algorithm, "value_loss", lambda *args: loss(*args)._replace(loss=math.nan * models.value.sum()))
+    experience.advantages = experience.advantages * math.inf  # which the operator refuses
+    metrics = algorithm.update(learner, experience)
+    assert metrics["policy/skipped_steps"] == 1.0
+    assert metrics["value/skipped_steps"] == 3.0
+    assert all(torch.equal(before[name], p) for name, p in learner.parameters().items())
+    assert all(p.grad is None for p in learner.parameters().values())
+
+    metrics = algorithm.update(learner, rollout(tree, models, algorithm, 32))
+    assert metrics["value/skipped_steps"] == 3.0
+    assert "policy/skipped_steps" not in metrics
+
+
+def test_a_curvature_that_is_not_finite_stops_the_step(monkeypatch):
+    import fastppo.algorithms.npg as module
+
+    tree, models, algorithm, learner = world("npg", features=3)
+    solve = module.conjugate_gradient
+
+    def overflow(*args, **options):
+        solved = solve(*args, **options)
+        return solved._replace(x={name: 1e200 * tensor for name, tensor in solved.x.items()})
+
+    monkeypatch.setattr(module, "conjugate_gradient", overflow)
+    with pytest.raises(NonFiniteError, match=r"the natural gradient's curvature is not finite \((inf|nan)\)"):
+        algorithm.update(learner, rollout(tree, models, algorithm, 32))
+
+
 def test_a_crash_in_the_line_search_leaves_every_bit(monkeypatch):
     tree, models, algorithm, learner = world("trpo", features=3)
     before = {name: p.detach().clone() for name, p in models.policy_parameters().items()}

@@ -102,6 +102,14 @@ def test_whiten_matches_statistics(shift_mean):
     assert got[~mask].abs().sum() == 0
 
 
+def test_whiten_of_the_largest_numbers():
+    """Their squares and their sum overflow float32."""
+    signs = [1, -1, 1, -1, 1]
+    small = statistics.NormalDist.from_samples(signs)
+    expected = torch.tensor([small.zscore(x) for x in signs])
+    torch.testing.assert_close(fastppo.whiten(3e38 * torch.tensor(signs)), expected)
+
+
 def test_whiten_of_nothing_and_of_one():
     assert torch.equal(fastppo.whiten(torch.randn(3), mask=torch.zeros(3, dtype=torch.bool)), torch.zeros(3))
     assert torch.isfinite(fastppo.whiten(torch.tensor([5.0]))).all()
@@ -118,8 +126,13 @@ def test_adaptive_controller_is_the_published_rule():
     copy = fastppo.AdaptiveKLController(1.0, target=6.0, horizon=10000)
     copy.load_state_dict(controller.state_dict())
     assert copy.value == controller.value
-    with pytest.raises(ValueError, match="current_kl"):
-        controller.update(float("nan"), 1)
+    for error in (ValueError, FloatingPointError):
+        with pytest.raises(error, match="current_kl"):
+            controller.update(float("nan"), 1)
+    copy.value = 1.7e308
+    with pytest.raises(FloatingPointError, match=r"kl_coef: inf after 1\.7e"):
+        copy.update(600.0, 10000)
+    assert copy.value == 1.7e308
     fixed = fastppo.FixedKLController(0.3)
     fixed.update(100.0, 10)
     assert fixed.value == 0.3

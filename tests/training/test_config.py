@@ -73,6 +73,19 @@ def test_round_trip(tmp_path):
         (["--rewards.0.name.x", "2"], "--rewards.0.name.x: rewards.0.name is a single value and has no keys below it"),
         (["--watch.rules.0.above", "2"], "--watch.rules.0.above: '0' is not an index of a list of 0"),
         (["--model.lora.target_modules", "3"], "model.lora.target_modules: input should be a valid string, got 3"),
+        (["--total_steps", "true"], "total_steps: expected a number, got True"),
+        (["--ppo.lam", "true"], "ppo.lam: expected a number, got True"),
+        (["--ppo.dual_clip", "true"], "ppo.dual_clip: expected a number, got True"),
+        (["--ppo.clip_low", "1.0e+300"], "ppo.clip_low: input should be less than"),
+        (["--seed", "1.0e+300"], "seed: "),
+        (["--output_dir", "~nosuchuser/x"], "output_dir: there is no such user, got '~nosuchuser/x'"),
+        (["--data.train", "a\0b"], "data.train: expected text without NUL"),
+        (["--rewards.0.name", "\ud83d"], "rewards.0.name: expected text without NUL"),
+        (["--device", "\ud83d"], r"halves of surrogate pairs, got '\ud83d'"),
+        (["--model.lora.r", "1" + "0" * 9], "model.lora.r: input should be less than or equal to 16384"),
+        (["--rollout.num_prompts", "1" + "0" * 12], "rollout: 4000000000000 sequences"),
+        (["--rollout.max_new_tokens", "1" + "0" * 12], "of up to 1000000000000 tokens are too much for a step"),
+        (["--device", "x" * 10**6 + "y", "--seed", "x" * 10**6], "xxx..."),
         (["--model.lora.zzz", "3"], "model.lora.zzz: unknown key; known here: r, lora_alpha, target_modules"),
         (["--algorithm", "reinforce", "--ppo.lam", "1"], "ppo.lam: has no effect, since algorithm is 'reinforce'"),
         (["--algorithm", "trpo", "--ppo.lam", "1"], "set trpo.lam, or drop all with --ppo {}"),
@@ -133,6 +146,7 @@ def test_one_clear_line(tmp_path, overrides, message):
         load_config(write(tmp_path, BASE), overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 or len("".join(overrides)) > 2_000
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
@@ -150,14 +164,20 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
     for text, problem in (
-        ("seed: 1\nppo: {lam: 1}\nseed: 2\n", r"'seed' is given twice in .*, line 3"),
+        ("seed: 1\nppo: {lam: 1}\nseed: 2\n", r"line 3, column 1: 'seed' is given twice, first in line 1"),
         ("ppo: {lam: 1, gamma: 1, lam: 1}", r"'lam' is given twice"),
+        ("seed:\t1\n\tppo: {}", r"line 1, column 6: .*\\t"),
         ("seed: 2024-99-99", "month must be in 1..12"),
-        ("a: " + "[" * 3000, "recursion"),
+        ("a: " + "[" * 3000, "nested too deeply"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=rf"bad\.yaml: not valid YAML \(.*{problem}"):
             load_config(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 3\)"):
+        load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read \(embedded null byte\)"):
+        load_config("a\0b")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load_config(tmp_path / "list.yaml")

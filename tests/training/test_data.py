@@ -208,7 +208,7 @@ def test_the_context_limits_too(tokenizer, tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n\n["a"]\n', r"line 3: expected an object like \{\"prompt\": \.\.\.\}, got list"),
         ("p.jsonl", '{"promt": "a"}\n', r"line 1: no column 'prompt'; did you mean 'promt'\?"),
         ("p.jsonl", '{"text": "a", "id": 1}\n', r"line 1: no column 'prompt'; it has 'text', 'id'"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', r"line 2: a prompt is a string or a list .*, got int '5'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', r"line 2: a prompt is a string or a list .*, got int 5"),
         ("p.jsonl", '{"prompt": null}\n', r"line 1: a prompt is .*, got nothing"),
         ("p.jsonl", '{"prompt": []}\n', r"line 1: a prompt is "),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', r"line 1: a prompt is "),
@@ -218,7 +218,7 @@ def test_the_context_limits_too(tokenizer, tmp_path):
         ("p.jsonl", '{"prompt": "a", "completion_ids": [1]}\n', r"no column may be named 'completion_ids'"),
         ("p.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
         ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5000 + "}", r"line 1: not valid JSON"),
-        ("p.jsonl", '{"prompt": "\\ud83d"}\n', r"line 1: not valid JSON .*surrogates"),
+        ("p.jsonl", '{"prompt": "\\ud83d"}\n', r"line 1: holds half of a surrogate pair"),
         ("p.csv", "prompt,id\n", "holds no prompts"),
         ("p.csv", "prompt,id\na,1\nb\n", r"line 3: has another number of fields than the header's 2"),
         ("p.csv", "prompt,id\na,1,2\n", r"line 2: has another number of fields"),
@@ -241,9 +241,6 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     (tmp_path / "prompts.jsonl").write_bytes(b" " * 9000 + b'{"prompt": "\xff"}')
     with pytest.raises(DataError, match=r"not UTF-8 text \(byte 9012\)"):
         _load(tokenizer, tmp_path / "prompts.jsonl")
-    for name, problem in (("~nobody-here/x.jsonl", "no such file"), ("a\0.jsonl", "cannot be read")):
-        with pytest.raises(DataError, match=problem):
-            _load(tokenizer, name)
     with pytest.raises(DataError, match=r"no such file; did you mean '.*/prompts\.jsonl'\?"):
         _load(tokenizer, tmp_path / "prompt.jsonl")
     with pytest.raises(DataError, match=r"no such file$"):

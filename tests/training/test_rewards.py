@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from tiny import make_tiny_tokenizer
 from fastppo.training.config import ModelConfig, RewardConfig
 from fastppo.training.rewards import Reward, RewardError, RewardFunctions, build_rewards
 from fastppo.training.rewards.functions import RunningNormalizer
+from fastppo.training.rewards.load import find_function
 
 PROMPTS = ["What is", "Where is", "Who is"]
 COMPLETIONS = [" this?", " that nice place?", " it"]
@@ -167,6 +171,73 @@ def test_an_exception_comes_with_its_cause_and_line():
 
     with pytest.raises(RewardError, match=r"reward 'mine' raised ValueError: .*line \d+: yield int"):
         _score(generator)
+
+
+class FailingError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+class Odd:
+    def __repr__(self):
+        raise RuntimeError
+
+    def __getattr__(self, name):
+        raise OSError
+
+
+def raises(error):
+    def reward(completions):
+        raise error
+
+    return reward
+
+
+async def coroutine(completions):
+    return [0.0] * len(completions)
+
+
+async def stream(completions):
+    yield 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (raises(SystemExit(3)), "raised SystemExit: 3 "),
+        (raises(asyncio.CancelledError()), "raised CancelledError "),
+        (raises(BaseException("mine")), "raised BaseException: mine "),
+        (raises(RecursionError("deep")), "raised RecursionError: deep "),
+        (raises(MemoryError()), "raised MemoryError "),
+        (raises(ValueError("two\nlines\0" + "x" * 10**6)), r"raised ValueError: two lines\\x00xxx"),
+        (raises(FailingError()), "raised FailingError "),
+        (coroutine, "returned coroutine, expected a list of 3 numbers; write it without async "),
+        (stream, "returned async_generator, expected a list of 3 numbers; write it without async "),
+        (lambda completions: itertools.count(), "returned more than 3 numbers for 3 completions "),
+        (lambda completions: {1.0, 2.0, 3.0}, "returned set, "),
+        (lambda completions: np.zeros((3, 2)), r"gave \[0.0, 0.0\] for completion 0, "),
+        (lambda completions: torch.zeros(3, device="meta"), "raised NotImplementedError: "),
+        (lambda completions: [torch.zeros((), device="meta")] * 3, "gave tensor"),
+        (lambda completions: torch.zeros(3, dtype=torch.complex64), "gave 0j for completion 0, "),
+        (lambda completions: np.array(["a", "b", "c"]), "gave 'a' for completion 0"),
+        (lambda completions: [Odd()] * 3, "gave <Odd instance at "),
+        (lambda completions: [[[0]]] * 3, r"gave \[\[0\]\] for completion 0"),
+        (lambda completions: ["x" * 10**6] * 3, "gave 'xxx"),
+    ],
+)
+def test_whatever_a_function_does_is_one_line_with_its_place(function, message):
+    with pytest.raises(RewardError, match=f"^reward 'mine' {message}") as caught:
+        _score(function)
+    text = str(caught.value)
+    assert re.search(r" \(test_rewards\.py, line \d+", text)
+    assert text.isprintable()
+    assert len(text) < 600
+
+
+def test_ctrl_c_in_a_reward_stops_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        _score(raises(KeyboardInterrupt()))
 
 
 def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
@@ -437,6 +508,8 @@ def test_functions_that_cannot_be_found(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("import os\ndef score(completions): ...\n")
     (tmp_path / "syntax.py").write_text("def score(:\n")
     (tmp_path / "raises.py").write_text("1 / 0\n")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(1)\n")
+    (tmp_path / "lazy.py").write_text("def __getattr__(name): raise OSError('no such name')\n")
     (tmp_path / "imports_more.py").write_text("import a_module_that_is_absent\n")
     monkeypatch.syspath_prepend(tmp_path)
     wrong = {
@@ -449,12 +522,19 @@ def test_functions_that_cannot_be_found(tmp_path, monkeypatch):
         "raises.py:score": r"loading raises\.py raised ZeroDivisionError",
         "absent_module:score": r"no module 'absent_module' is installed; for a file, write its path: absent_module\.py",
         "absent_module.sub:score": "no module 'absent_module.sub'",
+        "exits.py:score": r"loading exits\.py raised SystemExit: 1",
+        "lazy.py:score": r"loading lazy\.py raised OSError: no such name",
+        ".relative:score": "is not vader_sentiment",
+        ":score": "is not vader_sentiment",
+        "a\0b.py:score": "no such file",
+        "x" * 5000 + ".py:score": "no such file",
+        "\udce9.py:score": "no such file",
         "raises:score": "loading raises raised ZeroDivisionError",
         "imports_more:score": "loading imports_more raised ModuleNotFoundError: .*a_module_that_is_absent",
     }
     for spec, message in wrong.items():
         with pytest.raises(RewardError, match=message) as caught:
-            build_rewards([RewardConfig(name="mine", function=spec)])
+            find_function("mine", spec)
         assert str(caught.value).startswith("reward 'mine': ")
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny import build_changed_config, make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from fastppo.algorithms import ALGORITHMS
 from fastppo.models import load_tokenizer
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.prompt import Prompt
@@ -161,6 +162,27 @@ def test_the_pass_is_kept_for_an_update_that_starts_with_it(model, monkeypatch, 
     experience = scorer.score(rollout, no_rewards(rollout), update_follows=update_follows)
     assert len(calls) == kept
     assert (experience.old_values is not None) == update_follows
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_only_activations_that_the_update_begins_with_are_kept(model, name):
+    """Counted as the tensors that autograd saves while a rollout is scored."""
+    scorer, rollout, saved = make_scorer(model), make_rollout(), []
+    scorer.config.algorithm = name
+    algorithm = ALGORITHMS[name](scorer.config.algorithm_config)
+    scorer = Scorer(scorer.config, scorer.tokenizer, scorer.models, scorer.rewards, algorithm)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(1), x)[1], lambda x: x):
+        experience = scorer.score(rollout, no_rewards(rollout))
+    if name in ("trpo", "npg", "cpi"):
+        assert not saved
+        return
+    assert saved
+    forwards = []
+    scorer.models.policy.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    rows = torch.randperm(len(experience))
+    batch = experience.sequences[rows], experience.attention_mask[rows], experience.mask.shape[1]
+    scorer.models.hidden(*batch)  # as the update begins
+    assert not forwards
 
 
 def prompts(scorer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -438,9 +439,10 @@ def test_a_failing_reward_loses_nothing(world, tmp_path):
     assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("returns", [[0.0], ["x"] * 8, [float("nan")] * 8, None])
+@pytest.mark.parametrize("returns", [[0.0], ["x"] * 8, [math.nan] * 8, None])
 def test_a_wrong_reward_is_named(world, tmp_path, returns):
-    with pytest.raises(RewardError, match="broken"):
+    kind = NonFiniteError if returns == [math.nan] * 8 else RewardError
+    with pytest.raises(kind, match="broken"):
         Trainer(config(world, tmp_path / "run"), rewards=[_named("broken", returns)]).train()
 
 
@@ -495,7 +497,7 @@ def test_nonfinite_gradients_are_traced_to_their_parameter(world, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(("eval_size", "where"), [(0, "step 1"), (8, "evaluation")])
+@pytest.mark.parametrize(("eval_size", "where"), [(0, "step 1, rollout"), (8, "after step 0, evaluation")])
 def test_nonfinite_probabilities_are_named(world, tmp_path, eval_size, where):
     trainer = Trainer(config(world, tmp_path / "run", data__eval_size=eval_size))
     with torch.no_grad():
@@ -597,7 +599,7 @@ def test_two_runs_are_never_mixed(world, tmp_path):
 def test_bad_input_is_refused_before_any_work(world, tmp_path, monkeypatch, changes, error, message):
     """Nothing is written; and no model is loaded to find an error that shows without one."""
     if error is ConfigError:
-        monkeypatch.setattr("fastppo.training.trainer.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+        monkeypatch.setattr("fastppo.training.inputs.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was run"))
     changes = {"output_dir": str(tmp_path / "run")} | changes
     with pytest.raises(error) as caught:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.algorithms.lagrangian import LagrangeMultiplier
-from fastppo.errors import FastPPOError, did_you_mean
+from fastppo.errors import FastPPOError, did_you_mean, one_line, quote
+from fastppo.ops.checks import NonFiniteValue
 
 RewardFunction = Callable[..., "Sequence[float] | Sequence[Sequence[float]]"]
 """f(prompts=[...], completions=[...], completion_ids=[...], **columns): B values each. A function is passed those
@@ -33,6 +35,10 @@ number for every token of completion_ids."""
 
 class RewardError(FastPPOError, ValueError):
     """A reward cannot be loaded, or raised an exception, or returned something invalid; the message names it."""
+
+
+class NonFiniteReward(RewardError, NonFiniteValue):
+    """A reward is NaN or infinite, or too large for float32."""
 
 
 class RewardOutput(NamedTuple):
@@ -139,6 +145,7 @@ class RewardFunctions:
 
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
+            NonFiniteValue: a number, a sum or a multiplier is not finite; normalizers may have changed.
         """
         arguments = {"prompts": prompts, "completions": completions, **columns}
         if completion_ids is not None:
@@ -159,13 +166,16 @@ class RewardFunctions:
             whole[name] = normalizer(whole[name])
         weights = {r.name: r.multiplier.value if r.multiplier else r.weight for r in self.rewards}
         total = sum(weight * whole[name] for name, weight in weights.items())
-        if not total.abs().le(torch.finfo(torch.float32).max).all():
-            raise RewardError("the weighted sum of the rewards is too large for float32; lower their weights")
         if update:
             for name, multiplier in self.multipliers.items():
-                multiplier.update(raw[name].mean().item())
+                try:
+                    multiplier.update(raw[name].mean().item())
+                except FloatingPointError as error:
+                    raise NonFiniteReward(f"reward {name!r}: {error}") from None
 
         def result(values: Tensor) -> Tensor:
+            if not values.abs().le(torch.finfo(torch.float32).max).all():
+                raise NonFiniteReward("the weighted sum of the rewards, or one over tokens, is too large for float32")
             return values.to(self.device, torch.float32)
 
         token_objectives = None
@@ -204,17 +214,28 @@ def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:
     """Raw rewards [B], or per token [B, T], float64 on the CPU."""
     # A function that changes its arguments must not change those of the next one, or the samples.
     given = {name: [copy.copy(value) for value in arguments[name]] for name in _accepted(reward, list(arguments))}
+    completions = arguments["completions"]
     try:
         result = reward.function(**given)
         if hasattr(result, "tolist"):  # a tensor or array
             result = result.tolist()
-        if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
-            result = list(result)  # runs the rest of a generator
-    except Exception as error:
+        if inspect.iscoroutine(result):
+            result.close()  # else Python warns that nobody awaited it
+        elif isinstance(result, Iterable) and not isinstance(result, str | bytes | Mapping | Set):
+            result = list(
+                itertools.islice(result, len(completions) + 1)
+            )  # runs the rest of a generator, which may be endless
+        return _checked(result, completions, arguments.get("completion_ids"))
+    except _BadResult as error:
+        bad = error.kind(f"reward {quote(reward.name)} {error}{_place(reward.function)}")
+        bad.row = error.row
+        raise bad from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() and asyncio's CancelledError are no Exception
         raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}{_line_of(reward.function, error)}"
+            f"reward {quote(reward.name)} raised {describe(error)}{_place(reward.function, error)}"
         ) from error
-    return _checked(reward.name, result, arguments["completions"], arguments.get("completion_ids"))
 
 
 def _accepted(reward: Reward, offered: list[str]) -> list[str]:
@@ -228,26 +249,33 @@ def _accepted(reward: Reward, offered: list[str]) -> list[str]:
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and p.name not in by_name.intersection(offered):
             hint = did_you_mean(p.name, offered) or f"; it can have {', '.join(offered)}, by name"
-            raise RewardError(f"reward {reward.name!r}: its function needs {p.name!r}{hint}")
+            raise RewardError(f"reward {quote(reward.name)}: its function needs {p.name!r}{hint}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [name for name in offered if takes_all or name in by_name]
 
 
-def _checked(name: str, result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
-    """The returned numbers as [B], or as [B, T] where each is a list as long as its completion."""
-    if not isinstance(result, list):
-        raise RewardError(
-            f"reward {name!r} returned {type(result).__name__}, expected a list of {len(completions)} numbers"
-        )
-    if len(result) != len(completions):
-        raise RewardError(f"reward {name!r} returned {len(result)} numbers for {len(completions)} completions")
+class _BadResult(Exception):
+    """What a reward function returned is no reward: for which completion, and the RewardError to raise."""
 
-    def check(good: bool, item: Any, index: int, expected: str) -> None:
+    def __init__(self, text: str, kind: type[RewardError] = RewardError, row: int | None = None) -> None:
+        super().__init__(text)
+        self.kind, self.row = kind, row
+
+
+def _checked(result: Any, completions: list[str], completion_ids: list[list[int]] | None) -> Tensor:
+    """The returned numbers as [B], or as [B, T] where each is a list as long as its completion."""
+    count = len(completions)
+    if not isinstance(result, list):
+        hint = "; write it without async" if inspect.iscoroutine(result) or inspect.isasyncgen(result) else ""
+        raise _BadResult(f"returned {type(result).__name__}, expected a list of {count} numbers{hint}")
+    if len(result) != count:
+        many = len(result) if len(result) < count else f"more than {count}"
+        raise _BadResult(f"returned {many} numbers for {count} completions")
+
+    def check(good: bool, item: Any, index: int, expected: str, kind: type[RewardError] = RewardError) -> None:
         if not good:
-            text = completions[index] if len(completions[index]) <= 60 else completions[index][:57] + "..."
-            raise RewardError(
-                f"reward {name!r} gave {item!r:.60} for completion {index}, {text!r}, expected {expected}"
-            )
+            text = quote(completions[index], 60)
+            raise _BadResult(f"gave {quote(item)} for completion {index}, {text}, expected {expected}", kind, index)
 
     by_token = completion_ids is not None and any(map(_is_list, result))
     rows = []
@@ -256,7 +284,9 @@ def _checked(name: str, result: Any, completions: list[str], completion_ids: lis
             size = len(completion_ids[index])
             check(_is_list(item) and len(item) == size, item, index, f"{size} numbers, one for every token")
         row = [_number(value) for value in (item if by_token else [item])]
-        check(None not in row, item, index, "finite numbers" if by_token else "a finite number")
+        expected, largest = "finite numbers" if by_token else "a finite number", torch.finfo(torch.float32).max
+        check(None not in row, item, index, expected)
+        check(all(abs(value) <= largest for value in row), item, index, expected, NonFiniteReward)
         rows.append(torch.tensor(row, dtype=torch.float64))
     padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.float64)
     return padded if by_token else padded[:, 0]
@@ -267,23 +297,30 @@ def _is_list(item: Any) -> bool:
 
 
 def _number(item: Any) -> float | None:
-    """The item as a float; None if it is no number, or none that float32 can hold."""
+    """The item as a float; None if it is no number."""
     try:
         if hasattr(item, "item"):  # a scalar of an array library
             item = item.item()
-        value = float(item) if isinstance(item, numbers.Real) else math.nan
-    except (ValueError, RuntimeError, OverflowError):  # several elements, or an integer too large for a float
+        return float(item) if isinstance(item, numbers.Real) else None
+    except OverflowError:  # an integer too large for a float
+        return math.inf
+    except Exception:  # several elements, no data, or whatever a class of its own raises
         return None
-    return value if abs(value) <= torch.finfo(torch.float32).max else None
 
 
-def _line_of(function: Any, error: BaseException) -> str:
-    """The last line of the function's own file that the error passed through, as ` (file.py, line 3: code)`."""
+def describe(error: BaseException) -> str:
+    """`TypeName: text`, in one line."""
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text}"
+
+
+def _place(function: Any, error: BaseException | None = None) -> str:
+    """Where the function is, as ` (file.py, line 3)`; after an error, the last line of its file that this passed."""
     function = inspect.unwrap(function if hasattr(function, "__code__") else type(function).__call__)
     code = getattr(function, "__code__", None)  # a builtin has none
-    own = code and code.co_filename
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
-    if not frames:
+    if code is None:
         return ""
-    text = f": {frames[-1].line}" if frames[-1].line else ""
-    return f" ({Path(own).name}, line {frames[-1].lineno}{text})"
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    own = [frame for frame in frames if frame.filename == code.co_filename]
+    line, text = (own[-1].lineno, own[-1].line) if own else (code.co_firstlineno, "")
+    return f" ({Path(code.co_filename).name}, line {line}{text and ': ' + one_line(text, 120)})"

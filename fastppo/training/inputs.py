@@ -1,0 +1,61 @@
+"""What a run reads besides its models: tokenizer, prompts, rewards and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastppo.models import load_context_length, load_tokenizer
+from fastppo.training.config import Config
+from fastppo.training.data import load_prompts
+from fastppo.training.health import load_texts
+from fastppo.training.rewards import RewardFunctions, build_rewards
+
+
+class Inputs:
+    """Loaded and checked before the models, so that a mistake is told at once and not after minutes of reading weights.
+
+    Args:
+        config: the run's configuration.
+        device: device of reward models.
+        rewards: Python functions to use instead of `config.rewards`.
+
+    Raises:
+        ModelError, DataError, RewardError: something cannot be loaded, or a reward needs a column that is not there.
+    """
+
+    held_out: RewardFunctions | None
+    """Rewards that are evaluated but not optimized."""
+    texts: list[list[int]] | None
+    """Token ids of the texts for the perplexity."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device,
+        rewards: Sequence[Callable[..., Sequence[float]]] | None = None,
+    ) -> None:
+        self.tokenizer = load_tokenizer(config.model)
+        context_length = load_context_length(config.model)
+        self.data = load_prompts(
+            config.data,
+            self.tokenizer,
+            context_length=context_length,
+            max_new_tokens=config.rollout.max_new_tokens,
+            allow_download=config.model.allow_download,
+        )
+        self.held_out = self.texts = None
+        if config.eval.perplexity is not None:
+            self.texts = load_texts(config.eval.perplexity, self.tokenizer, context_length=context_length)
+        self.rewards = build_rewards(rewards or config.rewards, device=device, model_defaults=config.model)
+        if config.eval.rewards:
+            self.held_out = build_rewards(config.eval.rewards, device=device, model_defaults=config.model)
+        for functions, prompts in (
+            (self.rewards, self.data.train),
+            (self.rewards, self.data.eval),
+            (self.held_out, self.data.eval),
+        ):
+            if functions is not None and prompts:
+                functions.check_columns({name for prompt in prompts for name in prompt.columns})
