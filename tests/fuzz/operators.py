@@ -1,0 +1,988 @@
+"""Random calls of the public operators, valid and invalid, on every backend that can be used here.
+
+A valid call is compared with float64: the formulas of tests/oracle.py and autograd. The bound on an error follows from
+the roundings that any implementation makes, carried through the formulas:
+
+    a logit is off by at most e = c u |z| + D u32 (|h| |W|ᵀ + |b|)       u: the inputs' precision, u32: the sums'
+    a log-probability by 2 e, an entropy by 2 e ln V, a KL by 2 e (E |log p/q| + 1)
+    ∂z by what p, H and the upstream scalars change by when z does; ∂h and ∂W by |δ∂z| |W|, |δ∂z|ᵀ |h| and roundings
+
+A scalar of the loss upstream of a row, ∂loss/∂logp, is monotone between clip boundaries: its change is that between
+the two ends of logp ± 2 e, so that a ratio that rounds to the other side of a boundary is within the bound. Where e is
+above 0.1 the bound says little, and only what must hold on any input is checked. To a bound, twice over, comes the
+error of the naive path (`backend="reference"`).
+
+An invalid call must raise ValueError or TypeError in a line that names the argument.
+"""
+
+from __future__ import annotations
+
+import itertools
+import inspect
+import math
+import random
+import re
+import warnings
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+import fastppo
+from fastppo.engines.dispatch import BACKENDS, unusable
+
+CPU, NAN, INF = torch.device("cpu"), float("nan"), float("inf")
+LOSS_AGGS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+warnings.simplefilter("ignore")
+
+
+class Wrong(Exception):
+    """What a case found."""
+
+
+def run(case: int) -> str | None:
+    draw = Draw(case)
+    call = draw.pick(CALLS)(draw)
+    try:
+        if draw.chance(0.4):
+            check_invalid(draw, call)
+        else:
+            check_valid(draw, call)
+    except Wrong as wrong:
+        return f"{call.op}: {wrong}"
+    return None
+
+
+class Draw(random.Random):
+    """Random numbers, tensors and layouts of one case."""
+
+    def __init__(self, case: int) -> None:
+        super().__init__(case)
+        self.generator = torch.Generator().manual_seed(case)
+
+    def chance(self, p: float) -> bool:
+        return self.random() < p
+
+    def pick(self, items: Any) -> Any:
+        return self.choice(list(items))
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def mask(self, shape: tuple[int, ...]) -> Tensor:
+        """Of any density, 0 and 1 included; most rows have one of their own."""
+        density = torch.rand((*shape[:-1], 1), generator=self.generator) if len(shape) > 1 else self.random()
+        return torch.rand(shape, generator=self.generator) < self.pick([density, density, density, 0.0, 1.0])
+
+    def layout(self, x: Tensor | None) -> Tensor | None:
+        """The same values, perhaps with other strides or a storage that starts elsewhere."""
+        kind = self.randrange(5)
+        if x is None or kind < 2 or not x.numel():
+            return x
+        if kind == 2 and x.dim() > 1:
+            return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if kind == 3:
+            wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1]) if x.dim() else x
+            return wide[..., ::2].copy_(x) if x.dim() else x
+        flat = x.new_zeros(x.numel() + 3)
+        return flat[3:].view(x.shape).copy_(x)
+
+
+class Call:
+    """An operator, its arguments, and what the oracle needs to know of them."""
+
+    def __init__(self, draw: Draw, op: str) -> None:
+        self.op, self.args = op, {}
+        dtypes = [torch.float32] * 4 + [torch.bfloat16] * 2 + [torch.float16, torch.float64]
+        self.dtype = draw.pick(dtypes)
+        self.lead = draw.pick(
+            [(draw.randrange(0, 40),)] * 3 + [(draw.randrange(0, 6), draw.randrange(0, 12))] * 6 + [(2, 1, 3), (0, 4)]
+        )
+        self.mask = torch.ones(self.lead, dtype=torch.bool)
+
+    def backends(self, draw: Draw) -> list[str | None]:
+        names = [n for n in BACKENDS.get(self.op, ()) if unusable(n, CPU, self.dtype) is None]
+        # The interpreter is slow, and wrong about bfloat16, which it takes for integers.
+        slow = self.dtype == torch.bfloat16 or draw.chance(0.7)
+        return [None] if not names else [n for n in names if n != "triton" or not slow]
+
+    @property
+    def vocab(self) -> int:
+        return self.args["logits" if "logits" in self.args else "weight"].shape[-1 if "logits" in self.args else 0]
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.args.items() if isinstance(x, Tensor) and x.requires_grad}
+
+
+def random_head(draw: Draw, call: Call, vocab: int, prefix: str = "") -> None:
+    """hidden, weight and bias, ordinary or extreme."""
+    dim = draw.pick([1, 3, 8, 17, 33, 64, 100])
+    scale = draw.pick([1.0, 1.0, 1.0, 3.0, 3.0, 0.0, 1e-6, 30.0, 1e3] + [1e-30, 1e5] * (call.dtype != torch.float16))
+    hidden, weight = scale * draw.randn(*call.lead, dim), draw.randn(vocab, dim) / math.sqrt(dim)
+    bias = draw.randn(vocab) if draw.chance(0.5) else None
+    if draw.chance(0.2):
+        weight[draw.randrange(vocab)] = weight[0]  # a tie
+    if bias is not None and draw.chance(0.15):
+        bias += draw.pick([1e4, -1e4])
+    if bias is not None and vocab > 1 and draw.chance(0.15):  # tokens that cannot occur; one always can
+        bias[torch.rand(vocab, generator=draw.generator) < draw.random()] = -INF
+        bias[draw.randrange(vocab)] = 0.0
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None:
+            call.args[prefix + name] = draw.layout(x.to(call.dtype)).detach()
+
+
+def random_transform(draw: Draw, call: Call) -> None:
+    if draw.chance(0.4):
+        call.args["temperature"] = draw.pick([0.3, 0.7, 1.0, 2.5])
+    if draw.chance(0.3):
+        call.args["logit_scale"] = draw.pick([0.1, 2.0, -1.0, 1.0])
+    if draw.chance(0.3):
+        call.args["softcap"] = draw.pick([3.0, 30.0])
+
+
+def random_targets(draw: Draw, call: Call, vocab: int, possible: Tensor) -> None:
+    """Tokens that can occur, `ignore_index` and, where they do not count, anything."""
+    ids = possible.nonzero().flatten()
+    targets = ids[torch.randint(len(ids), call.lead, generator=draw.generator)]
+    ignored = ~draw.mask(call.lead) if draw.chance(0.4) else ~call.mask
+    index = -100
+    if call.op in ("linear_logprob", "selective_logprob") and draw.chance(0.3):
+        index = call.args["ignore_index"] = draw.pick([-1, vocab, 2**31 - 1, 0])
+    if call.op in ("linear_ppo_loss", "ppo_loss"):
+        call.mask = call.mask & ~ignored
+    else:
+        call.mask = targets.masked_fill(ignored, index) != index
+    targets = targets.masked_fill(ignored, index)
+    call.args["targets"] = draw.layout(targets.to(draw.pick([torch.int64, torch.int32])))
+
+
+def fill_padding(draw: Draw, call: Call, *names: str) -> None:
+    """NaN, Inf or nothing where a token does not count."""
+    for name in names:
+        if (x := call.args.get(name)) is not None and draw.chance(0.7):
+            mask = call.mask if x.dim() == call.mask.dim() else call.mask.unsqueeze(-1)
+            call.args[name] = draw.layout(x.masked_fill(~mask, draw.pick([NAN, INF, -INF, 0.0])))
+
+
+def require_gradients(draw: Draw, call: Call, *names: str) -> None:
+    for name in names:
+        if call.args.get(name) is not None and draw.chance(0.85):
+            call.args[name] = call.args[name].detach().requires_grad_()
+
+
+def random_vocab(draw: Draw) -> int:
+    return draw.pick([1, 2, 7, 31, 64, 97, 129, 257, 600])
+
+
+def possible_tokens(call: Call) -> Tensor:
+    bias = call.args.get("bias")
+    return torch.ones(call.vocab, dtype=torch.bool) if bias is None else bias > -INF
+
+
+def linear_logprob(draw: Draw) -> Call:
+    call = Call(draw, "linear_logprob")
+    random_head(draw, call, random_vocab(draw))
+    random_transform(draw, call)
+    random_targets(draw, call, call.vocab, possible_tokens(call))
+    call.args["return_entropy"] = draw.chance(0.7)
+    fill_padding(draw, call, "hidden")
+    require_gradients(draw, call, "hidden", "weight", "bias")
+    return call
+
+
+def selective_logprob(draw: Draw) -> Call:
+    call = Call(draw, "selective_logprob")
+    random_logits(draw, call, "logits")
+    random_transform(draw, call)
+    random_targets(draw, call, call.vocab, torch.ones(call.vocab, dtype=torch.bool))
+    call.args["return_entropy"] = draw.chance(0.7)
+    fill_padding(draw, call, "logits")
+    require_gradients(draw, call, "logits")
+    if draw.chance(0.3) and call.args["logits"].is_contiguous():
+        call.args["inplace_backward"] = True
+    return call
+
+
+def random_logits(draw: Draw, call: Call, name: str) -> None:
+    vocab = call.args["logits"].shape[-1] if "logits" in call.args else random_vocab(draw)
+    x = draw.randn(*call.lead, vocab) * draw.pick([1.0, 3.0, 3.0, 0.0, 30.0, 1e3])
+    call.args[name] = draw.layout((x + draw.pick([0.0, 0.0, 0.0, 1e4, -1e4])).to(call.dtype))
+
+
+def linear_kl(draw: Draw) -> Call:
+    call = Call(draw, "linear_kl")
+    vocab = random_vocab(draw)
+    random_head(draw, call, vocab)
+    if draw.chance(0.2):  # the model with itself
+        call.args |= {f"ref_{name}": x.clone() for name, x in call.args.items()}
+    else:
+        random_head(draw, call, vocab, "ref_")
+        for name in ("bias", "ref_bias"):  # where one excludes a token and the other does not, the KL is infinite
+            if name in call.args:
+                call.args[name] = call.args[name].clamp(min=-1e4)
+    random_transform(draw, call)
+    call.args["kind"] = draw.pick(["reverse", "forward"])
+    if draw.chance(0.6):
+        call.args["mask"] = call.mask = draw.mask(call.lead)
+    fill_padding(draw, call, "hidden", "ref_hidden")
+    require_gradients(draw, call, "hidden", "weight", "bias")
+    return call
+
+
+def random_loss(draw: Draw, call: Call, *, exact: bool) -> None:
+    """Options, sampled tokens and advantages; logp must be known, so that ratios are near 1."""
+    args = call.args
+    if draw.chance(0.6):
+        args["clip_low"], args["clip_high"] = draw.uniform(0, 0.5), draw.uniform(0, 0.5)
+    if draw.chance(0.3):
+        args["dual_clip"] = draw.uniform(1.01, 4)
+    if draw.chance(0.5):
+        args["entropy_coef"] = draw.pick([0.01, -0.02, 1.0])
+    if len(call.lead) > 1 and draw.chance(0.7):
+        args["loss_agg"] = draw.pick(LOSS_AGGS)
+        args["ratio_level"] = draw.pick(["token", "token", "sequence", "sequence-geometric"])
+    if draw.chance(0.5):
+        args["kl_coef"] = draw.pick([0.0, 0.05, 1.0])
+        args["kl_estimator"] = draw.pick(["k1", "k2", "k3"] + ["exact"] * exact)
+    z = logits_of(call, call.args)[0] if call.op == "linear_ppo_loss" or "logits" in args else None
+    if z is None:
+        now = args["logprobs"].double()
+    else:
+        now = torch.zeros(call.lead, dtype=torch.float64)
+        now[call.mask] = (
+            torch.log_softmax(z, -1).gather(-1, args["targets"][call.mask].long().unsqueeze(-1)).squeeze(-1)
+        )
+    spread = draw.pick([0.0, 0.1, 0.3, 3.0])
+    precise = draw.pick([torch.float32, torch.float32, call.dtype])
+    args["old_logprobs"] = (now + spread * draw.randn(*call.lead)).to(precise)
+    args["advantages"] = (draw.pick([1.0, 0.0, 1e3]) * draw.randn(*call.lead)).to(precise)
+    if args.get("kl_estimator", "exact") != "exact":
+        args["ref_logprobs"] = (now + spread * draw.randn(*call.lead)).to(precise)
+    fill_padding(draw, call, "old_logprobs", "advantages", "ref_logprobs")
+
+
+def linear_ppo_loss(draw: Draw) -> Call:
+    call = Call(draw, "linear_ppo_loss")
+    vocab = random_vocab(draw)
+    random_head(draw, call, vocab)
+    random_transform(draw, call)
+    random_mask(draw, call)
+    random_targets(draw, call, vocab, possible_tokens(call))
+    random_loss(draw, call, exact=True)
+    if call.args.get("kl_estimator") == "exact" or draw.chance(0.1):
+        random_head(draw, call, vocab, "ref_")
+        for name in ("bias", "ref_bias"):
+            if name in call.args:
+                call.args[name] = call.args[name].clamp(min=-1e4)
+    fill_padding(draw, call, "hidden", "ref_hidden")
+    require_gradients(draw, call, "hidden", "weight", "bias")
+    return call
+
+
+def random_mask(draw: Draw, call: Call) -> None:
+    if draw.chance(0.7):
+        call.mask = draw.mask(call.lead)
+        call.args["mask"] = draw.layout(call.mask.to(draw.pick([torch.bool, torch.bool, torch.float32, torch.int64])))
+
+
+def ppo_loss(draw: Draw) -> Call:
+    call = Call(draw, "ppo_loss")
+    random_mask(draw, call)
+    if draw.chance(0.6):
+        random_logits(draw, call, "logits")
+        random_transform(draw, call)
+        random_targets(draw, call, call.vocab, torch.ones(call.vocab, dtype=torch.bool))
+        random_loss(draw, call, exact=True)
+        if call.args.get("kl_estimator") == "exact":
+            random_logits(draw, call, "ref_logits")
+        fill_padding(draw, call, "logits", "ref_logits")
+    else:
+        call.args["logprobs"] = -draw.randn(*call.lead).abs().to(call.dtype)
+        call.args["entropy"] = draw.randn(*call.lead).abs().to(call.dtype)
+        random_loss(draw, call, exact=False)
+        fill_padding(draw, call, "logprobs", "entropy")
+    require_gradients(draw, call, "logits", "logprobs", "entropy")
+    return call
+
+
+def fisher_vector_product(draw: Draw) -> Call:
+    call = Call(draw, "fisher_vector_product")
+    random_head(draw, call, random_vocab(draw))
+    args = call.args
+    if "bias" in args:
+        args["bias"] = args["bias"].clamp(min=-1e4)
+    random_transform(draw, call)
+    args["d_hidden"] = draw.layout(draw.randn(*args["hidden"].shape).to(call.dtype))
+    for name in ("weight", "bias"):
+        if name in args and draw.chance(0.5):
+            args[f"d_{name}"] = draw.layout(draw.randn(*args[name].shape).to(call.dtype))
+    if draw.chance(0.6):
+        args["mask"] = call.mask = draw.mask(call.lead)
+    if draw.chance(0.5):
+        args["row_weights"] = draw.randn(*call.lead).float()
+    fill_padding(draw, call, "hidden", "d_hidden", "row_weights")
+    return call
+
+
+def gae(draw: Draw) -> Call:
+    call = Call(draw, "gae")
+    args, sequences = call.args, draw.randrange(0, 6)
+    if draw.chance(0.5):
+        lengths = [draw.randrange(0, 70) for _ in range(sequences)] or [0]
+        call.lead, sequences = (sum(lengths),), len(lengths)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        args["cu_seqlens"] = offsets.to(draw.pick([torch.int32, torch.int64]))
+    else:
+        call.lead = (sequences, draw.pick([0, 1, 7, 16, 33, 300]))
+    call.mask = torch.ones(call.lead, dtype=torch.bool)
+    args["rewards"] = draw.layout(3 * draw.randn(*call.lead).to(call.dtype))
+    args["values"] = draw.layout(
+        draw.pick([0.1, 10.0]) * draw.randn(*call.lead).to(draw.pick([call.dtype, torch.float32]))
+    )
+    args["gamma"], args["lam"] = draw.pick([1.0, 0.99, 0.5, 0.0]), draw.pick([1.0, 0.95, 0.3, 0.0])
+    random_mask(draw, call)
+    if draw.chance(0.5):
+        args["dones"] = draw.layout(torch.rand(call.lead, generator=draw.generator) < 0.1)
+    if draw.chance(0.5):
+        args["bootstrap"] = draw.layout(draw.randn(sequences).to(call.dtype))
+    args["whiten"] = draw.chance(0.3)
+    fill_padding(draw, call, "rewards", "values")
+    return call
+
+
+def value_loss(draw: Draw) -> Call:
+    call = Call(draw, "value_loss")
+    random_mask(draw, call)
+    args = call.args
+    args["values"], args["returns"] = (draw.layout(draw.randn(*call.lead).to(call.dtype)) for _ in range(2))
+    args["cliprange_value"] = draw.pick([None, draw.uniform(0.01, 1)])
+    if args["cliprange_value"] is not None:
+        args["old_values"] = draw.randn(*call.lead).float()
+    if len(call.lead) > 1:
+        args["loss_agg"] = draw.pick(LOSS_AGGS)
+    fill_padding(draw, call, "values", "returns", "old_values")
+    require_gradients(draw, call, "values")
+    return call
+
+
+def whiten(draw: Draw) -> Call:
+    call = Call(draw, "whiten")
+    random_mask(draw, call)
+    call.args["x"] = draw.layout(
+        (draw.pick([1.0, 1e-2, 1e3]) * draw.randn(*call.lead) + draw.pick([0, 1])).to(call.dtype)
+    )
+    call.args["shift_mean"] = draw.chance(0.5)
+    fill_padding(draw, call, "x")
+    return call
+
+
+CALLS = [linear_logprob, linear_kl, linear_ppo_loss, linear_ppo_loss, selective_logprob, ppo_loss]
+CALLS += [fisher_vector_product, gae, value_loss, whiten]
+
+
+# Valid calls
+
+
+def check_valid(draw: Draw, call: Call) -> None:
+    expected, bounds, limits = EXPECTED[call.op](call, draw)
+    naive: dict[str, float] = {}
+    budget, threads = draw.pick([1, 2**10, 2**14, 2**25]), draw.pick([1, 1, 3])
+    compiled = draw.chance(0.02)
+    for backend in call.backends(draw):
+        torch.set_num_threads(threads)
+        try:
+            with fastppo.scratch_budget(budget):
+                got = outcome(call, backend, compiled)
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise Wrong(f"{backend}: a valid call raises {type(error).__name__}: {text}; {describe(call)}") from error
+        for name, value in got.items():
+            problem = limits(name, value)
+            if problem is None and name in expected:
+                want = expected[name]
+                if value.shape != want.shape:
+                    problem = f"shape {tuple(value.shape)}, expected {tuple(want.shape)}"
+                elif bounds is not None and want.numel():
+                    error = (value.double() - want).abs()
+                    allowed = 2 * bounds[name] + 2 * naive.get(name, 0.0)
+                    bad = ~(error <= allowed)
+                    if call.dtype == torch.float16:
+                        bad &= ~(want.abs() + allowed > 6e4)  # which float16 cannot hold
+                    if bad.any():
+                        at = tuple(bad.nonzero()[0].tolist())
+                        allowed = torch.as_tensor(allowed).expand_as(error)
+                        problem = (
+                            f"{value[at].item():.9g} at {at}, float64 gives {want[at].item():.9g}, "
+                            f"allowed {allowed[at].item():.2g}, {int(bad.sum())} of {bad.numel()} off"
+                        )
+                    if backend == "reference":
+                        naive[name] = error.nan_to_num(0.0).max().item()
+            if problem:
+                raise Wrong(f"{backend}{' compiled' * compiled}: {name}: {problem}; {describe(call)}")
+
+
+def outcome(call: Call, backend: str | None, compiled: bool) -> dict[str, Tensor]:
+    """Every number that a call gives: its outputs, and the gradients of its tensors."""
+    args = {name: x.detach().requires_grad_() if name in call.leaves() else x for name, x in call.args.items()}
+    inputs = dict(args)
+    if args.get("inplace_backward"):
+        inputs["logits"] = torch.empty_like(args["logits"]).copy_(args["logits"])  # a leaf may not be written over
+    if backend is not None or call.op in BACKENDS:
+        inputs["backend"] = backend
+    operator = getattr(fastppo, call.op)
+    if compiled:
+        torch.compiler.reset()
+        operator = torch.compile(operator, backend="aot_eager")
+    result = operator(**inputs)
+    out = {"kl": result} if isinstance(result, Tensor) else dict(result._asdict())
+    metrics = {f"metrics[{name}]": x for name, x in out.pop("metrics", {}).items()}
+    out = {name: x for name, x in (out | metrics).items() if x is not None}
+    leaves = [x for x in args.values() if isinstance(x, Tensor) and x.requires_grad]
+    if leaves and call.op not in ("gae", "whiten"):
+        scalar = out["loss"] * 3.0 if "loss" in out else sum((upstream(x, n) * x).sum() for n, x in out.items())
+        # An entropy that is not in the loss has no gradient; everything else gets one, zeros where nothing counts.
+        if scalar.requires_grad or "logprobs" in call.leaves() or "entropy" not in call.leaves():
+            scalar.backward()
+        for name in call.leaves():
+            if name == "entropy" and args[name].grad is None:
+                args[name].grad = torch.zeros_like(args[name])
+            out[f"∂{name}"] = args[name].grad
+    return {name: x.detach() for name, x in out.items()}
+
+
+def upstream(x: Tensor, name: str) -> Tensor:
+    """What the outputs of an operator without a loss are weighed by; the same for every backend."""
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+
+def describe(call: Call) -> str:
+    def word(x: Any) -> str:
+        return f"{str(x.dtype)[6:]}{list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+    return ", ".join(f"{name}={word(x)}" for name, x in call.args.items())
+
+
+def logits_of(call: Call, args: dict[str, Any], prefix: str = "") -> tuple[Tensor, Tensor, float]:
+    """Transformed logits of the rows that count, float64; the bound e on their errors; and the transform's slope."""
+    transform = {k: args[k] for k in ("temperature", "logit_scale", "softcap") if k in args}
+    factor = abs(transform.get("logit_scale", 1.0)) / transform.get("temperature", 1.0)
+    fine = torch.finfo(torch.float64 if call.dtype == torch.float64 else torch.float32).eps
+    coarse = torch.finfo(call.dtype).eps
+    if f"{prefix}logits" in args:
+        x = args[f"{prefix}logits"].double()[call.mask]
+        z = oracle.logits(x, torch.eye(x.shape[-1], dtype=torch.float64), **transform)
+        raw = torch.zeros(len(x), dtype=torch.float64)
+    else:
+        hidden = args[f"{prefix}hidden"].double()[call.mask]
+        weight, bias = args[f"{prefix}weight"].double(), args.get(f"{prefix}bias")
+        bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+        z = oracle.logits(hidden, weight, bias, **transform)
+        size = (hidden.detach().abs() @ weight.detach().abs().T + bias.detach().abs()).nan_to_num(0, 0, 0)
+        product = (hidden.detach() @ weight.detach().T).abs() + bias.detach().abs().nan_to_num(0, 0, 0)
+        raw = (coarse * product + fine * (hidden.shape[-1] + 2) * size).amax(-1) if len(hidden) else product.sum(-1)
+    top = z.detach().nan_to_num(0, 0, 0).abs().amax(-1) if len(z) else z.sum(-1)
+    return z, factor * raw + 8 * fine * (1 + top), factor
+
+
+def statistics_of(z: Tensor, targets: Tensor | None, ref_z: Tensor | None, kind: str) -> dict[str, Tensor]:
+    """{logp, entropy, lse, kl} of each row [n], float64, differentiable."""
+    zero, out = z.new_zeros(0), {"logp": [], "entropy": [], "lse": [], "kl": []}
+    for n in range(len(z)):
+        top = z[n].detach().max()  # taken off, since the oracle's Σ p z cancels at ±1e4
+        logp, entropy, lse = oracle.row(z[n] - top, None if targets is None else targets[n])
+        for name, value in (("logp", logp), ("entropy", entropy), ("lse", lse + top)):
+            out[name].append(value if value is not None else z.new_zeros(()))
+        out["kl"].append(z.new_zeros(()) if ref_z is None else oracle.divergence(z[n], ref_z[n], kind))
+    return {name: torch.stack(values) if values else zero for name, values in out.items()}
+
+
+def expected_of_rows(call: Call, draw: Draw, loss: Any = None) -> tuple[dict, dict | None, Any]:
+    """Results, gradients and their bounds for the operators that start from logits or hidden states."""
+    args = dict(call.args)
+    leaves = {name: args[name].detach().double().requires_grad_() for name in call.leaves()}
+    args |= leaves
+    z, e, factor = logits_of(call, args)
+    if not z.requires_grad:
+        z.requires_grad_()
+    z.retain_grad()
+    has_ref = "ref_weight" in args or "ref_logits" in args
+    ref_z, ref_e, _ = logits_of(call, args, "ref_") if has_ref else (None, 0.0, 0.0)
+    kind, count, vocab = args.get("kind", "reverse"), len(z), z.shape[-1]
+    targets = args["targets"][call.mask].long() if "targets" in args else None
+    stats = statistics_of(z, targets, ref_z, kind)
+    given = {name: x.detach() for name, x in stats.items()}
+    fine = torch.finfo(torch.float64 if call.dtype == torch.float64 else torch.float32).eps
+    coarse = torch.finfo(call.dtype).eps
+    tiny = 1.2e-7 if call.dtype == torch.float16 else 1e-37  # what a small number may be flushed to zero from
+
+    log_p = torch.log_softmax(z.detach(), -1)
+    p, flat = log_p.exp(), log_p.clamp(min=-1e30)
+    both = e + ref_e
+    spread = given["entropy"] + 1
+    change = {"logp": 2 * e, "entropy": 2 * e * math.log(vocab), "lse": e, "kl": torch.zeros(count)}
+    if ref_z is not None:
+        log_q = torch.log_softmax(ref_z, -1)
+        q, distance = log_q.exp(), (log_p - log_q).abs().nan_to_num(0, 0, 0)
+        spread = ((p if kind == "reverse" else q) * distance).sum(-1) + 1
+        change["kl"] = both * (2 * spread + 2) + vocab * fine * (spread + given["entropy"])
+    change["entropy"] = change["entropy"] + vocab * fine * (1 + given["entropy"])
+    change = {name: x + 4 * fine * (1 + given[name].abs()) for name, x in change.items()}
+
+    def scalars(moved: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss as a function of the rows' statistics, and its derivatives."""
+        moved = {name: x.detach().requires_grad_() for name, x in moved.items()}
+        total = loss(moved) if loss else weighed(call, moved)
+        gradients = torch.autograd.grad(total, list(moved.values()), allow_unused=True) if total.requires_grad else {}
+        pairs = zip(moved, gradients or [None] * 4, strict=True)
+        return total.detach(), {n: torch.zeros(count).double() if g is None else g for n, g in pairs}
+
+    total, up = scalars(given)
+    lower, higher = (scalars({n: x + s * change[n] for n, x in given.items()})[1] for s in (-1, 1))
+    largest = {n: torch.stack([up[n].abs(), lower[n].abs(), higher[n].abs()]).amax(0) for n in up}
+    jump = (
+        torch.maximum((higher["logp"] - up["logp"]).abs(), (lower["logp"] - up["logp"]).abs()) if count else up["logp"]
+    )
+
+    expected = {"∂" + name: leaf for name, leaf in leaves.items()}
+    if leaves:
+        live = [name for name, x in stats.items() if x.requires_grad]
+        torch.autograd.backward([stats[name] for name in live], [up[name] for name in live])
+        expected = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in expected.items()}
+    grid = torch.zeros(call.lead, dtype=torch.float64)
+    outputs = {"logprobs": "logp", "entropy": "entropy", "logsumexp": "lse", "kl": "kl"}
+    names = ["kl"] if call.op == "linear_kl" else [n for n in outputs if n != "kl"]
+    expected |= {name: grid.masked_scatter(call.mask, given[outputs[name]]) for name in names}
+    limits = row_limits(call, e, vocab)
+    if loss:
+        expected["loss"] = total * 1.0
+    if count and not (both.max() < 0.1):
+        return expected, None, limits
+
+    grid = grid.unsqueeze(-1)
+    bounds = {name: grid.squeeze(-1).masked_scatter(call.mask, change[outputs[name]]) for name in names}
+    if loss:
+        magnitude = 3 * fine * (count + 20) * loss.magnitude(given)
+        bounds["loss"] = sum((largest[n] * change[n]).sum() for n in given) + magnitude
+    dz = z.grad.abs() if z.grad is not None else torch.zeros_like(p)
+    slack = e.unsqueeze(-1) * 1.5  # e^(4e) at e = 0.1
+    both = (both * 1.5).unsqueeze(-1)
+    column = {n: largest[n].unsqueeze(-1) for n in largest}
+    moved = slack * p * (4 * (column["logp"] + column["lse"]))
+    moved = moved + slack * p * column["entropy"] * (
+        2 * (flat + given["entropy"].unsqueeze(-1)).abs() + 4 + 4 * math.log(vocab)
+    )
+    if ref_z is not None:
+        kl = given["kl"].unsqueeze(-1)
+        away = (log_p - log_q).nan_to_num(0, 0, 0) - kl
+        moved = moved + column["kl"] * both * (
+            p * (2 * away.abs() + 4 + 4 * (spread.unsqueeze(-1) + 1)) if kind == "reverse" else 2 * (p + q)
+        )
+    if targets is not None:
+        chosen = torch.nn.functional.one_hot(targets, vocab).double()
+        moved = moved + jump.unsqueeze(-1) * (p + chosen)
+    if cap := args.get("softcap"):
+        moved = moved + dz * 2 * (slack * args.get("temperature", 1.0) / cap + 4 * fine)
+    dx = factor * dz
+    moved = factor * moved + (coarse + 4 * fine) * dx + 2 * tiny
+
+    def product(a: Tensor, a_error: Tensor, b: Tensor, result: Tensor) -> Tensor:
+        return a_error @ b.abs() + a.shape[-1] * fine * (a @ b.abs()) + coarse * result.abs() + tiny
+
+    for name, gradient in expected.items():
+        if not name.startswith("∂"):
+            continue
+        flat_result = gradient
+        if name == "∂hidden":
+            weight = args["weight"].detach().double()
+            bounds[name] = torch.zeros_like(gradient)
+            bounds[name][call.mask] = product(dx, moved, weight, flat_result[call.mask])
+        elif name == "∂weight":
+            hidden = args["hidden"].detach().double()[call.mask]
+            bounds[name] = product(dx.T, moved.T, hidden, flat_result)
+        elif name == "∂bias":
+            bounds[name] = product(dx.T, moved.T, torch.ones(count, 1).double(), flat_result.unsqueeze(-1)).squeeze(-1)
+        else:  # ∂logits
+            bounds[name] = torch.zeros_like(gradient)
+            bounds[name][call.mask] = moved
+    if loss:  # 3.0 · loss is what is differentiated
+        for name in [n for n in bounds if n.startswith("∂")]:
+            expected[name], bounds[name] = 3.0 * expected[name], 3.0 * bounds[name] + coarse * 3 * expected[name].abs()
+    return expected, bounds, limits
+
+
+def weighed(call: Call, rows: dict[str, Tensor]) -> Tensor:
+    """What `outcome` differentiates where there is no loss."""
+    names = {"kl": "kl"} if call.op == "linear_kl" else {"logprobs": "logp", "entropy": "entropy", "logsumexp": "lse"}
+    if not call.args.get("return_entropy", True):
+        del names["entropy"]
+    dtype = torch.promote_types(call.dtype, torch.float32)
+    return sum(
+        (upstream(torch.empty(call.lead, dtype=dtype), n)[call.mask].double() * rows[s]).sum() for n, s in names.items()
+    )
+
+
+def row_limits(call: Call, e: Tensor, vocab: int) -> Any:
+    """What must hold of the outputs on any input: as far as float16 can hold the logits of the naive path."""
+    overflows = call.dtype == torch.float16 and bool(len(e)) and not bool((e < 10).all())
+
+    def check(name: str, value: Tensor) -> str | None:
+        if overflows or (value.dtype == torch.float16 and name.startswith("∂")):
+            return None
+        if not name.startswith("metrics") and not torch.isfinite(value).all():
+            return f"not finite: {value[~torch.isfinite(value)][0].item()}"
+        if name == "logprobs" and call.op != "ppo_loss" and (value > 0).any():
+            return f"a log-probability of {value.max().item()}"
+        most = math.log(vocab) * (1 + 2e-7) + 1e-12
+        if name == "entropy" and call.op != "ppo_loss" and ((value < 0) | (value > most)).any():
+            return f"outside [0, ln {vocab}]: {value.min().item()} to {value.max().item():.9g}"
+        if name == "kl" and call.op == "linear_kl" and (value < 0).any():
+            return f"below 0: {value.min().item()}"
+        return None
+
+    return check
+
+
+class Loss:
+    """The oracle's loss as a function of the rows' statistics."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, a = call, call.args
+        names = (
+            "clip_low",
+            "clip_high",
+            "dual_clip",
+            "ratio_level",
+            "kl_coef",
+            "kl_estimator",
+            "entropy_coef",
+            "loss_agg",
+        )
+        self.options = {name: a[name] for name in names if name in a}
+        self.old, self.advantages, self.ref = (
+            None if a.get(n) is None else a[n].double().reshape(-1, max(call.lead[-1], 1))
+            for n in ("old_logprobs", "advantages", "ref_logprobs")
+        )
+
+    def __call__(self, rows: dict[str, Tensor]) -> Tensor:
+        width = max(self.call.lead[-1], 1)
+        mask = self.call.mask.reshape(-1, width)
+
+        def grid(values: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values)
+
+        return oracle.ppo(
+            grid(rows["logp"]), grid(rows["entropy"]), self.old, self.advantages, mask.tolist(), ref=self.ref,
+            exact_kl=grid(rows["kl"]), **self.options,
+        )  # fmt: skip
+
+    def magnitude(self, rows: dict[str, Tensor]) -> float:
+        """The sum of the sizes of the loss's terms, for the rounding of that sum."""
+        a, mask = self.call.args, self.call.mask
+        if not mask.any():
+            return 0.0
+        old, advantages = a["old_logprobs"].double()[mask], a["advantages"].double()[mask]
+        log_ratio = (rows["logp"] - old).clamp(-60, 60)
+        if a.get("ratio_level", "token") != "token":
+            log_ratio = log_ratio.abs().sum().clamp(max=60) * torch.ones_like(log_ratio)
+        ratio = (
+            log_ratio.exp().clamp(max=1 + a.get("clip_high", 0.2)) if not (advantages < 0).any() else log_ratio.exp()
+        )
+        size = (
+            (ratio + 1 + a.get("clip_high", 0.2) + (a.get("dual_clip") or 0)) * advantages.abs() * (1 + log_ratio.abs())
+        ).sum()
+        size += abs(a.get("entropy_coef", 0.0)) * rows["entropy"].sum()
+        if a.get("kl_coef") and a["kl_estimator"] != "exact":
+            d = (rows["logp"] - a["ref_logprobs"].double()[mask]).clamp(-60, 60)
+            size += a["kl_coef"] * (d.abs() + d.square() + 1 + (-d).exp()).sum()
+        elif a.get("kl_coef"):
+            size += a["kl_coef"] * rows["kl"].sum()
+        mean = a.get("loss_agg", "token-mean") == "token-mean"
+        return float(size / mask.sum() if mean else size)
+
+
+def expected_loss(call: Call, draw: Draw) -> tuple[dict, dict | None, Any]:
+    if "logprobs" not in call.args:
+        expected, bounds, limits = expected_of_rows(call, draw, Loss(call))
+        expected.pop("logsumexp", None)
+        if "entropy" not in expected and bounds:
+            bounds.pop("entropy", None)
+        return expected, bounds, limits
+    loss, args = Loss(call), call.args
+    rows = {"logp": args["logprobs"], "entropy": args["entropy"]}
+    rows = {n: x.detach().double()[call.mask].requires_grad_() for n, x in rows.items()}
+    rows["kl"] = torch.zeros(int(call.mask.sum()), dtype=torch.float64)
+    total = loss(rows)
+    gradients = (
+        torch.autograd.grad(3.0 * total, [rows["logp"], rows["entropy"]], allow_unused=True)
+        if total.requires_grad
+        else [None, None]
+    )
+    fine, coarse = (torch.finfo(t).eps for t in (torch.promote_types(call.dtype, torch.float32), call.dtype))
+    fine = max(fine, torch.finfo(args["old_logprobs"].dtype).eps if call.dtype == torch.float64 else 0)
+    size = loss.magnitude({n: x.detach() for n, x in rows.items()})
+    expected, bounds = {"loss": total.detach()}, {"loss": 4 * fine * (rows["kl"].numel() + 20) * size}
+    for name, gradient in zip(("logprobs", "entropy"), gradients, strict=True):
+        if name in call.leaves():
+            grid = torch.zeros(call.lead, dtype=torch.float64)
+            expected["∂" + name] = grid if gradient is None else grid.masked_scatter(call.mask, gradient)
+            bounds["∂" + name] = (
+                coarse * expected["∂" + name].abs() + 100 * fine * (1 + size) + 1.2e-7 * (call.dtype == torch.float16)
+            )
+    return expected, bounds, row_limits(call, torch.zeros(0), 2)
+
+
+def expected_fisher(call: Call, draw: Draw) -> tuple[dict, dict | None, Any]:
+    args = {n: x.double() if isinstance(x, Tensor) and x.dtype != torch.bool else x for n, x in call.args.items()}
+    weights = args.get("row_weights", torch.ones(call.lead, dtype=torch.float64))[call.mask]
+    transform = {k: args[k] for k in ("temperature", "logit_scale", "softcap") if k in args}
+    hidden, d_hidden = args["hidden"][call.mask], args["d_hidden"][call.mask]
+    names = ["weight"] + ["bias"] * ("bias" in args)
+    primal = [hidden, *(args[n] for n in names)]
+    moves = [d_hidden, *(args.get(f"d_{n}", torch.zeros_like(args[n])) for n in names)]
+    z, dz = torch.func.jvp(lambda *x: oracle.logits(*x, **transform), tuple(primal), tuple(moves))
+    _, pull = torch.func.vjp(lambda *x: oracle.logits(*x, **transform), *primal)
+    p = torch.softmax(z, -1)
+    mean = (p * dz).sum(-1, keepdim=True)
+    u = weights.unsqueeze(-1) * p * (dz - mean)
+    products = dict(zip(["hidden", *names], pull(u), strict=True))
+    out = torch.zeros_like(args["hidden"])
+    out[call.mask] = products["hidden"]
+    expected = {"hidden": out} | {n: products[n] for n in names if f"d_{n}" in args}
+    _, e, factor = logits_of(call, call.args)
+    limits = row_limits(call, e, len(args["weight"]))
+    if len(e) and not e.max() < 0.1:
+        return expected, None, limits
+    fine, coarse = (torch.finfo(t).eps for t in (torch.promote_types(call.dtype, torch.float32), call.dtype))
+    size = (
+        d_hidden.abs() @ args["weight"].abs().T
+        + hidden.abs() @ moves[1].abs().T
+        + (moves[2].abs() if len(moves) > 2 else 0)
+    )
+    e = 1.5 * e.unsqueeze(-1)
+    e_dz = factor * (2 * coarse + fine * (2 * hidden.shape[-1] + 9)) * size
+    slope = 0.0
+    if cap := args.get("softcap"):
+        slope = 2 * (e * args.get("temperature", 1.0) / cap + 4 * fine)
+        e_dz = e_dz + slope * factor * size
+    away = (dz - mean).abs()
+    e_u = (
+        weights.abs().unsqueeze(-1)
+        * p
+        * (2 * e * (away + (p * away).sum(-1, keepdim=True)) + e_dz + (p * e_dz).sum(-1, keepdim=True))
+    )
+    tiny = 1.2e-7 if call.dtype == torch.float16 else 1e-37
+    g = u.abs() * factor
+    e_g = (
+        factor * (e_u + u.abs() * slope)
+        + (coarse + len(args["weight"]) * fine) * (g + weights.abs().unsqueeze(-1) * p * away)
+        + 2 * tiny
+    )
+    bounds = {"hidden": torch.zeros_like(out)}
+    bounds["hidden"][call.mask] = e_g @ args["weight"].abs() + coarse * products["hidden"].abs() + tiny
+    n = len(hidden)
+    for name, other in (("weight", hidden.abs()), ("bias", torch.ones(n, 1).double())):
+        if name in expected:
+            product = (e_g + n * fine * g).T @ other
+            bounds[name] = (product if name == "weight" else product.squeeze(-1)) + coarse * expected[name].abs() + tiny
+    return expected, bounds, limits
+
+
+def expected_gae(call: Call, draw: Draw) -> tuple[dict, dict | None, Any]:
+    """The recursion in Python's own floats, and the same of the sizes for the bound."""
+    a, real = call.args, call.mask.flatten().tolist()
+    rewards, values = a["rewards"].double().flatten().tolist(), a["values"].double().flatten().tolist()
+    dones = a["dones"].flatten().tolist() if "dones" in a else [False] * len(real)
+    offsets = a["cu_seqlens"].tolist() if "cu_seqlens" in a else [s * call.lead[1] for s in range(call.lead[0] + 1)]
+    dtype = torch.float64 if torch.float64 in (a["rewards"].dtype, a["values"].dtype) else torch.float32
+    fine = torch.finfo(dtype).eps
+    advantages, returns, errors = ([0.0] * len(real) for _ in range(3))
+    for s, (start, end) in enumerate(itertools.pairwise(offsets)):
+        value = float(a["bootstrap"][s]) if "bootstrap" in a else 0.0
+        advantage = error = 0.0
+        for t in reversed([t for t in range(start, end) if real[t]]):
+            goes_on = not dones[t]
+            advantage = rewards[t] + goes_on * (a["gamma"] * value + a["gamma"] * a["lam"] * advantage) - values[t]
+            size = abs(rewards[t]) + abs(value) + abs(values[t]) + abs(advantage)
+            error = goes_on * a["gamma"] * a["lam"] * error + 8 * fine * size
+            value = values[t]
+            advantages[t], returns[t], errors[t] = advantage, advantage + value, error + 2 * fine * abs(value)
+    pair, bound = (
+        torch.tensor([x, y], dtype=torch.float64).view(2, *call.lead)
+        for x, y in ((advantages, returns), (errors, errors))
+    )
+    expected = {"advantages": pair[0], "returns": pair[1]}
+    bounds = {"advantages": 4 * bound[0], "returns": 4 * bound[1]}
+    if a["whiten"]:
+        expected["advantages"], bounds["advantages"] = whitened(pair[0], bounds["advantages"], call.mask, fine)
+    return expected, bounds, lambda name, value: None if torch.isfinite(value).all() else "not finite"
+
+
+def whitened(x: Tensor, error: Tensor, mask: Tensor, fine: float, shift_mean: bool = True) -> tuple[Tensor, Tensor]:
+    """(x − mean) / sqrt(var + 1e-8) and the bound for a given error of x."""
+    out, real = torch.zeros_like(x), x[mask]
+    if not len(real):
+        return out, out
+    centered = real - real.mean()
+    deviation = math.sqrt(float(centered.square().sum()) / max(len(real) - 1, 1) + 1e-8)
+    out[mask] = centered / deviation + (0.0 if shift_mean else real.mean())
+    off = float(error[mask].max()) + fine * (len(real) + 8) * float(real.abs().max())
+    # Where the deviation itself is lost in rounding nothing is known of the result.
+    bound = INF if off > 0.1 * deviation else 3 * off / deviation + fine * len(real) + off
+    return out, (bound * (1 + out.abs())).masked_fill(~mask, 0.0)
+
+
+def expected_value_loss(call: Call, draw: Draw) -> tuple[dict, dict | None, Any]:
+    a = call.args
+    leaf = a["values"].detach().double().requires_grad_()
+    values, returns = leaf[call.mask], a["returns"].double()[call.mask]
+    squared = (values - returns).square()
+    if (c := a["cliprange_value"]) is not None:
+        old = a["old_values"].double()[call.mask]
+        squared = torch.maximum(squared, (old + (values - old).clamp(-c, c) - returns).square())
+    grid = torch.zeros(call.lead, dtype=torch.float64)
+    flat = grid.masked_scatter(call.mask, squared).reshape(-1, max(call.lead[-1], 1))
+    mask = call.mask.reshape(flat.shape).double()
+    lengths, sequences = mask.sum(-1), max(int((call.mask.reshape(flat.shape).any(-1)).sum()), 1)
+    loss = (
+        0.5
+        * {
+            "token-mean": lambda: flat.sum() / mask.sum().clamp(min=1),
+            "seq-mean-token-mean": lambda: (flat.sum(-1) / lengths.clamp(min=1)).sum() / sequences,
+            "seq-mean-token-sum": lambda: flat.sum() / sequences,
+            "seq-mean-token-sum-norm": lambda: flat.sum() / sequences / max(call.lead[-1], 1),
+        }[a.get("loss_agg", "token-mean")]()
+    )
+    (3.0 * loss).backward() if values.numel() else None
+    fine, coarse = (torch.finfo(t).eps for t in (torch.promote_types(call.dtype, torch.float32), call.dtype))
+    if c is not None and call.dtype == torch.float64:
+        fine = coarse
+    expected, bounds = {"loss": loss.detach()}, {"loss": 4 * fine * (flat.numel() + 20) * (loss.detach() + 1)}
+    if a["values"].requires_grad:
+        expected["∂values"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        bounds["∂values"] = coarse * expected["∂values"].abs() + 100 * fine + 1.2e-7 * (call.dtype == torch.float16)
+    return expected, bounds, row_limits(call, torch.zeros(0), 2)
+
+
+def expected_whiten(call: Call, draw: Draw) -> tuple[dict, dict | None, Any]:
+    x = call.args["x"].double()
+    fine = torch.finfo(torch.promote_types(call.dtype, torch.float32)).eps
+    out, bound = whitened(x, torch.zeros_like(x), call.mask, fine, call.args["shift_mean"])
+    return {"kl": out}, {"kl": bound}, lambda name, value: None if torch.isfinite(value).all() else "not finite"
+
+
+EXPECTED = {
+    "linear_logprob": expected_of_rows, "selective_logprob": expected_of_rows, "linear_kl": expected_of_rows,
+    "linear_ppo_loss": expected_loss, "ppo_loss": expected_loss, "fisher_vector_product": expected_fisher,
+    "gae": expected_gae, "value_loss": expected_value_loss, "whiten": expected_whiten,
+}  # fmt: skip
+
+
+# Invalid calls
+
+NOT_NUMBERS = ["0.5", NAN, [0.5], {}, 1j, object(), b"1", torch.tensor([0.5, 0.5])]
+WRONG_VALUES: dict[str, list] = {
+    "temperature": [0, -1, INF, None, 10**400, *NOT_NUMBERS],
+    "logit_scale": [INF, None, 10**400, *NOT_NUMBERS],
+    "softcap": [0, -1, INF, 10**400, *NOT_NUMBERS],
+    "clip_low": [-0.1, None, *NOT_NUMBERS],
+    "clip_high": [-0.1, None, *NOT_NUMBERS],
+    "dual_clip": [1.0, 0.5, 0, -2, *NOT_NUMBERS],
+    "kl_coef": [INF, None, 10**400, *NOT_NUMBERS],
+    "entropy_coef": [-INF, None, 10**400, *NOT_NUMBERS],
+    "gamma": [-0.1, 1.1, INF, None, *NOT_NUMBERS],
+    "lam": [-0.1, 1.1, INF, None, *NOT_NUMBERS],
+    "cliprange_value": [0, -1, *NOT_NUMBERS],
+    "ignore_index": [1.5, "x", None, [1], 10**30, *NOT_NUMBERS],
+    "backend": ["cuda", "", 7, b"cpu", ["cpu"], {}, object()],
+    **{name: ["nope", "", None, 3, ["k1"], b"k1", {}] for name in ("ratio_level", "loss_agg", "kl_estimator", "kind")},
+}  # fmt: skip
+FINITE = ("old_logprobs", "advantages", "ref_logprobs", "returns", "old_values", "rewards", "row_weights", "x")
+
+
+def check_invalid(draw: Draw, call: Call) -> None:
+    args, operator = dict(call.args), getattr(fastppo, call.op)
+    if call.op in BACKENDS:
+        args["backend"] = draw.pick([name for name in (*call.backends(draw), None) if name != "triton"])
+    broken = break_option(draw, operator, args) if draw.chance(0.4) else break_tensor(draw, call, args)
+    if broken is None:
+        return
+    names, what = broken
+    what = f"{names[0]}={what:.60}, backend={args.get('backend')!r:.12}"
+    try:
+        operator(**args)
+    except (TypeError, ValueError) as error:
+        kind, text = type(error).__name__, str(error)
+        if not any(re.search(rf"\b{name}\b", text) for name in names):
+            raise Wrong(f"{what}: the error does not name it: {kind}: {' '.join(text.split())[:200]}") from None
+        if len(text) > 400 or "\n" in text:
+            raise Wrong(f"{what}: an error of {len(text)} characters: {kind}: {text[:100]!r}") from None
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise Wrong(f"{what}: {type(error).__name__} instead of ValueError or TypeError: {text}") from None
+    else:
+        raise Wrong(f"{what}: accepted; {describe(call)}")
+
+
+def break_option(draw: Draw, operator: Any, args: dict[str, Any]) -> tuple[list[str], str]:
+    if draw.chance(0.05):
+        args["no_such_option"] = 1
+        return ["no_such_option"], "1"
+    parameters = inspect.signature(operator).parameters
+    name = draw.pick([name for name in WRONG_VALUES if name in parameters] or ["no_such_option"])
+    args[name] = draw.pick(WRONG_VALUES.get(name, [1]))
+    return [name], repr(args[name])
+
+
+def break_tensor(draw: Draw, call: Call, args: dict[str, Any]) -> tuple[list[str], str] | None:
+    """Make one tensor invalid. Returns the names of which the error must have one, and what was done."""
+    tensors = [name for name, x in args.items() if isinstance(x, Tensor)]
+    name = draw.pick(tensors)
+    x, kind = args[name].detach(), draw.pick(["object", "dtype", "shape", "layout", "value", "missing"])
+    if kind == "object":
+        args[name] = draw.pick(["text", 3.5, [1.0, 2.0], x.tolist(), x.double().numpy(), object(), (), {}])
+        return [name], f"a {type(args[name]).__name__}"
+    if kind == "dtype" and name not in ("mask", "dones"):  # which may have any
+        other = torch.int64 if x.is_floating_point() else torch.float32
+        args[name] = x.nan_to_num(0, 0, 0).to(draw.pick([torch.bool, torch.complex64, other]))
+        return [name], str(args[name].dtype)
+    if kind == "layout":
+        made = {
+            "meta": lambda: torch.empty_like(x, device="meta"),
+            "sparse": lambda: x.to_sparse(),
+            "mkldnn": lambda: x.float().to_mkldnn(),
+            "nested": lambda: torch.nested.nested_tensor(list(x) if x.dim() > 1 and len(x) else [x]),
+        }
+        layout = draw.pick(made)
+        args[name] = made[layout]()
+        return [name], layout
+    if kind == "shape" and name not in ("x", "cu_seqlens") and (call.op, name) != ("whiten", "mask"):
+        args[name] = draw.pick(
+            [x.unsqueeze(0), x.unsqueeze(-1), torch.cat([x, x[..., :1]], -1), x.flatten()[:1].view(())][
+                : 4 if x.numel() else 2
+            ]
+        )
+        # Which of two that don't go together is the wrong one, the operator cannot know.
+        return ([name, *tensors], str(list(args[name].shape))) if args[name].shape != x.shape else None
+    if kind == "value" and x.numel():
+        real = call.mask.nonzero().tolist()
+        if name == "targets":
+            wrong = draw.pick([call.vocab + 5, -1, -101, 2**30])
+        elif name in FINITE or (call.op, name) == ("gae", "values"):
+            wrong = draw.pick([NAN, INF, -INF])
+        else:
+            return None
+        if not real or wrong == args.get("ignore_index"):
+            return None
+        args[name] = x.clone()
+        args[name][tuple(draw.pick(real))] = wrong
+        return [name], f"{wrong} somewhere"
+    if (
+        kind == "missing"
+        and inspect.signature(getattr(fastppo, call.op)).parameters[name].default is inspect.Parameter.empty
+    ):
+        args[name] = None
+        return [name], "None"
+    return None
