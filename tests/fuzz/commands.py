@@ -339,7 +339,7 @@ def strange_reward(case: Case) -> None:
             kind
         ]
     )
-    case.bad = body != "raise KeyboardInterrupt()" if kind != 2 else False
+    case.bad = None if "KeyboardInterrupt" in body else kind != 2  # which is as good as Ctrl-C
     case.reward = body if kind == 3 else f"{head}def vowels(completions, **_):\n    {body}\n"
 
 
@@ -460,6 +460,8 @@ def judge(case: Case, status: int, output: str, error: str, seconds: float, new:
         return f"{seconds:.0f} s"
     if status not in (0, 1, 2, 130):
         return f"status {status}"
+    if status == 130 and not lines:
+        return None
     if status and not lines:
         return "fails without a word"
     if status == 0 and lines:

@@ -37,7 +37,8 @@ class Worker:
     def __init__(self, target: str) -> None:
         self.target, self.process, self.cases = target, None, 0
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="fastppo-fuzz-", ignore_cleanup_errors=True)
         paths = [ROOT, ROOT / "kernels", ROOT / "tests"]
         self.process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--serve", self.target],
@@ -45,7 +46,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=open(os.devnull, "w"),  # noqa: SIM115
             text=True,
-            cwd=ROOT,
+            cwd=self.folder.name,
             start_new_session=True,  # so that what it starts ends with it
             env={
                 **os.environ,
@@ -72,7 +73,7 @@ class Worker:
 
     def run(self, case: int) -> str | None:
         if self.process is None:
-            self._start()
+            self.start()
         self.process.stdin.write(f"{case}\n")
         self.process.stdin.flush()
         finding, self.cases = self._answer(TARGETS[self.target]), self.cases + 1
@@ -86,6 +87,7 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+            self.folder.cleanup()
 
     def __enter__(self) -> Worker:
         return self
@@ -103,16 +105,14 @@ def serve(target: str) -> None:
     def answer(value: str | None) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="fastppo-fuzz-") as folder:
-        os.chdir(folder)
-        answer("ready")
-        for line in sys.stdin:
-            try:
-                answer(run(int(line)))
-            except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                text = " ".join(str(error).split())[:300]
-                answer(f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})")
+    answer("ready")
+    for line in sys.stdin:
+        try:
+            answer(run(int(line)))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:300]
+            answer(f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})")
 
 
 def fuzz(
@@ -137,7 +137,7 @@ def fuzz(
             digest = hashlib.sha256(f"{seed}/{target}/{count[target]}".encode()).digest()
             case = int.from_bytes(digest[:4], "little")
             if workers[target].process is None:
-                workers[target]._start()  # not on the clock: most of it is the import of torch
+                workers[target].start()  # not on the clock: most of it is the import of torch
             began = time.monotonic()
             finding = workers[target].run(case)
             used[target] += time.monotonic() - began
