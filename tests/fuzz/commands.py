@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -453,6 +454,7 @@ def run(number: int) -> str | None:
 
 def judge(case: Case, status: int, output: str, error: str, seconds: float, new: set[Path]) -> str | None:
     usage = error.lstrip().startswith("usage:")
+    error = re.sub(r"^.*\.py:\d+: FastPPOWarning: .*\n( .*\n)?", "", error, flags=re.MULTILINE)
     lines = [line for line in error.splitlines() if line.strip()]
     if "Traceback" in error:
         return "a traceback"
