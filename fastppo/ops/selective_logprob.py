@@ -154,7 +154,7 @@ _GRADIENT = f"Tensor? ref_logits, Tensor targets, {Upstream.SCHEMA}, {Options.SC
 
 @torch.library.custom_op("fastppo::selective_vjp", mutates_args=(), schema=f"(Tensor logits, {_GRADIENT}) -> Tensor")
 def _vjp(logits: Tensor, *arguments) -> Tensor:
-    out = torch.empty_like(logits)
+    out = logits.new_empty(logits.shape)  # contiguous, whatever the logits are: engines write it row by row
     _write_gradient(out, logits, *arguments)
     return out
 
@@ -166,7 +166,7 @@ def _vjp_(logits: Tensor, *arguments) -> None:
     _write_gradient(logits, logits, *arguments)
 
 
-_vjp.register_fake(lambda logits, *_arguments: torch.empty_like(logits))
+_vjp.register_fake(lambda logits, *_arguments: logits.new_empty(logits.shape))
 _vjp_.register_fake(lambda *_arguments: None)
 
 

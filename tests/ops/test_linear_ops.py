@@ -483,6 +483,25 @@ def test_non_contiguous_inputs_and_int32_targets():
     assert a.shape == (3, 5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transposed_inputs_have_the_gradients_of_contiguous_ones(backend):
+    """Also for a loss that is scaled, which is done in the gradients' own memory."""
+    x = ppo_inputs()
+    gradients = []
+    for transposed in ((), ("hidden",), ("weight",)):
+        h, w = (
+            x[name].flatten(0, -2).T.contiguous().T if name in transposed else x[name].flatten(0, -2)
+            for name in ("hidden", "weight")
+        )
+        h, w = leaves(h, w)
+        rows = (x[name].flatten() for name in ("targets", "old", "advantages"))
+        out = fastppo.linear_ppo_loss(h, w, *rows, mask=x["mask"].flatten(), backend=backend)
+        (3.0 * out.loss).backward()
+        gradients.append((h.grad, w.grad))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
 def test_autocast_computes_in_low_precision_and_returns_full_precision_gradients():
     hidden, weight, _ = random_head(33, 24, 301)
     targets = torch.randint(0, 301, (33,))

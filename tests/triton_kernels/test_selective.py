@@ -51,6 +51,10 @@ def test_values_and_gradients(device, transform, inplace):
     check(device, 23, 77, transform, 0.2, inplace=inplace)
 
 
+def test_transposed_logits(device):
+    check(device, 9, 77, {}, 0.2, wrap=lambda x: x.t().contiguous().t())
+
+
 def test_rows_longer_than_a_block(device):
     check(device, 5, 9001, {}, 0.2)
 

@@ -84,7 +84,7 @@ class _Passes:
     def vjp(self, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
         hidden, weight, bias = self.policy
         rows = contributing(self.targets, upstream).nonzero().squeeze(-1)
-        d_hidden = torch.zeros_like(hidden) if needs.hidden else hidden.new_empty(0)
+        d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else hidden.new_empty(0)
         if self.kept is not None:
             d_weight = self.kept.d_weight
         else:
