@@ -305,12 +305,13 @@ RETURNED = [
     "[1j] * len(completions)", "torch.ones(len(completions), 2)", "(1 / 0 for _ in completions)", "iter([])",
     "[[1.0] * 999] * len(completions)", "object()",
     "[Broken()] * len(completions)", "[torch.ones(2)] * len(completions)", "itertools.repeat(1.0, 99)", "completions",
+    "[-3e38] * len(completions)",
 ]  # fmt: skip
 FINE = [
     "[1] * len(completions)", "[True] * len(completions)", "(1.0 for _ in completions)",
     "torch.ones(len(completions))", "numpy.zeros(len(completions))",
     "[numpy.float32(1)] * len(completions)", "tuple(0.5 for _ in completions)",
-    "[torch.tensor(1.0)] * len(completions)", "[-3e38] * len(completions)",
+    "[torch.tensor(1.0)] * len(completions)",
 ]  # fmt: skip
 DEFINED = [
     "async def vowels(completions):\n    return [1.0] * len(completions)", "vowels = 3", "", "def vowels(:",
@@ -328,7 +329,7 @@ def strange_reward(case: Case) -> None:
     draw = case.draw
     head = "import asyncio, itertools, numpy, torch\n"
     head += "class Broken:\n    def __str__(self):\n        raise ValueError('no text')\n    __repr__ = __str__\n"
-    kind, case.names = draw.randrange(5), ["vowels", "reward.py"]
+    kind, case.names = draw.randrange(5), ["vowels", "reward.py", "rewards.0"]
     if kind == 4:
         case.tree["rewards"][0]["function"] = draw.choice(
             ["x", ":", "a:", ":b", "nowhere:f", "os:nothing", "x.py:f", "a\0b.py:f", "package:__main__/x", "x" * 3000]
@@ -340,7 +341,9 @@ def strange_reward(case: Case) -> None:
             kind
         ]
     )
-    case.bad = None if "KeyboardInterrupt" in body else kind != 2  # which is as good as Ctrl-C
+    case.bad = kind != 2
+    if "KeyboardInterrupt" in body or "3e38" in body:  # as good as Ctrl-C; finite, but what is made of it is not
+        case.bad = None
     case.reward = body if kind == 3 else f"{head}def vowels(completions, **_):\n    {body}\n"
 
 
@@ -456,7 +459,7 @@ def judge(case: Case, status: int, output: str, error: str, seconds: float, new:
     usage = error.lstrip().startswith("usage:")
     error = re.sub(r"^.*\.py:\d+: FastPPOWarning: .*\n( .*\n)?", "", error, flags=re.MULTILINE)
     lines = [line for line in error.splitlines() if line.strip()]
-    if "Traceback" in error:
+    if "Traceback" in error or "which is a bug" in error:
         return "a traceback"
     if seconds > 60:
         return f"{seconds:.0f} s"
