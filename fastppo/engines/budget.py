@@ -31,7 +31,7 @@ def scratch_bytes(device: torch.device | None = None) -> int:
         return _share_of_gpu(device) if device.type == "cuda" else DEFAULT_ACCELERATOR_SCRATCH_BYTES
     try:
         return check_scratch(int(float(text) * 2**20))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"FASTPPO_SCRATCH_MB: expected a number above 0, got {text!r}") from None
 
 
@@ -55,6 +55,8 @@ def scratch_budget(num_bytes: int) -> Iterator[None]:
 
 
 def check_scratch(num_bytes: int) -> int:
-    if num_bytes <= 0:
-        raise ValueError(f"scratch budget: expected bytes above 0, got {num_bytes}")
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, int):
+        raise TypeError(f"num_bytes: expected a whole number above 0, got {type(num_bytes).__name__}")
+    if not 0 < num_bytes < 2**63:
+        raise ValueError("num_bytes: expected a whole number of scratch bytes above 0 and below 2**63")
     return num_bytes

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import reference
-from fastppo.ops.checks import check_mask
+from fastppo.ops.checks import check_mask, checked
 from fastppo.ops.head import IGNORED, open_head, open_options, open_reference, open_slices
 from fastppo.ops.linear_statistics import LinearStatistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-KINDS = ("reverse", "forward")
 
-
+@checked
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -51,8 +50,6 @@ def linear_kl(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or vocabularies that don't go together.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     head = open_head(hidden, weight, bias, group=group)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group)
     shape = hidden.shape[:-1]

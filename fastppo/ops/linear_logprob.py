@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastppo.ops import reference
+from fastppo.ops.checks import checked
 from fastppo.ops.head import IGNORED, open_head, open_options, open_slices, open_targets
 from fastppo.ops.linear_statistics import LinearStatistics
 from fastppo.ops.outputs import LogprobOutput
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

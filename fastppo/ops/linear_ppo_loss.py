@@ -33,7 +33,7 @@ from fastppo.engines.engine import (
     regroup,
 )
 from fastppo.ops import reference
-from fastppo.ops.checks import looks_at_values
+from fastppo.ops.checks import check_shape, checked, looks_at_values
 from fastppo.ops.head import (
     IGNORED,
     needed_gradients,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from fastppo.ops.vocabulary_parallel import Slices
 
 
+@checked
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -124,14 +125,16 @@ def linear_ppo_loss(
     has_ref_model = ref_hidden is not None and ref_weight is not None
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden, ref_weight: give both or neither")
+    if ref_bias is not None and not has_ref_model:
+        raise ValueError("ref_bias: only together with ref_hidden and ref_weight")
     head = open_head(hidden, weight, bias, group=group)
     slices = open_slices(head, group)
-    targets_rows = open_targets(targets, hidden, head, IGNORED, slices)
+    check_shape("targets", targets, tuple(hidden.shape[:-1]), "one for each hidden state")
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
-    tokens = tokens._replace(mask=tokens.mask & (targets != IGNORED))
-    rows = targets_rows.masked_fill(~tokens.mask.reshape(-1), IGNORED)
+    real = targets != IGNORED
+    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
+    rows = open_targets(targets.masked_fill(~tokens.mask, IGNORED), hidden, head, IGNORED, slices)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
     options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 
