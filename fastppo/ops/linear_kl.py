@@ -39,6 +39,9 @@ def linear_kl(
 ) -> Tensor:
     """Per-token divergence [...] between p (hidden, weight) and q (ref_hidden, ref_weight), never negative, in nats.
 
+    A token with a logit of −∞ counts as if its log-probability was −1e20: where the other model gives it mass, the
+    divergence is huge, but finite.
+
     Args:
         hidden: [..., D], weight: [V, D], bias: [V]: the model that is trained.
         ref_hidden: [..., D'], ref_weight: [V, D'], ref_bias: [V]: the reference, held constant; D' may differ from D.

@@ -51,7 +51,8 @@ def linear_logprob(
 
     Returns:
         LogprobOutput of float32 tensors [...]. All three are differentiable with respect to hidden, weight and bias.
-        Ignored rows give zeros and cost nothing.
+        Ignored rows give zeros and cost nothing. A target with a logit of −∞ has a log-probability of −∞; everything
+        else, gradients included, stays finite, as with torch.log_softmax.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.

@@ -91,12 +91,14 @@ def linear_ppo_loss(
     Args:
         hidden: [..., T, D] float32, bfloat16 or float16; the state that predicts the target, so already shifted by one.
         weight: [V, D], the lm_head; bias: [V].
-        targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked.
+        targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked. A token that the policy now rules
+            out (a logit of −∞) has a ratio of 0 and no gradient; k1 is −∞ there, k2 and k3 are +∞, and the loss with
+            them.
         old_logprobs: [..., T]: log-probabilities under the policy that sampled the tokens (not the reference).
         advantages: [..., T], a constant of the loss.
-        mask: [..., T] bool, True for a sampled token; padding may hold anything. It costs nothing, but for
-            backend="triton", where it takes part in two of the three products as zeros: the host then need not wait
-            to learn how many tokens there are.
+        mask: [..., T] bool, True for a sampled token; in every argument padding may hold anything. It costs
+            nothing, but for backend="triton", where it takes part in two of the three products as zeros: the host then
+            need not wait to learn how many tokens there are.
         clip_low, clip_high, dual_clip: the ratio's clip range, and the bound on −r A / |A| where A < 0.
         ratio_level: token, sequence (product over the sequence) or sequence-geometric (its geometric mean).
         ref_logprobs: [..., T]: log-probabilities under the reference, for kl_estimator k1, k2, k3.

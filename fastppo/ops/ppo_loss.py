@@ -53,7 +53,7 @@ def ppo_loss(
         ref_logits: [..., T, V], for kl_estimator exact; only together with `logits`.
         inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`).
         mask, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator, entropy_coef, loss_agg:
-            see `linear_ppo_loss`; temperature, logit_scale, softcap apply to logits only.
+            see `linear_ppo_loss`; temperature, logit_scale, softcap, backend apply to logits only.
 
     Returns:
         PPOLossOutput; `loss.backward()` reaches `logprobs` and `entropy`, or `logits`.

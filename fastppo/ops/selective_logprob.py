@@ -44,7 +44,8 @@ def selective_logprob(
         inplace_backward: the backward writes ∂logits over the logits, which nothing else may need any more.
 
     Returns:
-        LogprobOutput of float32 tensors [...]; all three are differentiable. Ignored rows give zeros.
+        LogprobOutput of float32 tensors [...]; all three are differentiable. Ignored rows give zeros; a target with a
+        logit of −∞ has a log-probability of −∞, and everything else stays finite.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.
