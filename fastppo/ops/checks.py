@@ -23,6 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastppo.engines.dispatch import NAMES
+
 P, R = ParamSpec("P"), TypeVar("R")
 Rule = Callable[[str, Any], Any]  # (an argument's name, its value) -> the value as the operator takes it
 
@@ -102,12 +104,6 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a str, got {shown(value)}")
-    return value
-
-
 def process_group(name: str, value: Any) -> Any:
     if torch.distributed.is_available():
         # What `new_group` gives a process that is not in the group is refused where the ranks are looked at.
@@ -148,7 +144,7 @@ ARGUMENTS: dict[str, Rule] = {
     "kind": one_of("reverse", "forward"),
     **dict.fromkeys(("return_entropy", "inplace_backward", "shift_mean"), flag),
     "whiten": flag,
-    "backend": text,  # `fastppo.engines.dispatch.select` knows which there are
+    "backend": one_of(*NAMES),
     "group": process_group,
 }
 

@@ -108,7 +108,7 @@ def bad_values(operator, valid: dict, name: str) -> list:
     if name == "group":
         return ["world", 0, object()]
     if name == "backend":
-        return ["nonsense", "", "triton", 3, ["chunked"], TWO_NUMBERS]
+        return ["nonsense", "", "x" * 10**6, "triton", 3, ["chunked"], TWO_NUMBERS]
     if name in ("ratio_level", "loss_agg", "kl_estimator", "kind"):
         return ["nonsense", "", "x" * 10**6, 3, None, ["token"], TWO_NUMBERS, TWO_NUMBERS.numpy()]
     if name in ("return_entropy", "inplace_backward", "shift_mean", "whiten"):
@@ -160,6 +160,17 @@ def test_what_is_right_is_taken(operator, valid):
     operator(**valid)
     named = {name: torch.nn.Parameter(x) if name in ("weight", "hidden", "logits") else x for name, x in valid.items()}
     operator(**named)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("operator", "valid"), CALLS[:11], ids=[operator.__name__ for operator, _ in CALLS[:11]])
+def test_the_checks_compile_without_graph_breaks(operator, valid):
+    torch.compiler.reset()
+    numbers = {name: 0.5 for name in ("temperature", "entropy_coef") if name in inspect.signature(operator).parameters}
+    for factor in (1.0, 1.5):  # the second makes the numbers dynamic
+        arguments = valid | {name: value * factor for name, value in numbers.items()}
+        eager, compiled = operator(**arguments), torch.compile(operator, fullgraph=True, backend="eager")(**arguments)
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_numbers_may_be_numpys():

@@ -7,9 +7,10 @@ import math
 import edge_cases
 import pytest
 import torch
+from fastppo_kernels import loss
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the cases are on the CPU, for the interpreter")
-LOSSES = [{"entropy_coef": 0.1}, *({"kl_coef": 0.3, "kl_estimator": name} for name in ("k1", "k3", "exact"))]
+LOSSES = [{}, {"entropy_coef": 0.1, "kl_coef": 0.3, "kl_estimator": "k3"}]
 
 
 @pytest.mark.parametrize("name", edge_cases.operators("triton"))
@@ -21,9 +22,16 @@ def test_a_ruled_out_target_has_no_probability():
     edge_cases.a_ruled_out_target_has_no_probability("triton")
 
 
+@pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("options", LOSSES, ids=str)
-def test_a_ruled_out_target_in_the_loss(options):
+def test_a_ruled_out_target_in_the_loss(options, whole_rows, monkeypatch):
+    choose = loss.choose_tiling
+    monkeypatch.setattr(loss, "choose_tiling", lambda *x, **y: choose(*x, **y)._replace(whole=whole_rows, rows=7))
     edge_cases.a_ruled_out_target_in_the_loss("triton", **options)
+
+
+def test_a_ruled_out_target_in_the_loss_with_an_exact_divergence():
+    edge_cases.a_ruled_out_target_in_the_loss("triton", kl_coef=0.3, kl_estimator="exact")
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward"])
@@ -41,4 +49,4 @@ def test_dtypes_may_differ():
 
 
 def test_results_stay_in_range():
-    edge_cases.results_stay_in_range("triton", rows=12, vocab=300)
+    edge_cases.results_stay_in_range("triton", rows=6, vocab=150)
