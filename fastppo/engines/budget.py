@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fastppo.errors import quote
+
 DEFAULT_SCRATCH_BYTES = 32 * 2**20
 # On a GPU, storing the exponentials of all logits saves a fourth of a loss's FLOPs (6NDV for 8NDV). They may take what
 # is small beside the card: at Llama-3-8B's head 8,192 tokens need 2.1 GB.
@@ -56,7 +58,7 @@ def scratch_budget(num_bytes: int) -> Iterator[None]:
 
 def check_scratch(num_bytes: int) -> int:
     if isinstance(num_bytes, bool) or not isinstance(num_bytes, int):
-        raise TypeError(f"num_bytes: expected a whole number above 0, got {type(num_bytes).__name__}")
+        raise TypeError(f"num_bytes: expected a whole number above 0, got {quote(num_bytes)}")
     if not 0 < num_bytes < 2**63:
-        raise ValueError("num_bytes: expected a whole number of scratch bytes above 0 and below 2**63")
+        raise ValueError(f"num_bytes: expected a whole number of scratch bytes above 0, got {quote(num_bytes)}")
     return num_bytes

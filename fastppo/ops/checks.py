@@ -16,7 +16,6 @@ import inspect
 import math
 import numbers
 import os
-import reprlib
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastppo.engines.dispatch import NAMES
+from fastppo.errors import quote
 
 P, R = ParamSpec("P"), TypeVar("R")
 Rule = Callable[[str, Any], Any]  # (an argument's name, its value) -> the value as the operator takes it
@@ -182,10 +182,7 @@ def shown(value: Any) -> str:
         return f"a tensor of {value.dtype}"
     if not isinstance(value, (str, bytes, int, float, complex, type(None))):
         return f"an object of type {type(value).__name__}"
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        return "a number of thousands of digits"
+    return quote(value)
 
 
 # ---- rules for arguments beside one another -------------------------------------------------------------------------
