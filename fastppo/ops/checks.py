@@ -118,6 +118,8 @@ parameters = tensor_of(FLOATING, "float32, bfloat16, float16 or float64", sharde
 flags = tensor_of(FLAGS, "bool, or 0 and 1 of an integer or floating dtype")
 finite = number("a finite number", lambda x: -math.inf < x < math.inf)
 positive = number("a finite number above 0", lambda x: 0 < x < math.inf)
+# Of the logits' transform: what is made of two of them must stay well within float32, or logits become NaN.
+factor = number("a number from 1e-10 to 1e10", lambda x: 1e-10 <= x <= 1e10)
 share = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
 
 # By the name of the argument, in every operator that has it. None goes with arguments annotated so.
@@ -129,8 +131,9 @@ ARGUMENTS: dict[str, Rule] = {
     **dict.fromkeys(("mask", "dones"), flags),
     "targets": tensor_of(INTEGERS, "int64 or int32 token ids"),
     "cu_seqlens": tensor_of(INTEGERS, "int32 or int64"),
-    **dict.fromkeys(("temperature", "softcap"), positive),
-    **dict.fromkeys(("logit_scale", "kl_coef", "entropy_coef", "final", "current_kl"), finite),
+    **dict.fromkeys(("temperature", "softcap"), factor),
+    "logit_scale": number("a number from -1e10 to 1e10", lambda x: -1e10 <= x <= 1e10),
+    **dict.fromkeys(("kl_coef", "entropy_coef", "final", "current_kl"), finite),
     **dict.fromkeys(("clip_low", "clip_high"), number("a number of at least 0", lambda x: x >= 0)),
     "dual_clip": number("a number above 1", lambda x: x > 1),
     "cliprange_value": number("a number above 0", lambda x: x > 0),

@@ -116,13 +116,14 @@ def bad_values(operator, valid: dict, name: str) -> list:
     if name in ("ignore_index", "num_sequences", "num_bytes"):
         return [*NO_NUMBER, *OUT_OF_RANGE, None, 1.5, 2.0, 2**63, -(2**63) - 1, float("inf")]
     if name in ("temperature", "softcap", "horizon", "target"):
-        return [*NO_NUMBER, *OUT_OF_RANGE, 0.0, -1.0, float("inf"), 10**400]
+        extremes = [1e-300, 1e300] if name in ("temperature", "softcap") else []
+        return [*NO_NUMBER, *OUT_OF_RANGE, *extremes, 0.0, -1.0, float("inf"), 10**400]
     if name in ("gamma", "lam"):
         return [*NO_NUMBER, *OUT_OF_RANGE, None, -0.1, 1.1]
     if name in ("clip_low", "clip_high", "dual_clip", "cliprange_value"):
         return [*NO_NUMBER, *OUT_OF_RANGE, -0.1]
     assert name in ("kl_coef", "entropy_coef", "logit_scale", "final", "current_kl"), f"{name}: not walked"
-    return [*NO_NUMBER, *OUT_OF_RANGE, None, float("inf"), 10**400]
+    return [*NO_NUMBER, *OUT_OF_RANGE, *[1e300] * (name == "logit_scale"), None, float("inf"), 10**400]
 
 
 def names(operator, arguments: dict, name: str) -> bool:
