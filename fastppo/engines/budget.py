@@ -57,6 +57,8 @@ def scratch_budget(num_bytes: int) -> Iterator[None]:
 
 
 def check_scratch(num_bytes: int) -> int:
-    if num_bytes <= 0:
-        raise ValueError(f"scratch budget: expected bytes above 0, got {num_bytes}")
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, int):
+        raise TypeError(f"num_bytes: expected a whole number above 0, got {quote(num_bytes)}")
+    if not 0 < num_bytes < 2**63:
+        raise ValueError(f"num_bytes: expected a whole number of scratch bytes above 0, got {quote(num_bytes)}")
     return num_bytes

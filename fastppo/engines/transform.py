@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -38,13 +37,3 @@ class LogitTransform(NamedTuple):
         if self.softcap is not None:
             dz.sub_(dz * (z * (self.temperature / self.softcap)).square_())
         return dz if scale == 1.0 else dz.mul_(scale)
-
-
-def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
-    """Build the transform, or raise ValueError naming the argument that makes no sense."""
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-    if not abs(logit_scale) < math.inf:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    return LogitTransform(float(temperature), float(logit_scale), None if softcap is None else float(softcap))

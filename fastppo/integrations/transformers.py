@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastppo.engines.transform import check_transform
 from fastppo.integrations.patching import origin, require
 from fastppo.models.head import backbone_and_head, backbone_of, check_head
+from fastppo.ops.checks import ARGUMENTS
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
@@ -101,7 +101,7 @@ class LogprobForward:
 def install(model: nn.Module, patch: LogprobForward) -> None:
     """`patch_model` for any library's convention; raises the same errors."""
     require("transformers", SUPPORTED)
-    check_transform(patch.temperature, 1.0, None)
+    ARGUMENTS["temperature"]("temperature", patch.temperature)
     causal = _causal(model)
     name = type(causal).__name__
     if (earlier := vars(causal).get(SLOT)) is not None:

@@ -53,9 +53,11 @@ def clipped_loss_gradient(
 
 
 def _sampled_kl_derivative(log_ratio: Tensor, estimator: str) -> Tensor:
-    """∂/∂logp of k1, k2, k3 with log_ratio = logp − ref."""
+    """∂/∂logp of k1, k2, k3 with log_ratio = logp − ref; 0 where the token is ruled out."""
     if estimator == "k1":
-        return torch.ones_like(log_ratio)
-    if estimator == "k2":
-        return log_ratio
-    return torch.where(log_ratio < -MAX_LOG_RATIO, 1.0, -torch.expm1(-log_ratio))
+        derivative = torch.ones_like(log_ratio)
+    elif estimator == "k2":
+        derivative = log_ratio
+    else:
+        derivative = torch.where(log_ratio < -MAX_LOG_RATIO, 1.0, -torch.expm1(-log_ratio))
+    return derivative.masked_fill(log_ratio == -torch.inf, 0.0)

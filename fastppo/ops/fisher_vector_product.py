@@ -17,11 +17,12 @@ from torch import Tensor
 from fastppo.engines.dispatch import ENGINES
 from fastppo.engines.engine import Gradients, Head, Needs, Options, empty_gradients
 from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_mask, check_per_token, check_shape
+from fastppo.ops.checks import check_mask, check_per_token, check_shape, checked
 from fastppo.ops.head import open_head, open_options, whole
 from fastppo.ops.outputs import FisherOutput
 
 
+@checked
 @torch.no_grad()
 def fisher_vector_product(
     hidden: Tensor,
@@ -106,7 +107,6 @@ def _(*arguments):
 
 
 def _check_direction(name: str, direction: Tensor, like: str, tensor: Tensor) -> None:
-    check_floating(name, direction, tensor.device)
     check_shape(name, direction, tuple(tensor.shape), f"like {like}")
     if direction.dtype != tensor.dtype:
         raise TypeError(f"{name}: expected {tensor.dtype} like {like}, got {direction.dtype}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastppo.engines.dispatch import ENGINES, select
 from fastppo.ops import reference
-from fastppo.ops.checks import NonFiniteValue, check_floating, check_mask, check_shape, check_tensor, looks_at_values
+from fastppo.ops.checks import NonFiniteValue, check_mask, check_shape, checked, looks_at_values
 
 
 class GAEOutput(NamedTuple):
@@ -24,6 +24,7 @@ class GAEOutput(NamedTuple):
     returns: Tensor
 
 
+@checked
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -64,13 +65,8 @@ def gae(
             tokens into sequences, a reward, value or used bootstrap of a real token that is not finite, or advantages
             that overflow. On a GPU these values are checked with FASTPPO_CHECK=1, since that waits for the device.
     """
-    check_floating("rewards", rewards)
-    device, shape = rewards.device, tuple(rewards.shape)
-    check_floating("values", values, device)
+    shape = tuple(rewards.shape)
     check_shape("values", values, shape, "one for each reward")
-    for name, factor in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {factor}")
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(f"rewards: expected [B, T], or packed [N] together with cu_seqlens, got {shape}")
@@ -78,9 +74,6 @@ def gae(
     else:
         if len(shape) != 1:
             raise ValueError(f"rewards: expected packed [N] to go with cu_seqlens, got {shape}")
-        check_tensor("cu_seqlens", cu_seqlens, device)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: expected [S + 1], got {tuple(cu_seqlens.shape)}")
         sequences = cu_seqlens.numel() - 1
@@ -89,9 +82,8 @@ def gae(
     if mask is not None:
         mask = check_mask(mask, rewards)
     if dones is not None:
-        dones = check_mask(dones, rewards, "dones")
+        dones = check_mask(dones, rewards, "dones", real=mask)
     if bootstrap is not None:
-        check_floating("bootstrap", bootstrap, device)
         check_shape("bootstrap", bootstrap, (sequences,), "one for each sequence")
 
     rewards, values = rewards.detach(), values.detach()
@@ -99,9 +91,7 @@ def gae(
         bootstrap = bootstrap.detach()
         if bootstrap.dtype == torch.float64:
             bootstrap = bootstrap.to(_output_dtype(rewards, values))
-    return GAEOutput(
-        *_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, float(gamma), float(lam), whiten, backend)
-    )
+    return GAEOutput(*_gae(rewards, values, mask, dones, bootstrap, cu_seqlens, gamma, lam, whiten, backend))
 
 
 # One opaque operator: torch.compile need not look into the extension, its absence, or the reference's loop over time.

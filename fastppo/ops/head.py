@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import select
 from fastppo.engines.engine import Head, Needs, Options
-from fastppo.engines.transform import check_transform
+from fastppo.engines.transform import LogitTransform
 from fastppo.ops.checks import check_linear, check_targets, looks_at_values
 from fastppo.ops.vocabulary_parallel import Slices, local_slice
 
@@ -26,7 +26,6 @@ def open_head(
     bias: Tensor | None,
     *,
     prefix: str = "",
-    device: torch.device | None = None,
     group: ProcessGroup | None = None,
 ) -> Head:
     """Check one model's head and flatten its hidden states to rows.
@@ -37,7 +36,7 @@ def open_head(
         weight, bias = whole(weight), whole(bias)
     else:
         weight, bias = local_slice(f"{prefix}weight", weight, group), local_slice(f"{prefix}bias", bias, group)
-    check_linear(hidden, weight, bias, prefix=prefix, device=device)
+    check_linear(hidden, weight, bias, prefix=prefix)
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
@@ -50,9 +49,7 @@ def open_reference(
     group: ProcessGroup | None = None,
 ) -> Head:
     """Check the reference model's head against the policy's."""
-    ref = open_head(
-        ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", device=hidden.device, group=group
-    )
+    ref = open_head(ref_hidden.detach(), ref_weight.detach(), ref_bias, prefix="ref_", group=group)
     ref = ref._replace(bias=None if ref.bias is None else ref.bias.detach())
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
@@ -86,7 +83,7 @@ def open_targets(
     vocab = head.weight.shape[0]
     if slices is not None and looks_at_values(targets):
         vocab = int(slices.vocab)
-    check_targets(targets, tuple(hidden.shape[:-1]), vocab, hidden.device, ignore_index)
+    check_targets(targets, tuple(hidden.shape[:-1]), vocab, ignore_index)
     rows = targets.reshape(-1).long()
     if ignore_index != IGNORED:
         rows = rows.masked_fill(rows == ignore_index, IGNORED)
@@ -107,7 +104,7 @@ def open_options(
         if backend is not None:
             raise ValueError("backend: 'reference' has no form for a vocabulary spread over ranks; use 'chunked'")
         name = "chunked"
-    transform = check_transform(temperature, logit_scale, softcap)
+    transform = LogitTransform(temperature, logit_scale, softcap)
     return Options(transform, compute_dtype_for(hidden), scratch_bytes(hidden.device), name)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
-from fastppo.ops.checks import NonFiniteValue
+from fastppo.ops.checks import NonFiniteValue, checked
 
 
 class FixedKLController:
     """A coefficient that stays what it is."""
 
+    @checked
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
 
+    @checked
     def update(self, current_kl: float, num_sequences: int) -> None:
         """Nothing moves."""
 
@@ -34,15 +36,13 @@ class AdaptiveKLController(FixedKLController):
         horizon: time constant, in sequences.
     """
 
+    @checked
     def __init__(self, kl_coef: float, target: float, horizon: int) -> None:
         super().__init__(kl_coef)
-        if not (target > 0 and horizon > 0):
-            raise ValueError(f"target, horizon: expected numbers above 0, got {target}, {horizon}")
         self.target, self.horizon = target, horizon
 
+    @checked
     def update(self, current_kl: float, num_sequences: int) -> None:
-        if not math.isfinite(current_kl):
-            raise NonFiniteValue(f"current_kl: expected a finite number, got {current_kl}")
         error = min(max(current_kl / self.target - 1, -0.2), 0.2)
         value = self.value * (1 + error * num_sequences / self.horizon)
         if not math.isfinite(value):
@@ -59,12 +59,12 @@ class LinearKLController(FixedKLController):
         horizon: the line's length, in sequences.
     """
 
+    @checked
     def __init__(self, kl_coef: float, final: float, horizon: int) -> None:
         super().__init__(kl_coef)
-        if not horizon > 0:
-            raise ValueError(f"horizon: expected a number above 0, got {horizon}")
         self.start, self.final, self.horizon, self.seen = kl_coef, final, horizon, 0
 
+    @checked
     def update(self, current_kl: float, num_sequences: int) -> None:
         """Move on by `num_sequences`, whatever the KL is."""
         self.seen += num_sequences

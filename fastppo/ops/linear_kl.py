@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import reference
-from fastppo.ops.checks import check_mask
+from fastppo.ops.checks import check_mask, checked
 from fastppo.ops.head import IGNORED, open_head, open_options, open_reference, open_slices
 from fastppo.ops.linear_statistics import LinearStatistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-KINDS = ("reverse", "forward")
 
-
+@checked
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -40,6 +39,9 @@ def linear_kl(
 ) -> Tensor:
     """Per-token divergence [...] between p (hidden, weight) and q (ref_hidden, ref_weight), never negative, in nats.
 
+    A token with a logit of −∞ counts as if its log-probability was −1e20: where the other model gives it mass, the
+    divergence is huge, but finite.
+
     Args:
         hidden: [..., D], weight: [V, D], bias: [V]: the model that is trained.
         ref_hidden: [..., D'], ref_weight: [V, D'], ref_bias: [V]: the reference, held constant; D' may differ from D.
@@ -51,8 +53,6 @@ def linear_kl(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or vocabularies that don't go together.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     head = open_head(hidden, weight, bias, group=group)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group)
     shape = hidden.shape[:-1]

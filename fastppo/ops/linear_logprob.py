@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastppo.ops import reference
+from fastppo.ops.checks import checked
 from fastppo.ops.head import IGNORED, open_head, open_options, open_slices, open_targets
 from fastppo.ops.linear_statistics import LinearStatistics
 from fastppo.ops.outputs import LogprobOutput
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -49,7 +51,8 @@ def linear_logprob(
 
     Returns:
         LogprobOutput of float32 tensors [...]. All three are differentiable with respect to hidden, weight and bias.
-        Ignored rows give zeros and cost nothing.
+        Ignored rows give zeros and cost nothing. A target with a logit of −∞ has a log-probability of −∞; everything
+        else, gradients included, stays finite, as with torch.log_softmax.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.

@@ -33,7 +33,7 @@ from fastppo.engines.engine import (
     regroup,
 )
 from fastppo.ops import reference
-from fastppo.ops.checks import looks_at_values
+from fastppo.ops.checks import check_shape, checked, looks_at_values
 from fastppo.ops.head import (
     IGNORED,
     needed_gradients,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from fastppo.ops.vocabulary_parallel import Slices
 
 
+@checked
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -90,12 +91,14 @@ def linear_ppo_loss(
     Args:
         hidden: [..., T, D] float32, bfloat16 or float16; the state that predicts the target, so already shifted by one.
         weight: [V, D], the lm_head; bias: [V].
-        targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked.
+        targets: [..., T] int64 or int32: the sampled tokens. −100 counts as masked. A token that the policy now rules
+            out (a logit of −∞) has a ratio of 0 and no gradient; k1 is −∞ there, k2 and k3 are +∞, and the loss with
+            them.
         old_logprobs: [..., T]: log-probabilities under the policy that sampled the tokens (not the reference).
         advantages: [..., T], a constant of the loss.
-        mask: [..., T] bool, True for a sampled token; padding may hold anything. It costs nothing, but for
-            backend="triton", where it takes part in two of the three products as zeros: the host then need not wait
-            to learn how many tokens there are.
+        mask: [..., T] bool, True for a sampled token; in every argument padding may hold anything. It costs
+            nothing, but for backend="triton", where it takes part in two of the three products as zeros: the host then
+            need not wait to learn how many tokens there are.
         clip_low, clip_high, dual_clip: the ratio's clip range, and the bound on −r A / |A| where A < 0.
         ratio_level: token, sequence (product over the sequence) or sequence-geometric (its geometric mean).
         ref_logprobs: [..., T]: log-probabilities under the reference, for kl_estimator k1, k2, k3.
@@ -124,14 +127,16 @@ def linear_ppo_loss(
     has_ref_model = ref_hidden is not None and ref_weight is not None
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden, ref_weight: give both or neither")
+    if ref_bias is not None and not has_ref_model:
+        raise ValueError("ref_bias: only together with ref_hidden and ref_weight")
     head = open_head(hidden, weight, bias, group=group)
     slices = open_slices(head, group)
-    targets_rows = open_targets(targets, hidden, head, IGNORED, slices)
+    check_shape("targets", targets, tuple(hidden.shape[:-1]), "one for each hidden state")
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
-    tokens = tokens._replace(mask=tokens.mask & (targets != IGNORED))
-    rows = targets_rows.masked_fill(~tokens.mask.reshape(-1), IGNORED)
+    real = targets != IGNORED
+    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
+    rows = open_targets(targets.masked_fill(~tokens.mask, IGNORED), hidden, head, IGNORED, slices)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
     options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 

@@ -11,7 +11,7 @@ class LogprobOutput(NamedTuple):
     """Per-token statistics of a model's next-token distribution; fields have the shape of `targets`, float32.
 
     Attributes:
-        logprobs: log p(target), at most 0; 0 where the target is ignored.
+        logprobs: log p(target), at most 0; −∞ where the target's logit is −∞, 0 where the target is ignored.
         entropy: Σ_v −p_v log p_v in nats, in [0, ln V]; None unless asked for.
         logsumexp: log Σ_v exp z_v of the transformed logits.
     """
@@ -26,7 +26,7 @@ class PPOLossOutput(NamedTuple):
 
     Attributes:
         loss: scalar; `loss.backward()` reaches what the loss was computed from.
-        logprobs: log p(target) now, shape of `targets`, detached; 0 where masked.
+        logprobs: log p(target) now, shape of `targets`, detached; −∞ where the target's logit is −∞, 0 where masked.
         entropy: nats, shape of `targets`, detached; None if it was not computed.
         metrics: detached 0-dim tensors; see `fastppo.reference.clipped_loss`.
     """

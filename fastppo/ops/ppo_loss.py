@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.engines.transform import check_transform
-from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_shape, check_tensor
+from fastppo.engines.dispatch import select
+from fastppo.engines.transform import LogitTransform
+from fastppo.ops.checks import check_shape, checked
 from fastppo.ops.head import IGNORED
 from fastppo.ops.loss_options import LossOptions, SampledTokens
 from fastppo.ops.outputs import PPOLossOutput
 from fastppo.ops.selective_logprob import selective
 
 
+@checked
 def ppo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -52,7 +53,7 @@ def ppo_loss(
         ref_logits: [..., T, V], for kl_estimator exact; only together with `logits`.
         inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`).
         mask, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator, entropy_coef, loss_agg:
-            see `linear_ppo_loss`; temperature, logit_scale, softcap apply to logits only.
+            see `linear_ppo_loss`; temperature, logit_scale, softcap, backend apply to logits only.
 
     Returns:
         PPOLossOutput; `loss.backward()` reaches `logprobs` and `entropy`, or `logits`.
@@ -65,40 +66,40 @@ def ppo_loss(
         raise ValueError("logprobs, logits: give exactly one of them")
     if ref_logits is not None and logits is None:
         raise ValueError("ref_logits: only together with logits")
+    if entropy is not None and logits is not None:
+        raise ValueError("entropy: only together with logprobs; logits have their own")
     if (logits is None) != (targets is None):
         raise ValueError("targets: given with logits, to pick the sampled tokens' log-probabilities, and only then")
     exact_kl = None
     if logits is not None:
-        check_floating("logits", logits)
-        check_tensor("targets", targets, logits.device)
         check_shape("targets", targets, tuple(logits.shape[:-1]), "one for each row of logits")
         options.check(
             has_ref_logprobs=ref_logprobs is not None, has_ref_model=ref_logits is not None, dims=targets.dim()
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype)
-        tokens = tokens._replace(mask=tokens.mask & (targets != IGNORED))
+        real = targets != IGNORED
+        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
         logprobs, entropy, _, exact_kl = selective(
             "ppo_loss",
             logits,
             ref_logits,
             targets.masked_fill(~tokens.mask, IGNORED),
-            transform=check_transform(temperature, logit_scale, softcap),
+            transform=LogitTransform(temperature, logit_scale, softcap),
             ignore_index=IGNORED,
             inplace_backward=inplace_backward,
             backend=backend,
         )
     else:
-        check_floating("logprobs", logprobs)
+        if backend is not None:  # it makes no difference here, but must be one that there is
+            select("ppo_loss", logprobs.device, logprobs.dtype, backend)
         options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=False, dims=logprobs.dim())
         if entropy_coef != 0.0 and entropy is None:
             raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
-        logprobs = reference.upcast(logprobs).masked_fill(~tokens.mask, 0.0)
+        logprobs = logprobs.to(dtype).masked_fill(~tokens.mask, 0.0)
         if entropy is not None:
-            check_floating("entropy", entropy, logprobs.device)
             check_shape("entropy", entropy, tuple(logprobs.shape), "like logprobs")
-            entropy = reference.upcast(entropy).masked_fill(~tokens.mask, 0.0)
+            entropy = entropy.to(dtype).masked_fill(~tokens.mask, 0.0)
     loss, metrics = tokens.loss(logprobs, entropy, exact_kl, options)
     return PPOLossOutput(loss, logprobs.detach(), None if entropy is None else entropy.detach(), metrics)

@@ -7,10 +7,13 @@ from the hidden state at t − 1, so a model's output must be shifted by one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastppo.engines.engine import VERY_NEGATIVE
 from fastppo.engines.transform import LogitTransform
 from fastppo.ops.outputs import FisherOutput, LogprobOutput
 
@@ -23,7 +26,12 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logit
 
     Where mask [...] is False hidden may hold anything, NaN included, and neither gives nor gets a gradient.
     """
-    return transform.apply(upcast(F.linear(hidden.masked_fill(~mask.unsqueeze(-1), 0.0), weight, bias)))
+    return transform.apply(upcast(linear(hidden.masked_fill(~mask.unsqueeze(-1), 0.0), weight, bias)))
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [..., D] times weight [V, D] transposed, plus a bias [V] of any floating dtype."""
+    return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -39,7 +47,7 @@ def logprob(z: Tensor, targets: Tensor, *, ignore_index: int = -100, return_entr
     taken = log_p.gather(-1, targets.masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)
     entropy = None
     if return_entropy:
-        entropy = -expectation(log_p.exp(), log_p).masked_fill(~valid, 0.0)
+        entropy = _Within.apply(-expectation(log_p.exp(), log_p), 0.0, math.log(z.shape[-1])).masked_fill(~valid, 0.0)
     return LogprobOutput(taken.masked_fill(~valid, 0.0), entropy, logsumexp.masked_fill(~valid, 0.0))
 
 
@@ -52,28 +60,47 @@ def sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     """Per-token estimate of KL(π ‖ π_ref) from the sampled token (Schulman, 2020, joschu.net/blog/kl-approx).
 
     k1 = log π − log π_ref is unbiased and may be negative; k2 is half its square; k3 is unbiased and never negative.
+    Of a token that π rules out (log π = −∞) k1 is −∞, k2 and k3 are +∞, and there is no gradient.
     """
-    log_ratio = logprobs - ref_logprobs
+    ruled_out = logprobs == -torch.inf
+    log_ratio = (logprobs - ref_logprobs).masked_fill(ruled_out, 0.0)
     if estimator == "k1":
-        return log_ratio
+        return log_ratio.masked_fill(ruled_out, -torch.inf)
     if estimator == "k2":
-        return 0.5 * log_ratio.square()
+        return (0.5 * log_ratio.square()).masked_fill(ruled_out, torch.inf)
     if estimator == "k3":
-        return torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
+        k3 = torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
+        return k3.masked_fill(ruled_out, torch.inf)
     raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {estimator!r}")
 
 
 def exact_kl(z: Tensor, ref_z: Tensor, kind: str = "reverse") -> Tensor:
     """Divergence over the whole vocabulary between p = softmax(z) and q = softmax(ref_z), per token [...].
 
-    reverse: KL(p ‖ q). forward: KL(q ‖ p).
+    reverse: KL(p ‖ q). forward: KL(q ‖ p). Never negative, whatever the rounding. A token that one of them rules out (a
+    logit of −∞) has a log-probability of −1e20 there: where the other gives it mass, the divergence is huge and finite.
     """
-    log_p, log_q = torch.log_softmax(z, dim=-1), torch.log_softmax(ref_z, dim=-1)
+    log_p = _Within.apply(torch.log_softmax(z, dim=-1), VERY_NEGATIVE, 0.0)
+    log_q = _Within.apply(torch.log_softmax(ref_z.to(z.dtype), dim=-1), VERY_NEGATIVE, 0.0)
     if kind == "reverse":
-        return expectation(log_p.exp(), log_p - log_q)
-    if kind == "forward":
-        return expectation(log_q.exp(), log_q - log_p)
-    raise ValueError(f"kind: expected reverse or forward, got {kind!r}")
+        divergence = expectation(log_p.exp(), log_p - log_q)
+    elif kind == "forward":
+        divergence = expectation(log_q.exp(), log_q - log_p)
+    else:
+        raise ValueError(f"kind: expected reverse or forward, got {kind!r}")
+    return _Within.apply(divergence, 0.0, torch.inf)
+
+
+class _Within(torch.autograd.Function):
+    """What rounding carried out of [low, high] put back; the gradient is as if it had stayed inside. NaN stays NaN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
 
 
 def fisher_vector_product(
@@ -93,8 +120,8 @@ def fisher_vector_product(
     """
     alive = (row_weights != 0).unsqueeze(-1)
     hidden, d_hidden = hidden.masked_fill(~alive, 0.0), d_hidden.masked_fill(~alive, 0.0)
-    z = transform.apply(upcast(F.linear(hidden, weight, bias)))
-    dz = upcast(F.linear(d_hidden, weight, d_bias))
+    z = transform.apply(upcast(linear(hidden, weight, bias)))
+    dz = upcast(linear(d_hidden, weight, d_bias))
     if d_weight is not None:
         dz = dz + upcast(F.linear(hidden, d_weight))
     dz = transform.backward_(dz.clone(), z)  # the transform acts elementwise: its derivative is its own transpose

@@ -14,13 +14,14 @@ from torch.autograd.function import once_differentiable
 from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import ENGINES, select
 from fastppo.engines.engine import Options, Upstream, regroup
-from fastppo.engines.transform import LogitTransform, check_transform
+from fastppo.engines.transform import LogitTransform
 from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_shape, check_targets
+from fastppo.ops.checks import check_shape, check_targets, checked
 from fastppo.ops.head import IGNORED
 from fastppo.ops.outputs import LogprobOutput
 
 
+@checked
 def selective_logprob(
     logits: Tensor,
     targets: Tensor,
@@ -43,7 +44,8 @@ def selective_logprob(
         inplace_backward: the backward writes ∂logits over the logits, which nothing else may need any more.
 
     Returns:
-        LogprobOutput of float32 tensors [...]; all three are differentiable. Ignored rows give zeros.
+        LogprobOutput of float32 tensors [...]; all three are differentiable. Ignored rows give zeros; a target with a
+        logit of −∞ has a log-probability of −∞, and everything else stays finite.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that don't go together; a target outside the vocabulary.
@@ -53,7 +55,7 @@ def selective_logprob(
         logits,
         None,
         targets,
-        transform=check_transform(temperature, logit_scale, softcap),
+        transform=LogitTransform(temperature, logit_scale, softcap),
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
         backend=backend,
@@ -78,12 +80,10 @@ def selective(
         op: the operator's name in `dispatch.BACKENDS`.
         ref_logits: [..., V] of q, a constant; the transform applies to both. The others: see `selective_logprob`.
     """
-    check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
-    check_targets(targets, tuple(logits.shape[:-1]), logits.shape[-1], logits.device, ignore_index)
+    check_targets(targets, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
     if ref_logits is not None:
-        check_floating("ref_logits", ref_logits, logits.device)
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "like logits")
         ref_logits = ref_logits.detach().reshape(-1, logits.shape[-1])
     if inplace_backward and not logits.is_contiguous():

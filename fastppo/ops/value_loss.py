@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_mask, check_per_token
-from fastppo.ops.loss_options import LOSS_AGGS
+from fastppo.ops.checks import check_mask, check_per_token, checked
 
 
 class ValueLossOutput(NamedTuple):
@@ -20,6 +19,7 @@ class ValueLossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@checked
 def value_loss(
     values: Tensor,
     returns: Tensor,
@@ -42,17 +42,12 @@ def value_loss(
     Raises:
         ValueError, TypeError: shapes or dtypes that don't go together, non-finite returns, old_values missing.
     """
-    check_floating("values", values)
     mask = check_mask(mask, values)
     dtype = torch.promote_types(values.dtype, torch.float32)
     returns = check_per_token("returns", returns, mask, dtype)
-    if loss_agg not in LOSS_AGGS:
-        raise ValueError(f"loss_agg: expected one of {', '.join(LOSS_AGGS)}, got {loss_agg!r}")
     if loss_agg != "token-mean" and values.dim() < 2:
         raise ValueError(f"values: expected [batch, time] for loss_agg={loss_agg!r}, got {tuple(values.shape)}")
     if cliprange_value is not None:
-        if not cliprange_value > 0:
-            raise ValueError(f"cliprange_value: expected a number above 0, or None, got {cliprange_value}")
         if old_values is None:
             raise ValueError("old_values: needed to clip around; pass them, or cliprange_value=None")
         old_values = check_per_token("old_values", old_values, mask, dtype)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import reference
-from fastppo.ops.checks import check_floating, check_mask, check_per_token
+from fastppo.ops.checks import check_mask, check_per_token, checked
 
 
+@checked
 def whiten(x: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
     """(x − mean) / sqrt(var + 1e-8) over the real tokens, with the unbiased variance.
 
@@ -23,7 +24,6 @@ def whiten(x: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True) ->
     Raises:
         ValueError, TypeError: mask of another shape, non-finite values at real tokens.
     """
-    check_floating("x", x)
     mask = check_mask(mask, x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     # In float64 nothing that float32 holds overflows; a variance of inf would turn every value to 0.

@@ -138,12 +138,12 @@ def binary_exponents(acc, bias, shift, columns, vocab, inner, outer, SOFTCAP: tl
 
 @triton.jit
 def binary_log_softmax(acc, bias, row_max, log_sum, columns, vocab, inner, outer, SOFTCAP: tl.constexpr):
-    """log₂ p of raw products [M, N], at least VERY_NEGATIVE, by the arithmetic that made the sums.
+    """log₂ p of raw products [M, N], at least that of log p = VERY_NEGATIVE, by the arithmetic that made the sums.
 
     The two subtractions stay apart for the sake of logits with a large common offset.
     """
     x = binary_exponents(acc, bias, row_max, columns, vocab, inner, outer, SOFTCAP) - (log_sum * LOG2E)[:, None]
-    return tl.maximum(x, VERY_NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, VERY_NEGATIVE * LOG2E, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -88,6 +88,16 @@ def test_an_operator_that_is_wrong_fails(benchmarks, monkeypatch, tmp_path, name
     assert status == "PASS" or row["worst_of"] == name
 
 
+def test_no_more_is_asked_than_the_dtype_can_hold(benchmarks):
+    from gpu_stages import correctness
+
+    exact = 1e-7 * torch.randn(64, 64, dtype=torch.float64)  # float16's smallest number is 6e-8
+    for rounding in correctness.measures(exact.half(), exact, None):
+        assert rounding > correctness.NAIVE_AT_MOST
+        assert rounding < correctness.allowed(0.5, rounding, 1e-4) < 1.5 * rounding
+    assert correctness.allowed(0.5, 0.001, 1e-4) < 0.03
+
+
 def test_an_operator_that_failed_is_left_out_and_what_was_begun_is_not_begun_again(benchmarks, tmp_path):
     from gpu_stages.bench import Bench
 

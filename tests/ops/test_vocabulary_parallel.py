@@ -98,6 +98,26 @@ def logprob(generator, backend, transform=None, offset=0.0):
     close_gradients(leaves, exact)
 
 
+def ruled_out(generator, backend):
+    """Targets with a logit of −∞, in either slice: a log-probability of −∞, and finite gradients."""
+    hidden, weight, bias = head(6, 9, generator)
+    targets = torch.tensor([3, VOCAB - 1, 5, 3, -100, VOCAB - 2])
+    bias[[3, 4, VOCAB - 1]] = -torch.inf
+    upstream = torch.randn(6, generator=generator)
+    leaves = [leaf(hidden), leaf(mine(weight)), leaf(mine(bias))]
+    world = {"group": dist.group.WORLD, "backend": backend}
+    out = fastppo.linear_logprob(*leaves[:2], targets, bias=leaves[2], return_entropy=True, **world)
+    assert (out.logprobs == -torch.inf).tolist() == [True, True, False, True, False, False]
+    torch.autograd.backward([out.logprobs, out.entropy], [upstream, upstream])
+    exact = [leaf(x, torch.float64) for x in (hidden, weight, bias)]
+    real = targets >= 0
+    rows = [oracle.row(z, target) for z, target in zip(oracle.logits(*exact)[real], targets[real], strict=True)]
+    taken, entropy, _ = map(torch.stack, zip(*rows, strict=True))
+    close(out.entropy[real], entropy)
+    torch.autograd.backward([taken, entropy], [upstream[real].double()] * 2)
+    close_gradients(leaves, exact)
+
+
 def divergence(generator, backend, kind):
     hidden, weight, bias = head(17, 9, generator)
     ref_hidden, ref_weight, ref_bias = head(17, 5, generator)
@@ -270,6 +290,7 @@ CASES = {
     **{f"loss {e}": (loss, e, {}) for e in ENGINES},
     **{f"{kind} divergence {e}": (divergence, e, {"kind": kind}) for e in ENGINES for kind in ("reverse", "forward")},
     **{f"low precision {e}": (low_precision, e, {}) for e in ENGINES},
+    **{f"ruled out {e}": (ruled_out, e, {}) for e in ENGINES},
     **{f"nothing to do {e}": (nothing_to_do, e, {}) for e in ENGINES},
     "all mass in one slice": (logprob, "chunked", {"offset": 200.0}),
     "no mass in one slice": (logprob, "chunked", {"offset": -3e4}),

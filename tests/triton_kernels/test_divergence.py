@@ -130,7 +130,10 @@ def test_a_model_is_at_no_distance_from_itself(device, kind, offset):
     other = [model[0], model[1], model[2] + offset]  # the same distribution, up to the rounding of its logits
     targets = random_targets(40, 203, device, 0)
     got = divergence(model, other, targets, kind)["kl"]
-    assert got.abs().max() <= (0 if offset == 0 else 2e-3)
+    # A sum of 203 exponentials is rounded at each of the 8 levels of its tree, by half an epsilon of itself at most.
+    # The compiler may order or contract the two sums differently: the logarithm of their quotient is within 8 epsilon.
+    assert got.max() <= (8 * torch.finfo(torch.float32).eps if offset == 0 else 2e-3)
+    assert got.min() >= 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

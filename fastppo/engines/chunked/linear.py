@@ -40,7 +40,7 @@ def linear_statistics(problem: Problem) -> list[Tensor]:
     out = torch.zeros(4 if reference is None else 8, targets.numel(), dtype=dtype, device=targets.device)
     block, width = tiling(rows.numel(), *policy.weight.shape, options.budget)
     for index in rows.split(block):
-        p, q = (None if head is None else Logits(head, index, options) for head in (policy, reference))
+        p, q = (None if head is None else Logits(head, index, options, dtype) for head in (policy, reference))
         out[:, index] = block_statistics(p, q, targets[index], kl_kind, width)
     return list(out)
 
@@ -49,9 +49,10 @@ def linear_vjp(problem: Problem, saved: list[Tensor], upstream: Upstream, needs:
     rows = contributing(problem.targets, upstream).nonzero().squeeze(-1)
     block, width = tiling(rows.numel(), *problem.policy.weight.shape, problem.options.budget)
     heads = (problem.policy, None if upstream.kl is None else problem.reference)
+    dtype = accumulation_dtype(problem.policy.hidden.dtype)
     blocks = []
     for index in rows.split(block):
-        p, q = (None if head is None else Logits(head, index, problem.options) for head in heads)
+        p, q = (None if head is None else Logits(head, index, problem.options, dtype) for head in heads)
         blocks.append(LogitGradient(p, q, problem.targets, problem.kl_kind, saved, upstream, index))
     return pull_back(problem.policy, rows, blocks, width, needs, problem.options.compute_dtype)
 
@@ -62,15 +63,15 @@ def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[lis
 
 
 class Logits:
-    """The logits of a block of rows, a vocabulary tile at a time."""
+    """The logits of a block of rows in `dtype`, a vocabulary tile at a time."""
 
-    def __init__(self, head: Head, index: Tensor, options: Options) -> None:
+    def __init__(self, head: Head, index: Tensor, options: Options, dtype: torch.dtype) -> None:
         self.hidden = head.hidden[index].to(options.compute_dtype)  # [R, D]
         self.weight, self.bias, self.vocab = head.weight, head.bias, head.weight.shape[0]  # [V, D], [V]
-        self.transform, self.dtype = options.transform, accumulation_dtype(head.hidden.dtype)
+        self.transform, self.dtype = options.transform, dtype
 
     def tile(self, lo: int, hi: int) -> Tensor:
-        """z [R, hi − lo] in float32 (float64 for float64), a buffer of the caller's own."""
+        """z [R, hi − lo], a buffer of the caller's own."""
         x = upcast_product(self.hidden, self.weight[lo:hi]).to(self.dtype)
         if self.bias is not None:
             x += self.bias[lo:hi]

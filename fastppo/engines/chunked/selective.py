@@ -13,7 +13,7 @@ def selective_statistics(logits: Tensor, ref_logits: Tensor | None, targets: Ten
     dtype = torch.promote_types(logits.dtype, torch.float32)
     out = torch.zeros(4 if ref_logits is None else 8, targets.numel(), dtype=dtype, device=logits.device)
     for rows in _blocks(logits, ref_logits, targets, options):
-        p, q = (None if x is None else _Rows(x, rows, options) for x in (logits, ref_logits))
+        p, q = (None if x is None else _Rows(x, rows, options, dtype) for x in (logits, ref_logits))
         out[:, rows] = block_statistics(p, q, targets[rows], "reverse", p.vocab)
     return list(out)
 
@@ -28,8 +28,9 @@ def selective_vjp(
     options: Options,
 ) -> None:
     ref_logits = None if upstream.kl is None else ref_logits
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     for rows in _blocks(logits, ref_logits, targets, options):
-        p, q = (None if x is None else _Rows(x, rows, options) for x in (logits, ref_logits))
+        p, q = (None if x is None else _Rows(x, rows, options, dtype) for x in (logits, ref_logits))
         gradient = LogitGradient(p, q, targets, "reverse", saved, upstream, rows)
         out[rows] = gradient.tile(0, p.vocab).to(out.dtype)
     out[targets < 0] = 0.0
@@ -38,9 +39,9 @@ def selective_vjp(
 class _Rows:
     """A block of the rows of logits [N, V]: what `linear.Logits` is for those that must be computed."""
 
-    def __init__(self, logits: Tensor, rows: Tensor, options: Options) -> None:
+    def __init__(self, logits: Tensor, rows: Tensor, options: Options, dtype: torch.dtype) -> None:
         self.logits, self.rows, self.vocab = logits, rows, logits.shape[1]
-        self.transform, self.dtype = options.transform, torch.promote_types(logits.dtype, torch.float32)
+        self.transform, self.dtype = options.transform, dtype
 
     def tile(self, lo: int, hi: int) -> Tensor:
         return self.transform.apply_(self.logits[self.rows, lo:hi].to(self.dtype))
