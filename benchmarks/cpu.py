@@ -75,7 +75,7 @@ def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable
     h, w = hidden.detach(), weight.detach()
     z, dh, dw = torch.empty(n, v, dtype=dtype), torch.empty_like(h), torch.empty_like(w)
 
-    def products() -> None:
+    def three_products() -> None:
         torch.mm(h, w.t(), out=z)
         torch.mm(z.t(), h, out=dw)
         torch.mm(z, w, out=dh)
@@ -113,7 +113,7 @@ def contenders(n: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable
         compiled_loss(hidden, weight).backward()
 
     calls: dict[str, Callable[[], object]] = {
-        "three products": products,
+        "three products": three_products,
         "one product": lambda: torch.mm(h, w.t(), out=z),
         "naive, loss": loss("reference"),
         "torch.compile of naive, loss": compiled,
