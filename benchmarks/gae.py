@@ -1,6 +1,6 @@
 """GAE on a CPU: the C++ scan and the loop over time, against a plain copy of as many bytes.
 
-    OMP_WAIT_POLICY=passive pytest benchmarks/gae.py --benchmark-enable --benchmark-group-by=param:case
+    OMP_WAIT_POLICY=passive pytest benchmarks/gae.py --benchmark-enable
 
 The scan reads two arrays and writes two, so the floor is a copy of two arrays; `gb_per_s` counts their bytes once each.
 With OMP_WAIT_POLICY=passive PyTorch's threads sleep between copies, as the scan's do. Without it they spin, and a copy
@@ -27,8 +27,9 @@ CASES = {  # [B, T], dtype, padding, share of tokens that are done
 
 
 @pytest.fixture(params=CASES)
-def case(request):
-    """rewards, values and options of gae."""
+def case(request, benchmark):
+    """rewards, values and options of gae. Only what has the same shape is compared."""
+    benchmark.group = request.param
     (batch, time), dtype, padding, done = CASES[request.param]
     rewards, values = torch.randn(2, batch, time, dtype=dtype)
     options = {}

@@ -9,6 +9,7 @@
 
 #include "bindings/bindings.h"
 #include "head/linear.h"
+#include "runtime/scratch.h"
 
 namespace nb = nanobind;
 
@@ -57,8 +58,8 @@ Kept kept_of(const std::optional<KeptArgs>& args) {
     return kept;
 }
 
-using OptionArgs = std::tuple<std::string, std::string, std::string, std::int64_t, std::int64_t, int,
-                              std::optional<std::string>>;
+using OptionArgs = std::tuple<std::string, std::string, std::string, std::int64_t, std::int64_t, std::int64_t,
+                              int, std::optional<std::string>>;
 
 Problem problem(const ModelArgs& policy, const std::optional<ModelArgs>& reference, const TransformArgs& t,
                 const Flat<const std::int64_t>& rows, const Flat<const std::int64_t>& targets,
@@ -70,12 +71,13 @@ Problem problem(const ModelArgs& policy, const std::optional<ModelArgs>& referen
     p.rows = rows.data();
     p.n = std::int64_t(rows.size());
     p.targets = targets.data();
-    const auto& [divergence, operand, compute, width, block, threads, isa] = options;
+    const auto& [divergence, operand, compute, width, block, scratch, threads, isa] = options;
     p.divergence = parse_divergence(divergence);
     p.operand = parse_type(operand);
     p.compute = parse_type(compute);
     p.width = width;
     p.block = block;
+    p.scratch = scratch;
     p.threads = threads;
     p.isa = parse_isa(isa);
     p.products = products();
@@ -152,6 +154,8 @@ void bind_linear(nb::module_& m) {
           "threads"_a, "isa"_a = nb::none());
     m.def("selective_gradients", &gradients_of_logits, "logits"_a, "transform"_a, "rows"_a, "targets"_a,
           "scalars"_a.noconvert(), "out"_a, "threads"_a, "isa"_a = nb::none());
+    m.def("held_scratch", &Scratch::held, "Bytes of scratch that wait for the next call.");
+    m.def("free_held_scratch", &Scratch::free_held);
     m.def("vector_math", &vector_math, "function"_a, "x"_a.noconvert(), "y"_a.noconvert(), "isa"_a = nb::none());
 }
 

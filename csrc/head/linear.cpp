@@ -187,7 +187,7 @@ void linear_statistics(const Problem& p, const Kept& kept, float* out, Index out
     RowSums* sums = nullptr;
     char *packed[2], *ref_packed[2];  // one tile is read while the next is packed
     std::unique_ptr<WorkerScratch[]> workers(new WorkerScratch[static_cast<std::size_t>(p.threads)]);
-    const Scratch scratch([&](Scratch& s) {
+    const Scratch scratch(p.scratch, [&](Scratch& s) {
         sums = s.take<RowSums>(p.n);
         for (char*& buffer : packed) buffer = s.take<char>(p.width / kPanel * policy.panel_bytes());
         for (char*& buffer : ref_packed) {
@@ -326,7 +326,7 @@ void linear_gradients(const Problem& p, const Kept& kept, const Gradients& g) {
     char *packed = nullptr, *straight = nullptr, *ref_packed = nullptr, *dzt = nullptr, *hidden = nullptr;
     float* sum = nullptr;  // [width, dim]: ∂W of a tile, where several stretches of tokens add to it
     std::unique_ptr<WorkerScratch[]> workers(new WorkerScratch[static_cast<std::size_t>(p.threads)]);
-    const Scratch scratch([&](Scratch& s) {
+    const Scratch scratch(p.scratch, [&](Scratch& s) {
         packed = s.take<char>(p.width / kPanel * policy.panel_bytes());
         straight = g.d_hidden ? s.take<char>(p.width * dim * size) : nullptr;
         ref_packed = both ? s.take<char>(p.width / kPanel * reference.panel_bytes()) : nullptr;

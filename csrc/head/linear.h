@@ -40,6 +40,7 @@ struct Problem {
     std::int64_t block = 0;                 // tokens that share one ∂W product, a multiple of 64
     Isa isa = Isa::portable;
     int threads = 1;
+    std::int64_t scratch = 0;  // bytes of scratch that may outlive the call
     Products products;
 };
 

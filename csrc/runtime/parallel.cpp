@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -21,23 +22,33 @@ struct Job {
     std::atomic<int> next{0};
     int seats;       // helpers that may still join
     int joined = 0;  // helpers at work
+    std::atomic<bool> failed{false};
+    std::exception_ptr error{};  // the first one; read when all threads are done
 
-    void work() {
-        for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(context, part);
+    // Nothing is thrown here: an exception that leaves a helper's thread ends the process.
+    void work() noexcept {
+        try {
+            for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(context, part);
+        } catch (...) {
+            next.store(parts, std::memory_order_relaxed);  // the parts that nobody has begun are not needed any more
+            if (!failed.exchange(true)) error = std::current_exception();
+        }
     }
 };
 
 class Pool {
 public:
     void run(Job& job) {
+        bool served = false;  // else the pool serves another caller: work alone
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            if (job_ == nullptr && hire(job.seats)) job_ = &job;  // else the pool serves another caller: work alone
+            served = job_ == nullptr && hire(job.seats);
+            if (served) job_ = &job;
         }
-        if (job_ == &job) wake_.notify_all();
+        if (served) wake_.notify_all();
         job.work();
         std::unique_lock<std::mutex> lock(mutex_);
-        if (job_ == &job) job_ = nullptr;  // a thread that wakes now is too late: `job` is about to go
+        if (served) job_ = nullptr;  // a thread that wakes now is too late: `job` is about to go
         left_.wait(lock, [&] { return job.joined == 0; });
     }
 
@@ -103,12 +114,15 @@ Pool& pool() {
 void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context) {
     const int helpers = (parts < threads ? parts : threads) - 1;
     Job job{parts, body, context, {0}, helpers};
-    if (helpers <= 0) return job.work();
-    if (const Team together = team.load()) {
+    if (helpers <= 0) {
+        job.work();
+    } else if (const Team together = team.load()) {
         // All of it always: libgomp ends the threads that a smaller team leaves over, and the next call makes new ones.
-        return together([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(threads), 0);
+        together([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    } else {
+        pool().run(job);
     }
-    pool().run(job);
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 void use_team(Team given) {

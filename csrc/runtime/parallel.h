@@ -9,7 +9,8 @@
 namespace fastppo {
 
 // Calls body(context, 0) … body(context, parts − 1), each once, on at most `threads` threads, the caller's among them.
-// body must not throw. The caller takes parts from the first on and waits only for those that another thread has begun:
+// What body throws is thrown here once every thread is done, the first of several exceptions; parts not yet begun are
+// then left out. The caller takes parts from the first on and waits only for those that another thread has begun:
 // helpers that get no processor cost nothing.
 void parallel_for(int parts, int threads, void (*body)(const void*, int), const void* context);
 

@@ -35,10 +35,12 @@ public:
         total_ += items;
     }
 
-    // body(worker, item) for all of them; a worker number is in use by one thread at a time.
+    // body(worker, item) for all of them; a worker number is in use by one thread at a time. Once a body has thrown, no
+    // later phase begins: the threads that wait for it leave, and parallel_for throws what it threw.
     void run(int threads) const {
         alignas(kLine) std::atomic<std::int64_t> next{0};
         alignas(kLine) std::atomic<std::int64_t> done{0};
+        std::atomic<bool> failed{false};
         parallel_for(threads, threads, [&](int worker) {
             std::size_t at = 0;
             for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < total_;) {
@@ -46,9 +48,15 @@ public:
                 const Phase& phase = phases_[at];
                 // Those ahead are at work, or have lost their processor to someone who would like this one's.
                 for (int tries = 0; done.load(std::memory_order_acquire) < phase.start; ++tries) {
+                    if (failed.load(std::memory_order_relaxed)) return;
                     if (tries > kPatience) std::this_thread::yield();
                 }
-                phase.body(worker, item - phase.start);
+                try {
+                    phase.body(worker, item - phase.start);
+                } catch (...) {
+                    failed = true;
+                    throw;
+                }
                 done.fetch_add(1, std::memory_order_release);
             }
         });

@@ -1,6 +1,7 @@
 // Memory for a call, and what is done to memory before it is first touched.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -30,16 +31,17 @@ inline void prefer_huge_pages(void* memory, std::int64_t bytes) {
 // One piece of memory for a call, taken from the last call's where that is free and large enough.
 class Scratch {
 public:
-    // Sums the sizes up first (`take` gives null), then hands the memory out in the same order.
+    // Sums the sizes up first (`take` gives null), then hands the memory out in the same order. What an earlier call left
+    // is given back first where it is over `most` bytes.
     template <class Plan>
-    explicit Scratch(const Plan& plan) {
+    Scratch(std::int64_t most, const Plan& plan) {
         plan(*this);
         const std::int64_t size = used_;
         used_ = 0;
         lock_ = std::unique_lock<std::mutex>(shared().mutex, std::try_to_lock);
         Memory& memory = lock_ ? shared().memory : own_;
-        if (memory.size < size) {
-            memory.data.reset();
+        if (memory.size < size || memory.size > std::max(most, size)) {
+            memory = {};
             memory.data.reset(static_cast<char*>(std::malloc(static_cast<std::size_t>(size + kLine))));
             memory.size = memory.data ? size : 0;
             if (!memory.data) throw std::bad_alloc();
@@ -55,6 +57,16 @@ public:
         char* const at = base_ ? base_ + used_ : nullptr;
         used_ += (count * std::int64_t(sizeof(T)) + kLine - 1) / kLine * kLine;
         return reinterpret_cast<T*>(at);
+    }
+
+    // Bytes that wait for the next call.
+    static std::int64_t held() {
+        const std::lock_guard<std::mutex> lock(shared().mutex);
+        return shared().memory.size;
+    }
+    static void free_held() {
+        const std::unique_lock<std::mutex> lock(shared().mutex, std::try_to_lock);
+        if (lock) shared().memory = {};
     }
 
 private:

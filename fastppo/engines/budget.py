@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
 
+from fastppo.engines import extension
 from fastppo.errors import ConfigError, quote
 
 DEFAULT_SCRATCH_BYTES = 32 * 2**20
@@ -19,10 +21,32 @@ DEFAULT_ACCELERATOR_SCRATCH_BYTES = 256 * 2**20
 _override: int | None = None
 
 
+class _Spare(threading.local):
+    """A thread's memory for logits that wait for a loss's second pass, kept since its first touch is what costs."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, num_bytes: int, *, most: int) -> None:
+        """Have `num_bytes`; what an earlier call left serves if it is no more than `most`."""
+        if not num_bytes <= self.memory.numel() <= most:
+            self.memory = torch.empty(0, dtype=torch.uint8)  # freed before its successor is there
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+spare = _Spare()
+
+
+def held_bytes() -> int:
+    """Scratch that waits for the next call on a CPU, on this thread."""
+    module = extension.load()
+    return spare.memory.numel() + (module.held_scratch() if module else 0)
+
+
 def scratch_bytes(device: torch.device | None = None) -> int:
     """The budget in force: `scratch_budget`, else FASTPPO_SCRATCH_MB, else the device's default.
 
-    That is 32 MiB on a CPU, a sixteenth of the memory on a GPU, and 256 MiB on another accelerator.
+    That is 32 MiB on a CPU, a sixteenth of the memory on a GPU, and 256 MiB on another accelerator. A CPU's holds what
+    eight threads need; each further thread adds a block of [64, D] and one of [64, 1024].
     """
     if _override is not None:
         return _override
@@ -46,6 +70,8 @@ def _share_of_gpu(device: torch.device) -> int:
 def scratch_budget(num_bytes: int) -> Iterator[None]:
     """Give the operators called inside another scratch budget, in bytes.
 
+    On a CPU, scratch is kept for the next call. At the end, what is over the budget that holds again is freed.
+
     Example: ``with fastppo.scratch_budget(256 * 2**20): ...``
     """
     global _override
@@ -54,6 +80,10 @@ def scratch_budget(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         _override = before
+        if not torch.compiler.is_compiling() and held_bytes() > scratch_bytes():
+            spare.reserve(0, most=0)
+            if module := extension.load():
+                module.free_held_scratch()
 
 
 def check_scratch(num_bytes: int) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastppo
 from fastppo.engines import extension
+from fastppo.engines.budget import held_bytes
 from fastppo.engines.cpu import products
 
 pytestmark = pytest.mark.skipif(not products.PRODUCTS, reason=extension.why_missing() or products.why_slow() or "")
@@ -193,20 +194,44 @@ def test_logits_too_far_apart_for_16_bits_are_recomputed(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_number_of_threads(dtype, isa):
-    hidden, weight, targets = case(200, 48, 900, dtype)
+@pytest.mark.parametrize("budget", [2**18, 2**21, 2**23])  # narrow tiles; some logits kept; all of them
+def test_bits_do_not_depend_on_the_number_of_threads(budget, dtype, isa):
+    hidden, weight, targets = case(200, 48, 1900, dtype)
     old, advantages = torch.full((200,), -7.0), torch.randn(200)
     results, before = [], torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 5):
+        for threads in (1, 2, 3, 11):
             torch.set_num_threads(threads)
-            lp = fastppo.linear_logprob(hidden, weight, targets, return_entropy=True, backend="cpu")
-            loss = ppo(hidden, weight, targets, old, advantages, budget=2**23, entropy_coef=0.01)
+            with fastppo.scratch_budget(budget):
+                lp = fastppo.linear_logprob(hidden, weight, targets, return_entropy=True, backend="cpu")
+            loss = ppo(hidden, weight, targets, old, advantages, budget=budget, entropy_coef=0.01)
             results.append([lp.logprobs, lp.entropy, *loss])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_scratch_that_waits_for_the_next_call_is_within_the_budget():
+    budgets = (2**21, 2**23, 2**22, 2**24, 2**21)
+    for budget, n, d in zip(budgets, (150, 500, 40, 300, 90), (40, 200, 64, 30, 100), strict=True):
+        hidden, weight, targets = case(n, d, 3000)
+        sums = 64 * n  # of every row; not of the budget
+        with fastppo.scratch_budget(budget):
+            ppo(hidden, weight, targets, torch.full((n,), -8.0), torch.randn(n), budget=budget)
+            after_loss = held_bytes()
+            fastppo.linear_logprob(hidden, weight, targets, backend="cpu")
+            assert 0 < after_loss <= budget + sums
+            assert 0 < held_bytes() <= budget + sums
+
+
+def test_the_end_of_a_larger_budget_frees_what_is_over(monkeypatch):
+    monkeypatch.setenv("FASTPPO_SCRATCH_MB", "1")
+    hidden, weight, targets = case(400, 64, 5000)
+    with fastppo.scratch_budget(2**26):
+        fastppo.linear_logprob(hidden, weight, targets, backend="cpu")
+        assert held_bytes() > 2**20
+    assert held_bytes() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,13 +15,13 @@ budget leaves over; pass 2 recomputes the rest. A terminal loss so costs between
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastppo.engines import chunked, extension
+from fastppo.engines.budget import spare
 from fastppo.engines.cpu import products
 from fastppo.engines.engine import (
     Gradients,
@@ -36,6 +36,9 @@ from fastppo.engines.engine import (
 )
 from fastppo.engines.transform import LogitTransform
 
+# The budget holds what this many threads need, whatever number there is: the tiles must not depend on it, for a result
+# shall have the same bits on any number of threads. Each thread beyond adds its own block.
+THREADS = 8
 PANEL = 64  # csrc/head/rows.h: columns of a packed panel, tokens of a block
 WIDTH = 1024  # vocabulary rows of a tile: a block of logits [64, 1024] leaves room in an L2 cache of 1 MiB
 
@@ -76,9 +79,8 @@ class _Passes:
         rows = self.valid.nonzero().squeeze(-1)
         out = torch.zeros(4 if self.reference is None else 8, self.targets.numel())
         if rows.numel():
-            extension.load().linear_statistics(
-                *self._problem(self.reference, rows), self._kept_logits(rows.numel(), fill=True), out
-            )
+            kept = self._kept_logits(rows.numel())
+            extension.load().linear_statistics(*self._problem(self.reference, rows), kept, out)
         return list(out)
 
     def vjp(self, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
@@ -96,9 +98,10 @@ class _Passes:
         sums = torch.zeros(_pad(rows.numel()), _pad(dim)) if needs.hidden else None
         d_bias = torch.zeros(vocab) if needs.bias else None
         reference = self.reference if upstream.kl is not None else None
+        kept = self._kept_logits(int(self.valid.sum()))
         extension.load().linear_gradients(
             *self._problem(reference, rows),
-            self._kept_logits(int(self.valid.sum()), fill=False),
+            kept,
             None if self.kept is None else (self.valid.cumsum(0) - 1)[rows],
             row_scalars(rows, saved, upstream),
             None if sums is None else sums.view(-1),
@@ -114,7 +117,9 @@ class _Passes:
         heads = (None if head is None else _as_read(head) for head in (self.policy, reference))
         kl_kind = self.kl_kind if reference is not None else ""
         tiling = self._tiling(rows.numel())
-        options = (kl_kind, *self._precisions(), tiling.width, tiling.block, torch.get_num_threads(), products.isa)
+        scratch = max(self.options.budget, tiling.bytes) - spare.memory.numel()  # that may wait for the next call
+        threads = torch.get_num_threads()
+        options = (kl_kind, *self._precisions(), tiling.width, tiling.block, scratch, threads, products.isa)
         return *heads, transform_numbers(self.options.transform), rows, self.targets, options
 
     def _precisions(self) -> tuple[str, str]:
@@ -129,21 +134,22 @@ class _Passes:
         rows = rows if self.kept is None else len(self.targets)
         return _Tiling.choose(rows, self.policy.weight, self.reference, self.options)
 
-    def _kept_logits(self, rows: int, *, fill: bool) -> tuple | None:
+    def _kept_logits(self, rows: int) -> tuple | None:
         """Where each tile's logits [rows, width] go: into ∂weight's memory, into spare memory, or nowhere."""
-        if self.kept is None or rows == 0:
-            return None
         weight, tiling = self.policy.weight, self._tiling(rows)
+        rest = max(self.options.budget - tiling.bytes, 0)
+        if self.kept is None:
+            spare.reserve(0, most=rest)
+            return None
         slot = rows * tiling.width * (2 if _halves(self.policy.hidden, self.options.compute_dtype) else 4)
         memory = self.kept.d_weight.view(-1).view(torch.uint8)
         tiles = self.kept.whole.numel()
         # A tile's rows of ∂weight must end before the next tile's slot starts.
         stride = max(slot, tiling.width * weight.shape[1] * weight.element_size())
         front = min(tiles, (memory.numel() - slot) // stride + 1) if memory.numel() >= slot else 0
-        back = min(tiles - front, max(self.options.budget - tiling.bytes, 0) // slot)
-        if fill:
-            _spare.reserve(back * slot)
-        return memory, stride, front, _spare.memory, back, rows, self.kept.anchors, self.kept.whole
+        back = min(tiles - front, rest // slot)
+        spare.reserve(back * slot, most=rest)
+        return memory, stride, front, spare.memory, back, rows, self.kept.anchors, self.kept.whole
 
 
 class _Kept(NamedTuple):
@@ -158,20 +164,6 @@ class _Kept(NamedTuple):
         rows, vocab = policy.hidden.shape[0], policy.weight.shape[0]
         tiles = torch.empty(-(-vocab // width), dtype=torch.uint8)
         return cls(_empty_like(policy.weight), torch.empty(rows), tiles)
-
-
-class _Spare(threading.local):
-    """A thread's memory for logits that ∂weight has no room for, reused since the first touch is what costs."""
-
-    memory = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, num_bytes: int) -> None:
-        if not num_bytes <= self.memory.numel() <= 2 * num_bytes:
-            self.memory = torch.empty(0, dtype=torch.uint8)  # freed before its successor is there
-            self.memory = torch.empty(num_bytes, dtype=torch.uint8)
-
-
-_spare = _Spare()
 
 
 def row_scalars(rows: Tensor, saved: list[Tensor], upstream: Upstream) -> Tensor:
@@ -212,14 +204,14 @@ class _Tiling(NamedTuple):
 
 
 def _scratch_bytes(width: int, block: int, rows: int, weight: Tensor, ref_weight: Tensor | None, size: int) -> int:
-    """What csrc/head/linear.cpp takes, at most, for either pass."""
+    """What csrc/head/linear.cpp takes, at most, for either pass on `THREADS` threads."""
     dim, ref_dim = _pad(weight.shape[1]), 0 if ref_weight is None else _pad(ref_weight.shape[1])
     packed = width * 2 * (dim + ref_dim) * size
     shared = (block + 32) * width * size + block * dim * size + (width * dim * 4 if rows > block else 0)
     block_of_logits = PANEL * width * (4 if ref_weight is None else 8)
     converted = PANEL * width * size if size == 2 else 0
     each = PANEL * max(dim, ref_dim) * size + block_of_logits + converted + PANEL * dim * 4
-    return packed + shared + torch.get_num_threads() * each
+    return packed + shared + THREADS * each
 
 
 def _pad(n: int) -> int:
