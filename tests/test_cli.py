@@ -28,7 +28,7 @@ def tiny(tmp_path_factory):
 
 def test_train_eval_and_resume(tiny, tmp_path, capsys):
     config, out = str(tiny / "config.yaml"), str(tmp_path / "run")
-    assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--tensorboard", "false"]) == 0
+    assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--report_to", "none"]) == 0
     printed = capsys.readouterr().out
     assert "step=2/2" in printed
     assert f"policy: {out}/final" in printed
@@ -47,7 +47,7 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert main(["train", config, "--output_dir", out, "--resume", "--ppo.gamma", "0.5"]) == 1
     assert "ppo.gamma was 1.0, is now 0.5" in capsys.readouterr().err
-    arguments = ["--output_dir", out, "--total_steps", "3", "--tensorboard", "false", "--resume"]
+    arguments = ["--output_dir", out, "--total_steps", "3", "--report_to", "none", "--resume"]
     assert main(["train", config, *arguments]) == 0
     assert "step=3/3" in capsys.readouterr().out
 

@@ -60,6 +60,7 @@ from fastppo.training.metrics import (
     SAMPLES_FOLDER,
     MetricsLogger,
     read_metrics,
+    samples_name,
     write_alarms,
     write_samples,
 )
@@ -74,6 +75,7 @@ from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import PLOTS_FOLDER, write_report
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer, with_prompt
+from fastppo.training.trackers import Trackers, load_trackers
 from fastppo.training.watch import Alarm, Watch, most_severe
 
 CHECKPOINTS = "checkpoints"
@@ -126,6 +128,7 @@ class Trainer:
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
+        load_trackers(config.report_to)
         self.config, self.progress, self._resume = config, progress, resume
         self.device = choose_device(config.device, config.backend_name)
         _check_packages(config)
@@ -206,8 +209,16 @@ class Trainer:
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         if self.progress is None:
             self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
+        self.trackers = Trackers(
+            config.report_to,
+            self.output_dir,
+            project=config.project,
+            run_name=config.run_name or self.output_dir.resolve().name,
+            config=to_dict(config),
+            warn=self.progress.print,
+        )
         with (
-            MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=self._saved_step) as logger,
+            MetricsLogger(self.output_dir, resume_step=self._saved_step, trackers=self.trackers) as logger,
             self._signals(),
             self.progress,
         ):
@@ -351,7 +362,7 @@ class Trainer:
             return False
         # A failure from here to the row is as if there had been no evaluation; see `_save_completed_steps`.
         self._step_start, self.learner.changed = self._state(), False
-        name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
+        name = samples_name(step, self.config.total_steps)
         self.progress.phase("evaluate")
         try:
             metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
@@ -364,6 +375,7 @@ class Trainer:
             return False
         # The row comes last: it says that the evaluation was done.
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
+        self.trackers.samples(step, rows[: self.config.eval.num_samples])
         metrics, act = self._log(step, metrics, logger, over=last)
         self._evaluated.add(step)
         self._step_start = None

@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 
 def log(folder: Path, lines: list[tuple[int, dict[str, float]]]) -> None:
-    with MetricsLogger(folder, tensorboard=False, resume_step=None) as logger:
+    with MetricsLogger(folder, resume_step=None) as logger:
         for step, metrics in lines:
             logger.log(step, metrics)
 

@@ -78,7 +78,7 @@ def config(world, out, **changes):
     tree = {
         "output_dir": str(out),
         "total_steps": 4,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(world / "model")},
         "data": {"train": str(world / "prompts.jsonl"), "eval_size": 8},
         "rewards": [{"name": "vowels", "function": f"{world / 'reward.py'}:vowels"}],
@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
     monkeypatch.undo()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
+    result = Trainer(config(world, tmp_path / "run", report_to="tensorboard")).train()
     out = tmp_path / "run"
     assert result.step == 4
     assert result.interrupted_by is None
