@@ -49,7 +49,7 @@ from fastppo.training.checkpoint import (
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler
-from fastppo.training.device import choose_device
+from fastppo.training.device import busy_machine, choose_device
 from fastppo.training.files import SAVING, TRASH, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.inputs import Inputs
@@ -128,6 +128,7 @@ class Trainer:
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
+        self._busy = busy_machine()  # before this run's own load counts
         load_trackers(config.report_to)
         self.config, self.progress, self._resume = config, progress, resume
         self.device = choose_device(config.device, config.backend_name)
@@ -251,6 +252,10 @@ class Trainer:
         return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
 
     def _print_notices(self, earlier_run: Path | None) -> None:
+        if self.watch.alarms:
+            self.progress.note({"alarms": len(self.watch.alarms)})
+        if self._busy is not None:
+            self.progress.print(self._busy)
         if earlier_run is not None:
             self.progress.print(f"moved the files of an earlier run to {earlier_run}")
         if self._resume and self._saved_step is None:
@@ -363,9 +368,8 @@ class Trainer:
         # A failure from here to the row is as if there had been no evaluation; see `_save_completed_steps`.
         self._step_start, self.learner.changed = self._state(), False
         name = samples_name(step, self.config.total_steps)
-        self.progress.phase("evaluate")
         try:
-            metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+            metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts], self.progress.phase)
         except NonFiniteError as error:
             self.learner.where = f"after step {step}"
             self.learner.skip_nonfinite(str(error), "this evaluation")
@@ -379,6 +383,7 @@ class Trainer:
         metrics, act = self._log(step, metrics, logger, over=last)
         self._evaluated.add(step)
         self._step_start = None
+        self.progress.note(metrics)
         kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
         self.progress.print(
             f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
@@ -434,6 +439,7 @@ class Trainer:
         def act() -> bool:
             for alarm in alarms:
                 self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
+                self.progress.note({"alarms": len(self.watch.alarms)})
             if action == "lower_lr":
                 self.watch.lr_scale *= factor
                 scale_learning_rate(self.optimizer, self.scheduler, factor)
