@@ -48,6 +48,6 @@ def busy_machine() -> str | None:
     if load <= max(cores - threads, cores / 2):  # half of the cores: a load average counts what has ended, too
         return None
     return (
-        f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads, which spin while they wait, may "
-        "take many times as long as one; set OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1"
+        f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads, which spin while they wait, "
+        "may take many times as long as one; set OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1"
     )

@@ -225,7 +225,7 @@ class WandB(Tracker):
     def __init__(self, run: Trackers, earlier: str | None) -> None:
         import wandb
 
-        self._table, self.id = wandb.Table, earlier or secrets.token_hex(4)
+        self._wandb, self.id = wandb, earlier or secrets.token_hex(4)
         for folder in run.folder.glob(f"wandb/offline-run-*-{self.id}"):
             shutil.rmtree(folder)
         # Online, the run of the same id goes on. The server has some of its steps, which wandb then leaves out.
@@ -236,6 +236,7 @@ class WandB(Tracker):
             resume="allow",
             config=dict(run.config),
             dir=str(run.folder),
+            reinit="create_new",  # beside a run that the caller may have
             settings=wandb.Settings(silent=True, console="off"),
         )
 
@@ -243,10 +244,12 @@ class WandB(Tracker):
         self._run.log({**metrics, "_timestamp": when}, step=step)
 
     def samples(self, step: int, columns: list[str], data: list[list[Any]]) -> None:
-        self._run.log({"samples": self._table(columns=columns, data=data, allow_mixed_types=True)}, step=step)
+        self._run.log({"samples": self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=step)
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+        if self._wandb.run is None:  # no run of the caller's
+            self._wandb.teardown()  # waits for the process that writes the file, unlike finish()
 
 
 class MLflow(Tracker):

@@ -134,7 +134,7 @@ def test_the_live_display_fits_the_terminal(width):
     for least, shown in {
         39: "reward 0.412",
         50: " left",
-        66: "KL 0.00021 0:39:38 left 49 alarms",
+        66: "0:39:38 left 49 alarms",
         100: "held-out -0.125",
         200: "tokens/s 1413",
     }.items():
