@@ -254,6 +254,8 @@ class Trainer:
     def _print_notices(self, earlier_run: Path | None) -> None:
         if self.watch.alarms:
             self.progress.note({"alarms": len(self.watch.alarms)})
+        for row in read_metrics(self.output_dir / METRICS_FILE):
+            self.progress.note({name: value for name, value in row.items() if name == "eval/reward"})
         if self._busy is not None:
             self.progress.print(self._busy)
         if earlier_run is not None:
