@@ -103,10 +103,10 @@ def whole(world, tmp_path_factory):
         trainer = Trainer(config(world, out))
         evaluate = trainer.scorer.evaluate
 
-        def keep_and_evaluate(prompts):
+        def keep_and_evaluate(*arguments):
             if trainer.step == 2:
                 shutil.copytree(out, before)
-            return evaluate(prompts)
+            return evaluate(*arguments)
 
         trainer.scorer.evaluate = keep_and_evaluate
         trainer.train()
@@ -128,8 +128,8 @@ def kill_last_evaluation(world, before, out, at):
         kill.armed = False
         evaluate = trainer.scorer.evaluate
 
-        def arm(prompts):
-            result = evaluate(prompts)
+        def arm(*arguments):
+            result = evaluate(*arguments)
             kill.armed = True
             return result
 
