@@ -122,7 +122,7 @@ def make_config(label: str, folder: Path, arguments: argparse.Namespace) -> Conf
         "eval.every": arguments.eval_every,
         "checkpoint.every": 4,
         "checkpoint.keep_last": 1,
-        "tensorboard": False,
+        "report_to": "none",
         "seed": arguments.seed,
         **others,
     }

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastppo.doctor import report
 
             return _show(report())
-        needed = ("transformers", "pydantic", "rich", "yaml")
+        needed = ("transformers", "pydantic", "rich", "yaml", "jinja2", "matplotlib")  # the last two for the report
         if missing := [name for name in needed if not importlib.util.find_spec(name)]:
             return _fail(1, f"{', '.join(missing)} missing; {install_command('train')}")
         # They warn on import of 4-bit kernels that they could not load; nothing here multiplies in 4 bits.

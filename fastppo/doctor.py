@@ -27,7 +27,10 @@ _PACKAGES = (
     ("flash_attn", "FlashAttention 2 on a GPU"),
     ("vaderSentiment", "the vader_sentiment reward"),
     ("reasoning_gym", "the reasoning_gym reward"),
-    ("tensorboard", "TensorBoard curves"),
+    ("tensorboard", "report_to: tensorboard"),
+    ("trackio", "report_to: trackio"),
+    ("wandb", "report_to: wandb"),
+    ("mlflow", "report_to: mlflow"),
     ("matplotlib", "the report's plots"),
 )
 

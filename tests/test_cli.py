@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -28,7 +29,7 @@ def tiny(tmp_path_factory):
 
 def test_train_eval_and_resume(tiny, tmp_path, capsys):
     config, out = str(tiny / "config.yaml"), str(tmp_path / "run")
-    assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--tensorboard", "false"]) == 0
+    assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--report_to", "none"]) == 0
     printed = capsys.readouterr().out
     assert "step=2/2" in printed
     assert f"policy: {out}/final" in printed
@@ -47,7 +48,7 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert main(["train", config, "--output_dir", out, "--resume", "--ppo.gamma", "0.5"]) == 1
     assert "ppo.gamma was 1.0, is now 0.5" in capsys.readouterr().err
-    arguments = ["--output_dir", out, "--total_steps", "3", "--tensorboard", "false", "--resume"]
+    arguments = ["--output_dir", out, "--total_steps", "3", "--report_to", "none", "--resume"]
     assert main(["train", config, *arguments]) == 0
     assert "step=3/3" in capsys.readouterr().out
 
@@ -62,6 +63,8 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--rewards.0.function", "nowhere:f"], 1, "vowels"),
         (["--output_dir", "/proc/x"], 2, "output_dir"),
         (["--device", "quantum"], 2, "device"),
+        (["--report_to", "wandbb"], 2, "tensorboard, trackio, wandb, mlflow; did you mean 'wandb'?"),
+        (["--tensorboard", "false"], 2, "tensorboard: replaced by report_to; write `report_to: tensorboard` for true"),
         (["--=x"], 2, "'--=x': expected --section.key value"),
         (["--"], 2, "'--': expected --section.key value"),
         (["--rollout.temperature", "1e-300"], 1, "nan"),
@@ -184,6 +187,14 @@ def test_standard_output_of_every_kind(tiny, capsys, monkeypatch):
         assert capsys.readouterr().err == "fastppo: standard output: No space left on device\n"
         monkeypatch.setattr(sys, "stderr", full)
         assert main(["train", "nothing.yaml"]) == 2
+
+
+@pytest.mark.parametrize("library", ["rich", "jinja2", "matplotlib"])
+def test_a_missing_library_is_named_before_anything_is_loaded(tiny, capsys, monkeypatch, library):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    assert main(["train", str(tiny / "config.yaml")]) == 1
+    assert re.fullmatch(rf"fastppo: {library} missing; pip install .*\[train\]\"\n", capsys.readouterr().err)
 
 
 def test_missing_config(capsys):

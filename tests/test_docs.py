@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     config = {
         "output_dir": str(folder / "run"),
         "total_steps": 1,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(folder / "model")},
         "data": {"train": str(folder / "prompts.txt"), "eval_size": 4},
         "rollout": {"num_prompts": 2, "num_generations": 2, "max_new_tokens": 4},

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,15 @@ def can_decode(policy: nn.Module) -> bool:
 
 @torch.no_grad()
 def decode(
-    policy: nn.Module, ids: Tensor, mask: Tensor, *, eos: list[int], pad: int, max_new_tokens: int, temperature: float
+    policy: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    eos: list[int],
+    pad: int,
+    max_new_tokens: int,
+    temperature: float,
+    progress: Callable[[int], None] = lambda ended: None,
 ) -> tuple[Tensor, Tensor]:
     """Sample one completion for every prompt on a CPU.
 
@@ -55,6 +63,7 @@ def decode(
         eos: tokens that end a completion; pad: fills a row after its end.
         max_new_tokens: most tokens of a completion.
         temperature: divides the logits.
+        progress: is told how many completions have ended, whenever more have.
 
     Returns:
         Tokens [B, T] int64, T ≤ max_new_tokens, and their log-probabilities [B, T] float32.
@@ -92,6 +101,7 @@ def decode(
             if not going.all():
                 rows, chosen, mask, positions = (x[going] for x in (rows, chosen, mask, positions))
                 cache.batch_select_indices(going.nonzero().squeeze(1))
+                progress(len(ids) - len(rows))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions + 1
             logits = step(chosen[:, None], mask, positions)

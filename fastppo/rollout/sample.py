@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ def sample(
     device: torch.device,
     with_logprobs: bool = False,
     eos_ids: list[int] | None = None,
+    progress: Callable[[int], None] = lambda ended: None,
 ) -> Rollout:
     """Sample one completion for every prompt (repeat a prompt for several), from the policy's own distribution.
 
@@ -49,6 +50,7 @@ def sample(
     Args:
         with_logprobs: record the log-probabilities at sampling time.
         eos_ids: tokens that end a completion; by default the policy's own, or the tokenizer's.
+        progress: is told how many completions have ended, whenever more have.
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
@@ -67,9 +69,12 @@ def sample(
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     # On a CPU most of generate()'s time is not the model's.
     sampler = decode if device.type == "cpu" and can_decode(policy) else _generate
-    size, parts = config.generation_batch_size, []
+    size, parts, done = config.generation_batch_size, [], 0
     for batch in zip(known.split(size), prompt_mask.split(size), strict=True):
+        if sampler is decode:
+            limits["progress"] = lambda ended, done=done: progress(done + ended)
         parts.append(sampler(policy, *batch, eos=eos, pad=pad, **limits))
+        progress(done := done + len(batch[0]))
     sampled, logprobs = zip(*parts, strict=True)
 
     tokens = _join(sampled, pad)

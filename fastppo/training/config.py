@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fastppo.algorithms import config as algorithms
@@ -41,6 +41,15 @@ Schedule = Literal[
 ]
 Algorithm = Literal["reinforce", "actor_critic", "ppo", "trpo", "npg", "cpi"]
 ALGORITHMS: tuple[str, ...] = typing.get_args(Algorithm)
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+# Keys of earlier versions, and what to write instead.
+_REPLACED = {
+    "tensorboard": "replaced by report_to; write `report_to: tensorboard` for true, `report_to: none` for false"
+}
+
+
+def _tracker_list(given: Any) -> Any:
+    return [] if given in ("none", ["none"], None) else [given] if isinstance(given, str) else given
 
 
 @dataclass(config=STRICT)
@@ -180,7 +189,13 @@ class Config:
     """Implementation of log-probabilities and losses. `fastppo doctor` lists the usable ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """On a NaN or Inf: stop the run, or skip the optimizer step, training step or evaluation that it is in."""
-    tensorboard: bool = True
+    report_to: Annotated[list[Tracker], BeforeValidator(_tracker_list)] = field(default_factory=lambda: ["tensorboard"])
+    """`tensorboard`, `trackio`, `wandb`, `mlflow`: one, a list, or `none`. They use the network only if the environment
+    asks for it: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID."""
+    project: Text = "fastppo"
+    """Project of trackio and wandb; experiment of mlflow."""
+    run_name: Text | None = None
+    """Name of the run in the trackers. Default: the last part of `output_dir`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
@@ -322,6 +337,8 @@ def _first_problem(error: ValidationError) -> str:
             path, hint = [*path, str(part)], type_below(hint, part)
     key, given, problem = ".".join(path), first.get("input"), first["type"]
     if problem == "unexpected_keyword_argument":
+        if key in _REPLACED:
+            return f"{key}: {_REPLACED[key]}"
         hint = did_you_mean(path[-1], known, ".".join([*path[:-1], ""]))
         return f"{key}: unknown key{hint or '; known here: ' + ', '.join(known)}"
     if problem == "literal_error":

@@ -34,7 +34,10 @@ def documented_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
         if below := section_of(hint):
             yield from documented_keys(below, f"{name}.N." if typing.get_origin(hint) is list else f"{name}.")
             continue
-        default = "required" if item.default in (dataclasses.MISSING, "") else yaml.safe_dump(item.default)
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = (
+            "required" if default in (dataclasses.MISSING, "") else yaml.safe_dump(default, default_flow_style=True)
+        )
         # pydantic does not hand the help text down to a class that only changes the default.
         fields = (vars(base).get("__pydantic_fields__", {}).get(item.name) for base in section.__mro__)
         text = next((field.description for field in fields if field and field.description), "")

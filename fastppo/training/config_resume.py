@@ -23,8 +23,9 @@ MAY_CHANGE = frozenset({
     # What is permitted.
     "model.allow_download", "model.trust_remote_code",
     # What is saved and shown, and what is done about trouble.
-    "tensorboard", "on_nonfinite", "checkpoint.every", "checkpoint.keep_last",
+    "report_to", "project", "run_name", "on_nonfinite", "checkpoint.every", "checkpoint.keep_last",
     "eval.every", "eval.num_prompts", "eval.num_samples", "eval.rewards", "eval.perplexity",
+    "tensorboard",  # which earlier versions had in place of report_to
     "watch.defaults", "watch.baseline_steps", "watch.lr_factor", "watch.max_rollbacks", "watch.rules",
 })  # fmt: skip
 """Keys, as `fastppo keys` names them, that may change on resume: a run's result does not depend on them.

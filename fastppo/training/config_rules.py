@@ -63,8 +63,9 @@ def _rewards(config: Config) -> Iterator[str]:
             yield f"{key}.multiplier_learning_rate: only a constraint (`threshold`) has one"
         if constraint and reward.weight < 0:
             yield f"{key}.weight: the initial multiplier of a constraint must be at least 0, got {reward.weight:g}"
-        if held_out and not {f"{name}_std", f"{name}_effect"}.isdisjoint(names):
-            yield f"{key}.name: a reward named {name}_std or {name}_effect hides its metrics"
+        for other in (f"{name}_std", *([f"{name}_effect"] if held_out else [])):
+            if other in names:
+                yield f"{key}.name: a reward named {other} hides its metrics"
         if held_out and (reward.weight != 1.0 or reward.normalize or constraint):
             yield f"{key}: a reward that is not trained on has no weight, normalization or threshold"
     if config.rewards and all(reward.threshold is not None for reward in config.rewards):

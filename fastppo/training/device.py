@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastppo.engines.budget import scratch_bytes
@@ -31,3 +33,21 @@ def choose_device(name: str, backend: str | None = None) -> torch.device:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return device
+
+
+def busy_machine() -> str | None:
+    """A warning, with its remedy, if others leave too few cores for PyTorch's threads; else None.
+
+    While such a thread waits for the others it spins, on a core that one of them may need.
+    """
+    threads, passive = torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if threads == 1 or passive or not hasattr(os, "getloadavg"):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if load <= max(cores - threads, cores / 2):  # half of the cores: a load average counts what has ended, too
+        return None
+    return (
+        f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads, which spin while they wait, "
+        "may take many times as long as one; set OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1"
+    )

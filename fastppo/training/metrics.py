@@ -1,4 +1,4 @@
-"""What a run writes for a person to look at: one line of metrics per step, TensorBoard curves, samples and alarms.
+"""What a run writes for a person to look at: one line of metrics per step, samples and alarms.
 
 Everything is strict JSON, one object per line. A run may be killed at any instant and resumed; its log then continues
 as that of a run that was never killed.
@@ -23,83 +23,68 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastppo.extras import install_command
 from fastppo.training.files import atomic_write, naming
+
+if TYPE_CHECKING:
+    from fastppo.training.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
+TRACKERS_FILE = "trackers.json"
 
 # What is moved aside together, so that a report never mixes two runs. The metrics go last: as long as they stand, the
 # next start finishes a move that was killed halfway.
-_RUN_FILES = ("report.html", "plots", SAMPLES_FOLDER, TENSORBOARD_FOLDER, ALARMS_FILE, METRICS_FILE)
+_RUN_FILES = ("report.html", "plots", SAMPLES_FOLDER, "tensorboard", TRACKERS_FILE, ALARMS_FILE, METRICS_FILE)
 
 
 class MetricsLogger:
-    """Appends one JSON line per step to ``output_dir/metrics.jsonl`` and scalars to ``output_dir/tensorboard``.
+    """Appends one JSON line per step to ``output_dir/metrics.jsonl``, and reports it to the trackers.
 
     Args:
         output_dir: the run's folder; created if missing.
-        tensorboard: also write TensorBoard event files.
         resume_step: None starts a run: what an earlier one wrote is moved to ``earlier-<n>/``, never overwritten. An
             int continues from the checkpoint of that step: later lines, which a run wrote that was killed after its
             last checkpoint, and a torn last line are dropped.
-
-    Raises:
-        ImportError: `tensorboard` is true but the package is not installed.
+        trackers: where else to report to.
     """
 
     earlier_run: Path | None
     """Where an earlier run's metrics, samples and report were moved to, if there were any."""
 
-    def __init__(self, output_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
-        self._new_writer = self._writer = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    f"tensorboard: true needs the package tensorboard ({error}); "
-                    f"{install_command('train')}, or set tensorboard: false"
-                ) from None
-            self._new_writer = SummaryWriter
+    def __init__(self, output_dir: str | Path, *, resume_step: int | None, trackers: Trackers | None = None) -> None:
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._path = output_dir / METRICS_FILE
+        self._path, self._trackers = output_dir / METRICS_FILE, trackers
         self.earlier_run = _set_aside(output_dir) if resume_step is None else None
-        _truncate(self._path, resume_step or 0)
-        self._start = time.monotonic() - max((line.get("time", 0.0) for line in read_metrics(self._path)), default=0.0)
-        self._open(None if resume_step is None else resume_step + 1)
+        self._start = time.monotonic() - self._open(resume_step or 0)
 
-    def _open(self, purge_step: int | None) -> None:
+    def _open(self, last_step: int) -> float:
+        """Drop the lines later than `last_step`; returns the seconds until the last line that is kept."""
+        _truncate(self._path, last_step)
         self._file = self._path.open("ab", buffering=0)  # a buffer that a full disk refused would fail again on closing
-        if self._new_writer is not None:
-            # TensorBoard hides what earlier event files hold at `purge_step` and later.
-            folder = self._path.with_name(TENSORBOARD_FOLDER)
-            with naming(folder):
-                self._writer = self._new_writer(str(folder), purge_step=purge_step)
+        rows = read_metrics(self._path)
+        if self._trackers is not None:
+            self._trackers.open(rows)
+        return max((row.get("time", 0.0) for row in rows), default=0.0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics. The line in the file comes last, is on disk on return, and says that all is done.
+        """Append one step's metrics. The line in the file is on disk on return, and says that all is done.
 
         Args:
             step: the step they belong to; 0 is before the first.
             metrics: name to number, anything that `float` takes. NaN and infinities become null in the JSON line.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        if self._writer is not None:
-            with naming(self._path.with_name(TENSORBOARD_FOLDER)):
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-                self._writer.flush()
         line = _json_line({"step": step, "time": round(time.monotonic() - self._start, 3), **values})
         with naming(self._path):
             while line:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def keep_aside(self, step: int, number: int) -> Path:
         """Copy the lines later than `step`, before `rewind` drops them, to ``abandoned-<number>.jsonl``; returns it."""
@@ -111,20 +96,19 @@ class MetricsLogger:
     def rewind(self, step: int) -> None:
         """Drop the lines later than `step`, as a resume does; the clock goes on."""
         self.close()
-        _truncate(self._path, step)
-        self._open(step + 1)
+        self._open(step)
 
-    def close(self) -> None:
-        """Close the files; a second call does nothing."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file, and the trackers' runs, which `failed` marks as failed; a second call does nothing."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close(failed=failed)
 
     def __enter__(self) -> MetricsLogger:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -135,12 +119,17 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [values for _, values in _read_lines(path) if "step" in values]
 
 
+def samples_name(step: int, total_steps: int) -> str:
+    """Name of an evaluation's samples: "before" the first step, "after" the last, or "step-000010" after step 10."""
+    return "before" if step == 0 else "after" if step == total_steps else f"step-{step:06d}"
+
+
 def write_samples(output_dir: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write completions to ``output_dir/samples/<name>.jsonl`` atomically.
 
     Args:
         output_dir: the run's folder.
-        name: "before" the first step, "after" the last, or "step-000010" after step 10.
+        name: see `samples_name`.
         rows: each {"prompt": str, "completion": str, "reward": float, "rewards": {reward name: float}}.
 
     Returns:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -19,13 +18,14 @@ from rich.text import Text
 # What is shown of a step: key of the plain line and of the columns -> metric.
 _SHOWN = {
     "reward": "reward/mean",
+    "held_out": "eval/reward",
     "kl": "kl/reference",
     "entropy": "policy/entropy",
     "clip": "policy/clip_fraction",
     "tokens_per_second": "tokens_per_second",
+    "alarms": "alarms",
 }
-# The time left follows the median of the latest steps, so that an evaluation or a checkpoint among them doesn't count.
-_RECENT_STEPS = 20
+_RECENT_STEPS = 20  # the time left follows their median
 # C0 and C1 control characters, except tab and newline, as \x1b and so on: text that a model wrote must not move the
 # cursor or clear the screen.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
@@ -38,11 +38,13 @@ _COLUMNS = (
     (78, BarColumn(bar_width=None, complete_style="cyan")),
     (32, TextColumn("[dim]reward[/] {task.fields[reward]}")),
     (56, TextColumn("[dim]KL[/] {task.fields[kl]}")),
-    (98, TextColumn("[dim]entropy[/] {task.fields[entropy]}")),
-    (110, TextColumn("[dim]clip[/] {task.fields[clip]}")),
-    (126, TextColumn("[dim]tokens/s[/] {task.fields[tokens_per_second]}")),
+    (98, TextColumn("[dim]held-out[/] {task.fields[held_out]}")),
+    (114, TextColumn("[dim]entropy[/] {task.fields[entropy]}")),
+    (126, TextColumn("[dim]clip[/] {task.fields[clip]}")),
+    (142, TextColumn("[dim]tokens/s[/] {task.fields[tokens_per_second]}")),
     (44, TextColumn("{task.fields[left]} left")),
-    (70, TextColumn("{task.fields[phase]}", style="cyan", markup=False, table_column=_ONE_LINE)),
+    (66, TextColumn("{task.fields[alarms]}", style="bold yellow")),
+    (78, TextColumn("{task.fields[phase]}", style="cyan", markup=False, table_column=_ONE_LINE)),
     (86, TimeElapsedColumn(Column(no_wrap=True))),
 )
 
@@ -65,7 +67,6 @@ class ProgressDisplay:
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._last_update = time.monotonic()
         self._unwritten: deque[str] = deque()
         self._writing = self._silent = False
         # Not console.is_terminal: FORCE_COLOR and the like make rich take a CI log for a terminal.
@@ -74,25 +75,34 @@ class ProgressDisplay:
         if enabled if enabled is not None else on_terminal:
             columns = [column for width, column in _COLUMNS if self._console.width >= width]
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4, expand=True)
-            self._bar.add_task("", total=total_steps, completed=start_step, phase="starting", **self._facts())
+            self._bar.add_task("", total=total_steps, phase="starting", **self._facts())
+            self.note({})
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report that step `step`, counted from 1, is done, with its metrics; see metrics.py for their names."""
-        now = time.monotonic()
-        if step > self._step:
-            self._step_seconds.append((now - self._last_update) / (step - self._step))
-        self._last_update, self._step = now, step
-        self._metrics.update({name: float(value) for name, value in metrics.items()})
-        facts = self._facts()
+        """Report that step `step`, counted from 1, is done, with its metrics; see metrics.py for their names.
+
+        The time left follows `time/step`, in which no evaluation or checkpoint is.
+        """
+        self._step = step
+        if "time/step" in metrics:
+            self._step_seconds.append(metrics["time/step"])
+        self.note(metrics)
         if self._bar is None:
-            line = {"step": f"{step}/{self._total_steps}", **facts}
+            line = {"step": f"{step}/{self._total_steps}", **self._facts()}
             self._write(" ".join(f"{key}={value}" for key, value in line.items()))
-        else:
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Show what is known besides a step's own metrics: those of an evaluation, and the number of `alarms`."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+        if self._bar is not None:
+            facts = self._facts()
             broken = {key: f"[bold red]{value}[/]" for key, value in facts.items() if value in ("nan", "inf", "-inf")}
-            self._bar.update(0, completed=step, **facts | broken)
+            count = facts["alarms"]
+            broken["alarms"] = "" if count == "-" else "1 alarm" if count == "1" else f"{count} alarms"
+            self._bar.update(0, completed=self._step, **facts | broken)
 
     def phase(self, text: str) -> None:
-        """Set what the trainer does now: "rollout", "reward", "update 1/2", "evaluate", "checkpoint"."""
+        """Set what the trainer does now: "rollout", "reward", "update 1/2", "sample 8/32", "checkpoint"."""
         if self._bar is not None:
             self._bar.update(0, phase=_encodable(printable(text), self._console.encoding))
 
@@ -101,7 +111,6 @@ class ProgressDisplay:
         self._write(printable(message))
 
     def __enter__(self) -> ProgressDisplay:
-        self._last_update = time.monotonic()
         if self._bar is not None:
             self._bar.start()
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,10 +61,10 @@ class Scorer:
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
 
-    def sample(self, prompts: list[Prompt]) -> Rollout:
-        """Sample one completion of each prompt."""
+    def sample(self, prompts: list[Prompt], progress: Callable[[int], None] = lambda ended: None) -> Rollout:
+        """Sample one completion of each prompt; `progress` is told how many have ended."""
         cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
-        options = {"device": self.models.device, "with_logprobs": cap is not None}
+        options = {"device": self.models.device, "with_logprobs": cap is not None, "progress": progress}
         with self.models.autocast():
             return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, **options)
 
@@ -153,19 +154,24 @@ class Scorer:
     def _head_arguments(self, head: LMHead) -> dict[str, Any]:
         return head_arguments(head, self.config.rollout.temperature, self.config.backend_name)
 
-    def reward_metrics(self, rewards: RewardOutput, prefix: str = "reward") -> dict[str, float]:
+    def reward_metrics(self, rewards: RewardOutput) -> dict[str, float]:
         """Means of the rewards as the functions returned them; normalized ones would not show a rise."""
         weighted = self._weighted(rewards)
-        metrics = {f"{prefix}/mean": weighted.mean().item(), f"{prefix}/std": weighted.std(correction=0).item()}
-        return metrics | {f"{prefix}/{name}": values.double().mean().item() for name, values in rewards.by_name.items()}
+        metrics = {"reward/mean": weighted.mean().item(), "reward/std": weighted.std(correction=0).item()}
+        return metrics | {f"reward/{name}": values.double().mean().item() for name, values in rewards.by_name.items()}
 
     def _weighted(self, rewards: RewardOutput) -> Tensor:
         """[B] float64: the weighted sum, without constraints, whose weights change during a run."""
         objectives = (reward for reward in self.rewards.rewards if reward.multiplier is None)
         return sum(reward.weight * rewards.by_name[reward.name].double() for reward in objectives)
 
-    def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def evaluate(
+        self, prompts: list[Prompt], phase: Callable[[str], None] = lambda _: None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample and score held-out prompts, each time with the same random numbers; restores the generators.
+
+        Args:
+            phase: is told what is done now: "sample 8/32", "reward", "score".
 
         Returns:
             Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
@@ -176,21 +182,23 @@ class Scorer:
         state = rng_state()
         try:
             seed_everything(self.config.seed)
-            rollout = self.sample(prompts)
+            phase(f"sample 0/{len(prompts)}")
+            rollout = self.sample(prompts, lambda ended: phase(f"sample {ended}/{len(prompts)}"))
+            phase("reward")
             rewards = self.reward(prompts, rollout, update=False)
             held_out = self.reward(prompts, rollout, self.held_out, update=False).by_name if self.held_out else {}
+            phase("score")
             experience = self.score(rollout, rewards, update_follows=False)
         except FloatingPointError as error:
             raise NonFiniteError(f"evaluation: {with_prompt(error, prompts)}") from error
         finally:
             set_rng_state(*state)
-        named = self.reward_metrics(rewards, "eval")
-        metrics = {"eval/reward": named.pop("eval/mean"), "eval/reward_std": named.pop("eval/std"), **named}
-        metrics["eval/num_prompts"] = len(prompts)
-        measured = {"length": rollout.mask.sum(1)}
+        measured = {"reward": self._weighted(rewards), **rewards.by_name, **held_out}
+        measured["length"] = rollout.mask.sum(1)
         if experience.kl is not None:
             measured["kl"] = experience.kl.double().sum(1)
-        for name, values in (measured | held_out).items():
+        metrics = {"eval/num_prompts": float(len(prompts))}
+        for name, values in measured.items():
             values = values.double()
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:
@@ -201,7 +209,7 @@ class Scorer:
                 if self.models.has_reference:
                     reference = perplexity(self.models.reference_hidden, self._texts, **options)
                     metrics["eval/perplexity_reference"] = reference
-        totals, by_name = self._weighted(rewards).tolist(), {**rewards.by_name, **held_out}
+        totals, by_name = measured["reward"].tolist(), {**rewards.by_name, **held_out}
         rows = [
             {"prompt": prompt.text, "completion": completion, "reward": total}
             | {"rewards": {name: values[i].item() for name, values in by_name.items()}}

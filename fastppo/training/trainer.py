@@ -49,7 +49,7 @@ from fastppo.training.checkpoint import (
 from fastppo.training.config import Config, ConfigError, check_consistency, to_dict
 from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler
-from fastppo.training.device import choose_device
+from fastppo.training.device import busy_machine, choose_device
 from fastppo.training.files import SAVING, TRASH, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.inputs import Inputs
@@ -60,6 +60,7 @@ from fastppo.training.metrics import (
     SAMPLES_FOLDER,
     MetricsLogger,
     read_metrics,
+    samples_name,
     write_alarms,
     write_samples,
 )
@@ -74,6 +75,7 @@ from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import PLOTS_FOLDER, write_report
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer, with_prompt
+from fastppo.training.trackers import Trackers, load_trackers
 from fastppo.training.watch import Alarm, Watch, most_severe
 
 CHECKPOINTS = "checkpoints"
@@ -126,6 +128,8 @@ class Trainer:
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
+        self._busy = busy_machine()  # before this run's own load counts
+        load_trackers(config.report_to)
         self.config, self.progress, self._resume = config, progress, resume
         self.device = choose_device(config.device, config.backend_name)
         _check_packages(config)
@@ -206,8 +210,16 @@ class Trainer:
         atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         if self.progress is None:
             self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
+        self.trackers = Trackers(
+            config.report_to,
+            self.output_dir,
+            project=config.project,
+            run_name=config.run_name or self.output_dir.resolve().name,
+            config=to_dict(config),
+            warn=self.progress.print,
+        )
         with (
-            MetricsLogger(self.output_dir, tensorboard=config.tensorboard, resume_step=self._saved_step) as logger,
+            MetricsLogger(self.output_dir, resume_step=self._saved_step, trackers=self.trackers) as logger,
             self._signals(),
             self.progress,
         ):
@@ -240,6 +252,12 @@ class Trainer:
         return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
 
     def _print_notices(self, earlier_run: Path | None) -> None:
+        if self.watch.alarms:
+            self.progress.note({"alarms": len(self.watch.alarms)})
+        for row in read_metrics(self.output_dir / METRICS_FILE):
+            self.progress.note({name: value for name, value in row.items() if name == "eval/reward"})
+        if self._busy is not None:
+            self.progress.print(self._busy)
         if earlier_run is not None:
             self.progress.print(f"moved the files of an earlier run to {earlier_run}")
         if self._resume and self._saved_step is None:
@@ -351,10 +369,9 @@ class Trainer:
             return False
         # A failure from here to the row is as if there had been no evaluation; see `_save_completed_steps`.
         self._step_start, self.learner.changed = self._state(), False
-        name = "before" if step == 0 else "after" if last else f"step-{step:06d}"
-        self.progress.phase("evaluate")
+        name = samples_name(step, self.config.total_steps)
         try:
-            metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts])
+            metrics, rows = self.scorer.evaluate(self.data.eval[: self.config.eval.num_prompts], self.progress.phase)
         except NonFiniteError as error:
             self.learner.where = f"after step {step}"
             self.learner.skip_nonfinite(str(error), "this evaluation")
@@ -364,9 +381,11 @@ class Trainer:
             return False
         # The row comes last: it says that the evaluation was done.
         write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
+        self.trackers.samples(step, rows[: self.config.eval.num_samples])
         metrics, act = self._log(step, metrics, logger, over=last)
         self._evaluated.add(step)
         self._step_start = None
+        self.progress.note(metrics)
         kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
         self.progress.print(
             f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
@@ -422,6 +441,7 @@ class Trainer:
         def act() -> bool:
             for alarm in alarms:
                 self.progress.print(f"step {alarm.step}: {alarm.reason}: {alarm.outcome}")
+                self.progress.note({"alarms": len(self.watch.alarms)})
             if action == "lower_lr":
                 self.watch.lr_scale *= factor
                 scale_learning_rate(self.optimizer, self.scheduler, factor)

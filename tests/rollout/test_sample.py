@@ -117,3 +117,16 @@ def test_a_prompt_with_a_token_that_has_no_embedding_is_named(policy, sampler):
     prompts = [Prompt("", [4, 331], {})]
     with pytest.raises(ModelError, match=r"token 331 has no embedding, the model has 331: .*resize_token_embeddings"):
         sample(model, tokenizer, prompts, CONFIG, device=torch.device("cpu"))
+
+
+def test_progress_counts_the_completions_that_have_ended(policy, sampler):
+    torch.manual_seed(0)
+    model, tokenizer = policy
+    prompts, told = [Prompt("", [3, 4, 5], {}) for _ in range(7)], []
+    options = {"device": torch.device("cpu"), "eos_ids": list(range(3, 150)), "progress": told.append}
+    sample(model, tokenizer, prompts, CONFIG, **options)
+    assert told == sorted(told)
+    assert {3, 6, 7} <= set(told)  # batches of three
+    assert told[-1] == 7
+    if sampler == "decode":
+        assert len(told) > 3

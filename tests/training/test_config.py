@@ -263,6 +263,25 @@ def test_text_from_the_command_line_stays_as_it_is(tmp_path):
     assert config.model.lora.r == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("none", []),
+        (None, []),
+        ([], []),
+        (["none"], []),
+        ("wandb", ["wandb"]),
+        (["mlflow", "trackio"], ["mlflow", "trackio"]),
+    ],
+)
+def test_trackers_are_a_list_one_name_or_none(tmp_path, given, names):
+    config = load_config(write(tmp_path, BASE | {"report_to": given}))
+    assert config.report_to == names
+    assert build_config(to_dict(config)) == config
+    assert load_config(write(tmp_path, BASE), ["--report_to", yaml.safe_dump(given)]).report_to == names
+    assert load_config(write(tmp_path, BASE)).report_to == ["tensorboard"]
+
+
 HELD_OUT = {"name": "b", "function": "f"}
 
 
@@ -272,6 +291,10 @@ HELD_OUT = {"name": "b", "function": "f"}
         ({"eval": {"rewards": [HELD_OUT | {"name": "a"}]}}, "rewards.0.name: 'a' is used twice"),
         ({"eval": {"rewards": [HELD_OUT | {"weight": 2.0}]}}, "eval.rewards.0: a reward that is not trained on"),
         ({"eval": {"rewards": [HELD_OUT | {"name": "perplexity"}]}}, "eval.rewards.0.name: 'perplexity' is the name"),
+        (
+            {"eval": {"rewards": [HELD_OUT | {"name": "a_std"}]}},
+            "rewards.0.name: a reward named a_std hides",
+        ),
         ({"eval": {"rewards": [{"name": "b"}]}}, "eval.rewards.0: give exactly one of"),
         ({"watch": {"rules": [{"metric": "x"}]}}, "watch.rules.0: give `above`, `below` or both"),
         ({"watch": {"rules": [{"metric": "x", "above": 1, "below": 2}]}}, "watch.rules.0: every value is"),

@@ -44,7 +44,7 @@ def config(world, out, **changes):
     tree = {
         "output_dir": str(out),
         "total_steps": 2,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(world / "model")},
         "data": {"train": str(world / "prompts.txt"), "eval_size": 2},
         "rewards": [{"name": "vowels", "function": f"{__file__}:vowels"}],
@@ -103,10 +103,10 @@ def whole(world, tmp_path_factory):
         trainer = Trainer(config(world, out))
         evaluate = trainer.scorer.evaluate
 
-        def keep_and_evaluate(prompts):
+        def keep_and_evaluate(*arguments):
             if trainer.step == 2:
                 shutil.copytree(out, before)
-            return evaluate(prompts)
+            return evaluate(*arguments)
 
         trainer.scorer.evaluate = keep_and_evaluate
         trainer.train()
@@ -128,8 +128,8 @@ def kill_last_evaluation(world, before, out, at):
         kill.armed = False
         evaluate = trainer.scorer.evaluate
 
-        def arm(prompts):
-            result = evaluate(prompts)
+        def arm(*arguments):
+            result = evaluate(*arguments)
             kill.armed = True
             return result
 

@@ -25,7 +25,7 @@ def config(folder, **changes):
     tree = {
         "output_dir": str(folder / "run"),
         "total_steps": 1,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(folder / "model")},
         "data": {"train": str(folder / "prompts.txt"), "eval_size": 0},
         "rewards": [

@@ -38,14 +38,14 @@ def strict(line: bytes) -> dict:
 
 
 def log_steps(folder: Path, steps: range, resume_step: int | None = None) -> None:
-    with MetricsLogger(folder, tensorboard=False, resume_step=resume_step) as logger:
+    with MetricsLogger(folder, resume_step=resume_step) as logger:
         for step in steps:
             logger.log(step, {"reward/mean": step + 0.5})
 
 
 def test_each_line_is_on_disk_when_log_returns(tmp_path):
     written = {f"m/{i}": random.uniform(-1e6, 1e6) for i in range(7)}
-    logger = MetricsLogger(tmp_path / "new" / "folder", tensorboard=False, resume_step=None)
+    logger = MetricsLogger(tmp_path / "new" / "folder", resume_step=None)
     logger.log(3, written)
     [line] = read_metrics(tmp_path / "new" / "folder" / "metrics.jsonl")
     assert line.pop("step") == 3
@@ -60,7 +60,7 @@ def test_nonfinite_values_are_null_in_strict_json_and_nan_when_read(tmp_path):
     import torch
 
     values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": torch.tensor(2.5), "e": np.float32(0.25), "f": 7}
-    with MetricsLogger(tmp_path, tensorboard=False, resume_step=None) as logger:
+    with MetricsLogger(tmp_path, resume_step=None) as logger:
         logger.log(1, values)
     line = strict((tmp_path / "metrics.jsonl").read_bytes())
     assert [line[name] for name in "abcdef"] == [None, None, None, 2.5, 0.25, 7.0]
@@ -101,7 +101,7 @@ def test_a_killed_process_leaves_whole_lines_and_is_resumed(tmp_path):
         """
         import sys
         from fastppo.training.metrics import MetricsLogger
-        logger = MetricsLogger(sys.argv[1], tensorboard=False, resume_step=None)
+        logger = MetricsLogger(sys.argv[1], resume_step=None)
         for step in range(1, 10_000_000):
             logger.log(step, {"reward/mean": float(step), "kl/reference": float("nan")})
             if step == 50:
@@ -131,7 +131,7 @@ def test_a_resume_that_dies_while_truncating_loses_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        MetricsLogger(tmp_path, tensorboard=False, resume_step=2)
+        MetricsLogger(tmp_path, resume_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -139,7 +139,7 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
     row = {"prompt": "p", "completion": "c", "reward": 1.0, "rewards": {}}
     contents = []
     for _ in range(3):
-        logger = MetricsLogger(tmp_path, tensorboard=False, resume_step=None)
+        logger = MetricsLogger(tmp_path, resume_step=None)
         logger.log(1, {"reward/mean": random.random()})
         logger.close()
         write_samples(tmp_path, "before", [row])
@@ -152,39 +152,14 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
 
 
 def test_nothing_is_set_aside_from_a_new_folder(tmp_path):
-    with MetricsLogger(tmp_path, tensorboard=False, resume_step=None) as logger:
+    with MetricsLogger(tmp_path, resume_step=None) as logger:
         assert logger.earlier_run is None
-    with MetricsLogger(tmp_path, tensorboard=False, resume_step=0) as logger:  # killed before its first step
+    with MetricsLogger(tmp_path, resume_step=0) as logger:  # killed before its first step
         assert logger.earlier_run is None
-
-
-def test_tensorboard_shows_the_resumed_run_alone(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def run(steps, resume_step, offset):
-        logger = MetricsLogger(tmp_path, tensorboard=True, resume_step=resume_step)
-        for step in steps:
-            logger.log(step, {"reward/mean": step + offset, "lr": 1e-5})
-        return logger
-
-    killed = run(range(1, 8), None, 0.0)  # never closed: what it logged must be readable all the same
-    read = EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    assert [event.step for event in read.Scalars("reward/mean")] == list(range(1, 8))
-
-    run(range(5, 7), 4, 100.0).close()
-    read = EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 105.0), (6, 106.0)]
-    assert [(event.step, event.value) for event in read.Scalars("reward/mean")] == expected
-    assert [event.step for event in read.Scalars("lr")] == list(range(1, 7))
-    killed.close()
 
 
 def test_rewinding_goes_on_as_if_later_steps_had_not_been_and_keeps_them_aside(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsLogger(tmp_path, tensorboard=True, resume_step=None) as logger:
+    with MetricsLogger(tmp_path, resume_step=None) as logger:
         for step in range(1, 8):
             logger.log(step, {"x": float(step)})
         aside = logger.keep_aside(4, 1)
@@ -193,8 +168,6 @@ def test_rewinding_goes_on_as_if_later_steps_had_not_been_and_keeps_them_aside(t
             logger.log(step, {"x": -float(step)})
     assert [row["x"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, -5, -6]
     assert [row["x"] for row in read_metrics(aside)] == [5, 6, 7]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("x")
-    assert [event.value for event in events] == [1, 2, 3, 4, -5, -6]
 
 
 def test_alarms_come_back(tmp_path):

@@ -84,7 +84,7 @@ def test_a_run_an_evaluation_and_the_doctor_open_no_socket(tmp_path):
     tree = {
         "output_dir": str(tmp_path / "run"),
         "total_steps": 1,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(model), "lora": {"r": 2}},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "eval_size": 2},
         "rewards": [{"name": "short", "function": f"{tmp_path / 'reward.py'}:short"}],

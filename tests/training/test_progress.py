@@ -15,7 +15,6 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fastppo.training import progress
 from fastppo.training.progress import ProgressDisplay, format_duration, format_number, printable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,22 +24,8 @@ METRICS = {
     "policy/entropy": 2.5,
     "policy/clip_fraction": 0.081,
     "tokens_per_second": 1412.7,
+    "time/step": 2.5,
 }
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only the test moves."""
-
-    class Clock:
-        now = 1000.0
-
-        def __call__(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock)
-    return clock
 
 
 def plain(**kwargs) -> tuple[ProgressDisplay, io.StringIO]:
@@ -62,19 +47,21 @@ def without_escapes(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
-def test_plain_is_one_parseable_line_a_step(clock):
+def test_plain_is_one_parseable_line_a_step():
     display, file = plain(total_steps=3)
     with display:
         for step in (1, 2, 3):
             for phase in ("rollout", "reward", "update 1/2"):
                 display.phase(phase)
-            clock.now += 2.5
             display.update(step, METRICS)
+            display.note({"eval/reward": 0.1 * step, "alarms": step - 1})  # the trainer prints a line of its own
     lines = [fields(line) for line in file.getvalue().splitlines()]
     assert [line["step"] for line in lines] == ["1/3", "2/3", "3/3"]
     assert [line["left"] for line in lines] == ["0:00:05", "0:00:02", "0:00:00"]
     assert {line["step_time"] for line in lines} == {"2.50s"}
     assert lines[0]["reward"] == "0.412"
+    assert [line["held_out"] for line in lines] == ["-", "0.1", "0.2"]
+    assert [line["alarms"] for line in lines] == ["-", "0", "1"]
     assert float(lines[0]["kl"]) == 0.00021
     assert lines[0]["tokens_per_second"] == "1413"
 
@@ -102,36 +89,43 @@ def test_unknown_values_are_a_dash_and_nan_is_shown():
     assert line["kl"] == "nan"
 
 
-def test_time_left_follows_the_recent_median(clock):
-    """Neither a slow first step nor an evaluation counts, and after a change of pace the old steps are forgotten."""
+def test_time_left_follows_the_recent_median_of_the_steps_own_seconds():
+    """A slow first step doesn't count, and after a change of pace the old steps are forgotten."""
     display, file = plain(total_steps=1000)
     with display:
         for step in range(1, 101):
-            clock.now += 120.0 if step == 1 or step % 10 == 0 else 4.0
-            display.update(step, {})
+            display.update(step, {"time/step": 120.0 if step == 1 else 4.0})
         assert fields(file.getvalue().splitlines()[-1])["left"] == "1:00:00"  # 900 steps of 4 s
         for step in range(101, 131):
-            clock.now += 1.0
-            display.update(step, {})
+            display.update(step, {"time/step": 1.0})
     assert fields(file.getvalue().splitlines()[-1])["left"] == "0:14:30"  # 870 steps of 1 s
 
 
-def test_a_resumed_run_counts_from_its_step(clock):
+def test_a_resumed_run_counts_from_its_step():
     display, file = plain(total_steps=100, start_step=90)
     with display:
-        clock.now += 3.0
-        display.update(91, METRICS)
+        display.update(91, METRICS | {"time/step": 3.0})
     line = fields(file.getvalue().strip())
     assert (line["step"], line["step_time"], line["left"]) == ("91/100", "3.00s", "0:00:27")
 
 
-@pytest.mark.parametrize("width", [20, 39, 50, 79, 80, 100, 200])
+def test_after_a_rollback_the_steps_are_counted_again():
+    display, file = plain(total_steps=100)
+    with display:
+        for step in (1, 2, 3, 2):
+            display.update(step, METRICS)
+    assert [fields(line)["step"] for line in file.getvalue().splitlines()] == ["1/100", "2/100", "3/100", "2/100"]
+    assert fields(file.getvalue().splitlines()[-1])["left"] == "0:04:05"
+
+
+@pytest.mark.parametrize("width", [20, 39, 50, 66, 79, 80, 100, 200])
 def test_the_live_display_fits_the_terminal(width):
     display, file = on_terminal(width, total_steps=100_000)
     with display:
         display.phase("a phase with a rather long name, longer than the terminal may be wide")
         for step in range(99_000, 99_050):
             display.update(step, METRICS)
+            display.note({"eval/reward": -0.125, "alarms": step - 99_000})
     frames = without_escapes(file.getvalue()).replace("\r", "\n").split("\n")
     assert max(cell_len(line) for line in frames) <= width
     # What has room is shown whole, the most important first.
@@ -140,23 +134,23 @@ def test_the_live_display_fits_the_terminal(width):
     for least, shown in {
         39: "reward 0.412",
         50: " left",
-        79: "KL 0.00021",
-        100: "entropy 2.5",
+        66: "0:39:38 left 49 alarms",
+        100: "held-out -0.125",
         200: "tokens/s 1413",
     }.items():
         assert (shown in line) == (width >= least)
 
 
-def test_the_live_display_shows_everything_where_there_is_room(clock):
-    display, file = on_terminal(130, total_steps=40)
+def test_the_live_display_shows_everything_where_there_is_room():
+    display, file = on_terminal(160, total_steps=40)
     with display:
         for step in range(1, 33):
-            clock.now += 2.0
-            display.update(step, METRICS | {"reward/mean": step / 32})
-        display.phase("update 1/2")
-    last = without_escapes(file.getvalue()).rstrip().replace("\r", "\n").split("\n")[-1]
-    metrics = "reward 1 KL 0.00021 entropy 2.5 clip 0.081 tokens/s 1413"
-    assert re.fullmatch(rf"step 32/40 ━+╸?╺?━+ {metrics} 0:00:16 left stopped +\d:\d\d:\d\d", last)
+            display.update(step, METRICS | {"reward/mean": step / 32, "time/step": 2.0})
+        display.note({"eval/reward": 0.25, "alarms": 1})
+        display.phase("sample 8/32")
+    shown = without_escapes(file.getvalue()).rstrip().replace("\r", "\n").split("\n")
+    metrics = "reward 1 KL 0.00021 held-out 0.25 entropy 2.5 clip 0.081 tokens/s 1413"
+    assert re.fullmatch(rf"step 32/40 ━+╸?╺?━+ {metrics} 0:00:16 left 1 alarm stopped +\d:\d\d:\d\d", shown[-1])
 
 
 def test_messages_go_above_the_bar_as_plain_text():

@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 
 def log(folder: Path, lines: list[tuple[int, dict[str, float]]]) -> None:
-    with MetricsLogger(folder, tensorboard=False, resume_step=None) as logger:
+    with MetricsLogger(folder, resume_step=None) as logger:
         for step, metrics in lines:
             logger.log(step, metrics)
 
@@ -105,7 +105,7 @@ def full(tmp_path_factory) -> Path:
     ]
     log(folder, lines)
     alarm = {"step": 41, "metric": HOSTILE, "value": float("inf"), "reason": f"{HOSTILE} is above 3"}
-    alarm |= {"action": "rollback", "good_step": 39, "outcome": "rolled back to step 30"}
+    alarm |= {"action": "rollback", "good_step": 39, "outcome": f"rolled back {HOSTILE}"}
     write_alarms(folder, [alarm])
     (folder / "config.yaml").write_text(
         f"total_steps: 60\nmodel: {{name_or_path: {json.dumps(HOSTILE)}}}\nrollout: {{max_new_tokens: 24}}\n"
@@ -165,7 +165,8 @@ def test_the_headline(full):
 def test_alarms_say_what_was_wrong_and_what_was_done(full, tmp_path):
     page = Page(full / "report.html")
     assert f"{HOSTILE} is above 3" in page.text
-    assert "rolled back to step 30" in page.text
+    assert f"rolled back {HOSTILE}" in page.text
+    assert not {"script", "b"} & set(page.tags)
     log(tmp_path, [(1, {"lr": 1.0})])
     assert "Alarms" not in Page(write_report(tmp_path)).text
 

@@ -38,7 +38,7 @@ def config(world, out, **changes):
     tree = {
         "output_dir": str(out),
         "total_steps": 8,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(world / "model")},
         "data": {"train": str(world / "prompts.txt"), "eval_size": 8},
         "rewards": [{"name": "vowels", "function": f"{__file__}:vowels"}],

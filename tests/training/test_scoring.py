@@ -214,12 +214,18 @@ def test_evaluation_reports_weighted_rewards_lengths_and_kl(model, monkeypatch):
     seen, sample, score = [], scorer.sample, scorer.score
     monkeypatch.setattr(scorer, "sample", lambda *a: (seen.append(sample(*a)), seen[-1])[1])
     monkeypatch.setattr(scorer, "score", lambda *a, **k: (seen.append(score(*a, **k)), seen[-1])[1])
-    metrics, rows = scorer.evaluate(prompts(scorer))
+    phases = []
+    metrics, rows = scorer.evaluate(prompts(scorer), phases.append)
+    assert phases[0] == "sample 0/4"
+    assert phases[-3:] == ["sample 4/4", "reward", "score"]
     rollout, experience = seen
     rewards = [0.5 * len(text) + 2.0 * text.count("e") for text in rollout.completions]
     mean = sum(rewards) / 4
     assert metrics["eval/reward"] == pytest.approx(mean)
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / 4))
+    assert {f"{name}_std" for name in metrics if not name.endswith(("_std", "num_prompts"))} <= metrics.keys()
+    lengths = torch.tensor([len(text) for text in rollout.completions], dtype=torch.float64)
+    assert metrics["eval/letters_std"] == pytest.approx(lengths.std(correction=0).item())
     assert metrics["eval/letters"] == pytest.approx(sum(map(len, rollout.completions)) / 4)
     assert metrics["eval/length"] == pytest.approx(sum(map(sum, rollout.mask.tolist())) / 4)
     assert metrics["eval/kl"] == pytest.approx(sum(map(sum, experience.kl.tolist())) / 4, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
 
@@ -78,7 +80,7 @@ def config(world, out, **changes):
     tree = {
         "output_dir": str(out),
         "total_steps": 4,
-        "tensorboard": False,
+        "report_to": "none",
         "model": {"name_or_path": str(world / "model")},
         "data": {"train": str(world / "prompts.jsonl"), "eval_size": 8},
         "rewards": [{"name": "vowels", "function": f"{world / 'reward.py'}:vowels"}],
@@ -100,10 +102,21 @@ def fixed_rewards(count):
 
 def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
     monkeypatch.undo()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = Trainer(config(world, tmp_path / "run", tensorboard=True)).train()
+    screen = io.StringIO()
+    rule = {"metric": "kl/reference", "above": -1e9}  # always broken
+    settings = config(world, tmp_path / "run", report_to="tensorboard", watch={"rules": [rule]})
+    result = Trainer(settings, progress=ProgressDisplay(4, console=Console(file=screen, width=400))).train()
     out = tmp_path / "run"
+    held_out = f"{metrics_of(out)[0]['eval/reward']:.4g}"
+    line = next(line for line in screen.getvalue().splitlines() if line.startswith("step=3/4"))
+    assert f" held_out={held_out} " in line
+    assert " alarms=1 " in line
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [0, 4]
     assert result.step == 4
     assert result.interrupted_by is None
     names = {p.relative_to(out).as_posix() for p in out.rglob("*")}
@@ -152,6 +165,13 @@ def test_a_pad_token_without_an_embedding_changes_nothing(world, tmp_path):
     assert added[0] == own[0]
     assert same(added[1], own[1])
     assert added[2] == own[2]
+
+
+def test_a_missing_tracker_is_told_before_the_model_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("fastppo.training.trainer.PolicyModels", pytest.fail)
+    with pytest.raises(ConfigError, match=r"^report_to: tensorboard needs the package tensorboard .*\[train\]"):
+        Trainer(config(world, tmp_path / "run", report_to="tensorboard"))
 
 
 def test_the_reward_rises(world, tmp_path):
