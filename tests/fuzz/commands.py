@@ -56,7 +56,7 @@ class Case:
         self.bad: bool | None = None  # whether it must fail; None: it may
         self.names: list[str] = []  # a failure must name one of these
         self.tree: dict[str, Any] = {
-            "output_dir": str(folder / "run"), "total_steps": 1, "tensorboard": False,
+            "output_dir": str(folder / "run"), "total_steps": 1, "report_to": "none",
             "model": {"name_or_path": str(files / "model")},
             "data": {"train": str(folder / "prompts.jsonl"), "eval_size": 2},
             "rewards": [{"name": "vowels", "function": f"{folder / 'reward.py'}:vowels"}],

@@ -123,7 +123,7 @@ def warm() -> None:
 def write_config(variant: str, out: Path) -> Path:
     files, rewards = world(), world() / "rewards.py"
     tree = {
-        "output_dir": str(out), "total_steps": 5, "tensorboard": False,
+        "output_dir": str(out), "total_steps": 5, "report_to": "none",
         "model": {"name_or_path": str(files / "model")},
         "data": {"train": str(files / "prompts.jsonl"), "eval_size": 4},
         "rewards": [{"name": "vowels", "function": f"{rewards}:vowels", "normalize": True},
