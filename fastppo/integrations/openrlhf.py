@@ -22,10 +22,12 @@ from fastppo import reference, selective_logprob, value_loss
 from fastppo.integrations.patching import Patch
 from fastppo.integrations.shared import batch_share, callers_names, check_alike, replace_gradient, weighted_ppo_loss
 from fastppo.integrations.shared import entropy_from_logits as compute_entropy
+from fastppo.ops.checks import ARGUMENTS
 
 SUPPORTED = ">=0.11.2,<0.12"
 
 
+@callers_names(targets="labels")
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(label) under softmax(logits / temperature): logits [..., V], labels [...]; 0 where a label is -100."""
     return selective_logprob(logits, labels, temperature=temperature).logprobs
@@ -45,7 +47,7 @@ def compute_approx_kl(
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {kl_estimator!r}")
-    check_alike(log_probs=log_probs, log_probs_base=log_probs_base, log_probs_old=log_probs_old)
+    check_alike({"log_probs_old": log_probs_old}, log_probs=log_probs, log_probs_base=log_probs_base)
     log_ratio = log_probs.float() - log_probs_base.float()
     zero = torch.zeros_like(log_ratio)
     # k3 of e^60 would have a NaN gradient; beyond the cap of 10 it has none.
@@ -93,8 +95,8 @@ class PolicyLoss(torch.nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-        if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
+        if dual_clip is not None:
+            ARGUMENTS["dual_clip"]("dual_clip", dual_clip)
         if is_correction_mode == "clip" and (is_correction_level == "seq" or is_correction_gating != "ratio"):
             raise ValueError("is_correction_mode: clip needs is_correction_level=token and is_correction_gating=ratio")
         if is_correction_gating != "ratio" and is_correction_level != "off" and is_correction_threshold[0] > 0:
@@ -139,8 +141,8 @@ class PolicyLoss(torch.nn.Module):
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs: needed for is_correction_level={self.is_correction_level!r}")
-        tensors = {"old_log_probs": old_log_probs, "action_mask": action_mask, "rollout_log_probs": rollout_log_probs}
-        check_alike(log_probs=log_probs, **tensors)
+        optional = {"action_mask": action_mask, "rollout_log_probs": rollout_log_probs}
+        check_alike(optional, log_probs=log_probs, old_log_probs=old_log_probs)
         mask, loss_agg = _mask(action_mask, log_probs), _loss_agg(self.token_level_loss)
         weights = vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
@@ -208,7 +210,7 @@ class ValueLoss(torch.nn.Module):
         global_batch_size: float | None = None,
     ) -> Tensor:
         """All tensors [B, T]; the last three arguments are those of the whole batch over all ranks."""
-        check_alike(values=values, action_mask=action_mask)
+        check_alike({"action_mask": action_mask}, values=values)
         mask, loss_agg = _mask(action_mask, values), _loss_agg(self.token_level_loss)
         options = {"mask": mask, "cliprange_value": self.clip_eps, "loss_agg": loss_agg}
         with callers_names(cliprange_value="clip_eps"):

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from fastppo import ppo_loss, selective_logprob
-from fastppo.ops.checks import check_shape, check_tensor
+from fastppo.ops.checks import ARGUMENTS, FLAGS, check_shape, tensor_of
+
+_tensor = tensor_of(FLAGS, "a floating, integer or bool dtype")
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats, [...], of softmax(logits [..., V]); no copy of the logits is made."""
+    ARGUMENTS["logits"]("logits", logits)
     any_target = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return selective_logprob(logits, any_target, return_entropy=True).entropy
 
 
 @contextlib.contextmanager
 def callers_names(**names: str) -> Iterator[None]:
-    """Errors of fastppo's operators by the names that the caller wrote: ``callers_names(clip_low="clip_eps_low")``."""
+    """Errors of fastppo's operators by the names that the caller wrote: ``@callers_names(clip_low="clip_eps_low")``."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -34,14 +37,13 @@ def callers_names(**names: str) -> Iterator[None]:
         raise type(error)(f"{names[ours]}: {rest}") from None
 
 
-def check_alike(**tensors: Tensor | None) -> None:
-    """Tensors of the first one's shape, which PyTorch would broadcast; those after the first may be None."""
-    (first, pattern), *others = tensors.items()
-    check_tensor(first, pattern)
-    for name, tensor in others:
-        if tensor is not None:
-            check_tensor(name, tensor)
-            check_shape(name, tensor, pattern.shape, f"that of {first}")
+def check_alike(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """Tensors of the first one's shape, which PyTorch would broadcast; those in `optional` may be None."""
+    (first, pattern), *_ = tensors.items()
+    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    for name, tensor in (tensors | given).items():
+        _tensor(name, tensor)
+        check_shape(name, tensor, pattern.shape, f"that of {first}")
 
 
 def weighted_ppo_loss(

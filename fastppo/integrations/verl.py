@@ -30,18 +30,21 @@ from fastppo.integrations.shared import (
     replace_gradient,
     weighted_ppo_loss,
 )
+from fastppo.ops.checks import ARGUMENTS, shown
 
 SUPPORTED = ">=0.8,<0.10"
 
 _KL_ESTIMATORS = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
+@callers_names(targets="labels")
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """log p(label) from logits [..., V] and labels [...]; 0 where a label is -100.
 
     With `inplace_backward` the backward pass may overwrite logits that are contiguous and not a leaf. If another
     operation saved them for its own backward, PyTorch raises an error: pass False there, as verl does for entropy.
     """
+    ARGUMENTS["logits"]("logits", logits)
     inplace = inplace_backward and logits.is_contiguous() and not logits.is_leaf
     return selective_logprob(logits, labels, inplace_backward=inplace).logprobs
 
@@ -63,6 +66,7 @@ class FusedLinearForPPO(torch.nn.Module):
             raise ValueError(f"impl_backend: expected 'torch' or 'liger', got {impl_backend!r}")
         self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
+    @callers_names(hidden="hidden_states", weight="vocab_weights", targets="input_ids")
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
@@ -71,6 +75,7 @@ class FusedLinearForPPO(torch.nn.Module):
         return out.logprobs, out.entropy
 
 
+@callers_names(targets="labels")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -93,10 +98,13 @@ def linear_cross_entropy(
             "or call unpatch()"
         )
     reductions = {"none": torch.Tensor.clone, "sum": torch.sum, "mean": torch.mean}
-    if reduction.lower() not in reductions:
-        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    reduce = reductions.get(str(reduction).lower())
+    if reduce is None:
+        raise ValueError(f"reduction: expected none, sum or mean, got {shown(reduction)}")
+    for name, tensor in (("hidden", hidden), ("targets", labels)):
+        ARGUMENTS[name](name, tensor)
     out = linear_logprob(hidden.flatten(0, -2), weight, labels.flatten(), temperature=temperature, return_entropy=True)
-    return reductions[reduction.lower()](out.logprobs), out.entropy
+    return reduce(out.logprobs), out.entropy
 
 
 def compute_policy_loss(
@@ -122,8 +130,8 @@ def compute_policy_loss(
     """
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, got None")
-    weights = {"rollout_is_weights": rollout_is_weights}
-    check_alike(log_prob=log_prob, old_log_prob=old_log_prob, response_mask=response_mask, **weights)
+    optional = {"rollout_is_weights": rollout_is_weights}
+    check_alike(optional, log_prob=log_prob, old_log_prob=old_log_prob, response_mask=response_mask)
     mask = response_mask.bool()
     log_ratio = (log_prob - old_log_prob.detach()).clamp(-20.0, 20.0)  # verl's bounds
     low, high = ("clip_ratio" if config.get(name) is None else name for name in ("clip_ratio_low", "clip_ratio_high"))
@@ -207,7 +215,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     if kind == "abs":
         value = log_ratio.abs()
     elif kind not in _KL_ESTIMATORS:
-        raise NotImplementedError(f"kl_penalty: expected abs, {', '.join(_KL_ESTIMATORS)}, got {kl_penalty!r}")
+        raise NotImplementedError(f"kl_penalty: expected abs, {', '.join(_KL_ESTIMATORS)}, got {shown(kl_penalty)}")
     elif _KL_ESTIMATORS[kind] == "k3":
         value = reference.sampled_kl(log_ratio.clamp(-20.0, 20.0), zero, "k3").clamp(max=10.0)
     else:
@@ -217,13 +225,14 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
 
 
 def compute_gae_advantage_return(
-    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float | Tensor, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns, both [B, T]; tokens outside the mask are skipped and give 0."""
     check_alike(token_level_rewards=token_level_rewards, values=values, response_mask=response_mask)
     mask = response_mask.bool()
+    gamma, lam = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (gamma, lam))
     with callers_names(rewards="token_level_rewards"):
-        advantages, returns = gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=mask)
+        advantages, returns = gae(token_level_rewards, values, gamma=gamma, lam=lam, mask=mask)
     return whiten(advantages, mask=mask), returns
 
 

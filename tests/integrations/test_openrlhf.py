@@ -135,6 +135,7 @@ def test_policy_loss_without_a_mask_and_with_what_stands_on_padding(losses):
     [
         ({"policy_loss_type": "trpo"}, "policy_loss_type"),
         ({"dual_clip": 1.0}, "dual_clip"),
+        ({"dual_clip": "3"}, "dual_clip"),
         ({"is_correction_level": "batch"}, "is_correction_level"),
         ({"is_correction_mode": "drop"}, "is_correction_mode"),
         ({"is_correction_gating": "kl"}, "is_correction_gating"),
@@ -145,11 +146,11 @@ def test_policy_loss_without_a_mask_and_with_what_stands_on_padding(losses):
     ],
 )
 def test_bad_options_are_named(losses, options, named):
-    with pytest.raises(ValueError, match=f"^{named}: "):
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: "):
         adapter.PolicyLoss(**options)
     # OpenRLHF looks at policy_loss_type only when the loss is computed, and at the order of the thresholds never.
     if named != "policy_loss_type" and not options.get("is_correction_threshold"):
-        with pytest.raises((ValueError, AssertionError)):
+        with pytest.raises((TypeError, ValueError, AssertionError)):
             losses.PolicyLoss(**options)
 
 
@@ -166,6 +167,11 @@ def test_errors_name_openrlhfs_arguments():
     for name in tensors.keys() - {"log_probs"}:  # PyTorch would broadcast these
         with pytest.raises(ValueError, match=f"^{name}: expected shape"):
             adapter.PolicyLoss(is_correction_level="token")(**tensors | {name: torch.ones(2, 1)})
+    for name in ("log_probs", "old_log_probs", "advantages"):  # the others may be None
+        with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor, got None"):
+            adapter.PolicyLoss()(**tensors | {name: None})
+    with pytest.raises(TypeError, match=r"^labels: expected a torch.Tensor"):
+        adapter.log_probs_from_logits(torch.ones(2, 5), [0, 1])
     with pytest.raises(ValueError, match=r"^action_mask: expected shape"):
         adapter.ValueLoss(0.2)(values, values, values, torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"^log_probs_base: expected shape"):

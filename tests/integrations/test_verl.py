@@ -254,6 +254,34 @@ def test_errors_name_verls_options(options, named):
         adapter.compute_policy_loss(*tensors, config=Config({"clip_ratio": 0.2} | options))
 
 
+@pytest.mark.parametrize("wrong", [None, "half", [0.5]], ids=repr)
+def test_what_is_of_another_type_is_named_as_verl_names_it(wrong):
+    mask, ids, weight = torch.ones(2, 3), torch.zeros(2, 3).long(), torch.ones(5, 3)
+    config = type("Config", (dict,), {"__getattr__": dict.__getitem__})(clip_ratio=0.2)
+    policy = dict.fromkeys(("old_log_prob", "log_prob", "advantages", "response_mask"), mask) | {"config": config}
+    value = dict.fromkeys(("vpreds", "returns", "values", "response_mask"), mask) | {"cliprange_value": 0.2}
+    rewards = dict.fromkeys(("token_level_rewards", "values", "response_mask"), mask) | {"gamma": 1.0, "lam": 1.0}
+    logits = {"logits": torch.ones(2, 3, 5), "labels": ids}
+    head = {"hidden_states": torch.ones(2, 3, 3), "vocab_weights": weight, "input_ids": ids, "temperature": 1.0}
+    linear = {"hidden": torch.ones(2, 3, 3), "weight": weight, "labels": ids, "temperature": 1.0}
+    for function, arguments in (
+        (adapter.compute_policy_loss, policy),
+        (adapter.compute_value_loss, value),
+        (adapter.compute_gae_advantage_return, rewards),
+        (adapter.agg_loss, {"loss_mat": mask, "loss_mask": mask, "loss_agg_mode": "token-mean"}),
+        (adapter.kl_penalty, {"logprob": mask, "ref_logprob": mask}),
+        (adapter.logprobs_from_logits, logits),
+        (adapter.FusedLinearForPPO().forward, head),
+        (adapter.linear_cross_entropy, linear),
+    ):
+        others = {"kl_penalty": "k1"} if function is adapter.kl_penalty else {}
+        function(**arguments, **others)
+        for name in arguments.keys() - {"config"}:
+            if (name, wrong) != ("cliprange_value", None):  # unclipped
+                with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+                    function(**arguments | {name: wrong}, **others)
+
+
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2), (3,)])
 def test_what_pytorch_would_broadcast_is_refused_by_name(shape):
     """A reward or mask per sequence in place of one per token gives a number, and a wrong one."""
