@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.models.source import ModelError
+from fastppo.ops.checks import looks_at_values
 
 # Configuration entries that scale the logits, and whether they divide.
 _SCALES = {
@@ -148,12 +149,15 @@ def readable_ids(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     """Token ids [B, T] with 0 at padding, since a pad token that was added to a tokenizer may have no embedding.
 
     Raises:
-        ModelError: a token that is not padding has no embedding.
+        ModelError: a token that is not padding has no embedding; of ids on a CPU, since others would have to be waited
+            for (`sample` looks at prompts before they are moved).
     """
     ids = input_ids.masked_fill(attention_mask == 0, 0)
+    if not looks_at_values(ids) or not ids.numel():
+        return ids
     embeddings = backbone.get_input_embeddings()
     rows = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)  # inside peft's adapters
-    if rows is not None and ids.numel() and (largest := int(ids.max())) >= rows:
+    if rows is not None and (largest := int(ids.max())) >= rows:
         raise ModelError(
             f"token {largest} has no embedding, the model has {rows}: it was added to the tokenizer but not to the "
             "model (model.resize_token_embeddings adds it)"

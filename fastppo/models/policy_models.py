@@ -16,6 +16,7 @@ from fastppo.models.config import ModelConfig
 from fastppo.models.head import LMHead, backbone_and_head, backbone_of
 from fastppo.models.load import apply_lora, context_length, load_causal_lm
 from fastppo.models.packing import can_pack, completion_hidden
+from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
 
 
@@ -44,6 +45,12 @@ class PolicyModels:
             if config.value_name_or_path is not None:
                 value_config = dataclasses.replace(config, name_or_path=config.value_name_or_path)
                 source = load_causal_lm(value_config, device=device)
+                reads, writes = (len(m.get_input_embeddings().weight) for m in (source, policy))
+                if reads < writes:
+                    raise ModelError(
+                        f"model.value_name_or_path: it reads {reads} tokens, the policy writes {writes}; they must "
+                        "share a tokenizer"
+                    )
             self.value = ValueModel.from_causal_lm(source, num_values)
         self._reference: nn.Module | None = None
         if config.lora is not None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from unittest import mock
 from fastppo.errors import FastPPOError, one_line, quote
 
 _PACKAGE = "package:"
+_hub = threading.RLock()
 
 
 class ModelError(FastPPOError, ValueError):
@@ -33,11 +35,12 @@ def hub_offline(offline: bool = True) -> Iterator[None]:
     """Keep libraries from asking the Hugging Face Hub within the context, as HF_HUB_OFFLINE=1 does for a process.
 
     `local_files_only` is not enough: where the package `kernels` is installed, bitsandbytes downloads native code when
-    it is imported, which peft and transformers do too, and transformers does so for some models.
+    it is imported, which peft and transformers do too, and transformers does so for some models. The setting is one for
+    all threads, so others that come here, offline or not, wait.
     """
     from huggingface_hub import constants
 
-    with mock.patch.object(constants, "HF_HUB_OFFLINE", True) if offline else contextlib.nullcontext():
+    with _hub, mock.patch.object(constants, "HF_HUB_OFFLINE", True) if offline else contextlib.nullcontext():
         yield
 
 

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 512  # tokens; about the square root of a vocabulary
-_AT_A_TIME = 2**17  # logits whose float64 copy fits in a core's cache
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**25, 2**17  # logits, whose float64 copies take 256 MB, or fit in a core's cache
 
 
 def random_numbers(rows: int, vocabulary: int, device: torch.device | str = "cpu") -> Tensor:
     """Exponentially distributed float64 numbers for `draw`: [rows, _BLOCK + number of blocks]."""
     shape = (2, rows, _BLOCK + -(-vocabulary // _BLOCK))
     coarse, fine = torch.rand(shape, dtype=torch.float64, device=device)
-    # torch.rand gives multiples of 2⁻⁵³.
-    uniform = (coarse + 2.0**-53 * fine).clamp(max=1 - 2.0**-53)
+    # torch.rand gives multiples of 2⁻⁵³, on a GPU half a step higher.
+    uniform = (((coarse * 2.0**53).floor() + fine) * 2.0**-53).clamp(max=1 - 2.0**-53)
     return -torch.log1p(-uniform)
 
 
@@ -40,7 +40,7 @@ def draw(logits: Tensor, temperature: float, numbers: Tensor) -> tuple[Tensor, T
     Raises:
         FloatingPointError: a row's probabilities are not finite.
     """
-    rows = len(logits) if logits.is_cuda else max(1, _AT_A_TIME // logits.shape[1])
+    rows = max(1, (_AT_A_TIME_ON_CPU if logits.device.type == "cpu" else _AT_A_TIME) // logits.shape[1])
     parts = []
     for z, exponential in zip(logits.split(rows), numbers.split(rows), strict=True):
         z = z.double() / temperature

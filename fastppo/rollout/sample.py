@@ -62,10 +62,11 @@ def sample(
         eos = tokenizer.eos_token_id if own is None else own
         eos = [eos] if isinstance(eos, int) else list(eos)
     rows = [torch.tensor(prompt.input_ids, dtype=torch.long) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
-    prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
-
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     known = readable_ids(backbone_of(policy), ids, prompt_mask)
+    ids, prompt_mask, known = (tensor.to(device) for tensor in (ids, prompt_mask, known))
+
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     # On a CPU most of generate()'s time is not the model's.
     sampler = decode if device.type == "cpu" and can_decode(policy) else _generate

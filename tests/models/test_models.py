@@ -28,6 +28,7 @@ from fastppo.models import (
     load_causal_lm,
     load_tokenizer,
     merge_lora,
+    readable_ids,
     resolve,
     token_hidden,
 )
@@ -110,6 +111,8 @@ def test_tokens_without_an_embedding():
             token_hidden(backbone, ids, mask)
         with pytest.raises(ModelError, match="token 97 has no embedding"):
             completion_hidden(model, ids.repeat(4, 1), mask.repeat(4, 1), 2)
+        on_a_device = ids.to("meta"), mask.to("meta")  # whose values cannot be had; a GPU's would have to be waited for
+        assert readable_ids(backbone, *on_a_device).is_meta
 
 
 def test_unknown_heads_are_refused():

@@ -1,4 +1,4 @@
-"""The frozen reference under autocast: its products' weights rounded once, nothing else changed."""
+"""The models of a run: the frozen reference under autocast, and a value model of another vocabulary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastppo.models import backbone_and_head
 from fastppo.models.config import ModelConfig
 from fastppo.models.packing import can_pack
 from fastppo.models.policy_models import PolicyModels
+from fastppo.models.source import ModelError
 
 
 @pytest.fixture
@@ -47,3 +48,11 @@ def test_a_refreshed_reference_follows_the_policy(models):
     assert not torch.equal(policy, reference)
     models.refresh_reference()
     assert torch.equal(*states(models))
+
+
+def test_a_value_model_that_cannot_read_what_the_policy_writes_is_refused(tmp_path):
+    """On a GPU it would end the process at the first token that it lacks."""
+    policy, value = (make_tiny_model(tmp_path / str(size), vocab_size=size) for size in (331, 300))
+    config = ModelConfig(name_or_path=str(policy), value_model="separate", value_name_or_path=str(value))
+    with pytest.raises(ModelError, match=r"^model\.value_name_or_path: it reads 300 tokens, the policy writes 331"):
+        PolicyModels(config, device=torch.device("cpu"))

@@ -13,11 +13,12 @@ from fastppo.rollout.draw import draw, random_numbers
 BLOCK = draw_module._BLOCK
 
 
-def test_random_numbers_near_zero_have_all_their_bits(monkeypatch):
+@pytest.mark.parametrize("shift", [0.0, 2.0**-54], ids=["cpu", "cuda"])
+def test_random_numbers_near_zero_have_all_their_bits(monkeypatch, shift):
     """A token of probability p wins if its number is below about p, so p is only as exact as numbers of that size."""
     coarse = torch.tensor([0, 1, 2, 1000, 2**52], dtype=torch.float64) * 2.0**-53
     fine = torch.arange(1, 65, dtype=torch.float64) / 64
-    grid = torch.stack([coarse[:, None].expand(-1, 64), fine.expand(5, -1)])
+    grid = torch.stack([(coarse + shift)[:, None].expand(-1, 64), fine.expand(5, -1)])
     monkeypatch.setattr(torch, "rand", lambda shape, **_: grid)
     numbers = random_numbers(5, 1)
     for row, start in zip(numbers[:4].tolist(), coarse.tolist(), strict=False):

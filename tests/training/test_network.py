@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tiny import make_tiny_model
 
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.load import apply_lora, load_pretrained
-from fastppo.models.source import ModelSource
+from fastppo.models.source import ModelSource, hub_offline
 from fastppo.training.config import OptimConfig
 from fastppo.training.optim import build_optimizer
 
@@ -54,6 +56,30 @@ def test_libraries_are_imported_with_the_hub_out_of_reach(tmp_path, monkeypatch,
     assert users == constants.HF_HUB_OFFLINE
     for name in ("bitsandbytes", "peft"):
         sys.modules.pop(name)
+
+
+def test_threads_leave_the_setting_as_it_was():
+    """The second comes while the first is inside, and leaves after it."""
+    came, left, seen = threading.Event(), threading.Event(), []
+
+    def second():
+        came.set()
+        with hub_offline(), hub_offline():
+            left.wait(10)
+            seen.append(constants.HF_HUB_OFFLINE)
+
+    before, thread = constants.HF_HUB_OFFLINE, threading.Thread(target=second)
+    with contextlib.suppress(KeyError), hub_offline():
+        thread.start()
+        came.wait()
+        thread.join(0.05)
+        raise KeyError
+    left.set()
+    thread.join()
+    with hub_offline(False):
+        seen.append(constants.HF_HUB_OFFLINE)
+    assert seen == [True, before]
+    assert before == constants.HF_HUB_OFFLINE
 
 
 RUN = """
