@@ -140,6 +140,8 @@ class PPOTrainer(Trainer):
             raise ValueError("train_dataset: required")
         if processing_class.pad_token_id is None:
             raise ValueError("processing_class: the tokenizer needs a pad token (tokenizer.pad_token = ...)")
+        if args.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha: PPO compares probabilities, which noise would change; leave it out")
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU: start the script with `accelerate launch`")
         if peft_config is not None:
@@ -392,6 +394,10 @@ class PPOTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *_args: Any, **_options: Any) -> None:
+        """Always raises: PPO's prompts have no labels to predict."""
+        raise NotImplementedError("predict: call evaluate(dataset) for scores, or generate_completions() for samples")
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
         """Completions of eval_dataset, or of its first batch with `sampling`: the main process prints a few, and each
