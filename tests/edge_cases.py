@@ -64,6 +64,8 @@ def operators(backend: str) -> dict[str, tuple]:
     """What a backend can be asked for: name -> (operator, arguments)."""
     x = inputs()
     logits, ref_logits = x["hidden"] @ x["weight"].T + x["bias"], x["ref_hidden"] @ x["ref_weight"].T
+    for name in ("bias", "ref_bias"):
+        x[name] = x[name] + 100.0  # whose exponential overflows: nothing may take it for a logit's distance to the maximum
     head = {name: x[name] for name in ("hidden", "weight", "bias")}
     reference = {name: x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
     rollout = {name: x[name] for name in ("old_logprobs", "advantages", "ref_logprobs")}
@@ -119,7 +121,7 @@ GARBAGE = (math.nan, math.inf, -math.inf, 3e38)
 def what_is_left_out_changes_nothing(operator, arguments: dict, garbage: tuple[float, ...] = GARBAGE) -> None:
     """No output, metric or gradient, to the last bit, whatever stands where the target is −100 or the mask False."""
     out = torch.zeros(B, T, dtype=torch.bool)
-    out[0, 1], out[0, 3], out[2] = True, True, True  # within a sequence, at its end, and all of one
+    out[0, 0], out[0, 2], out[1, 3], out[2] = True, True, True, True  # at the start, within, at the end, all of one
     by_target = [True] * ("targets" in arguments) + [False] * ("mask" in arguments)
     for ignored in by_target:
         results = []
@@ -145,6 +147,27 @@ def what_is_left_out_changes_nothing(operator, arguments: dict, garbage: tuple[f
                 assert (value[out] == 0).all(), name
             for other in others:
                 assert torch.equal(other[name], value), name
+
+
+def rows_without_a_gradient_give_none(backend: str) -> None:
+    """What a real token holds whose outputs are not used reaches no gradient."""
+    x = inputs()
+    head, reference = (
+        {name: x[name] for name in names}
+        for names in (("hidden", "weight", "bias"), ("ref_hidden", "ref_weight", "ref_bias"))
+    )
+    for operator, given in (
+        (fastppo.linear_logprob, {"targets": x["targets"], "return_entropy": True}),
+        (fastppo.linear_kl, reference),
+    ):
+        gradients = []
+        for held in (0.0, math.nan):
+            hidden = head["hidden"].index_fill(0, torch.tensor([0]), held)  # the first rows
+            leaves = [leaf.clone().requires_grad_() for leaf in (hidden, head["weight"], head["bias"])]
+            out = operator(*leaves[:2], bias=leaves[2], **given, backend=backend)
+            sum(o[1:].sum() for o in ((out,) if isinstance(out, Tensor) else out)).backward()
+            gradients.append([leaf.grad for leaf in leaves])
+        assert all(map(torch.equal, *gradients)), operator.__name__
 
 
 # ---- a policy that rules a sampled token out ------------------------------------------------------------------------

@@ -23,6 +23,11 @@ def test_what_is_left_out_changes_nothing(backend):
         edge_cases.what_is_left_out_changes_nothing(operator, arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])  # the reference's gradient is 0 · NaN
+def test_rows_without_a_gradient_give_none(backend):
+    edge_cases.rows_without_a_gradient_give_none(backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_ruled_out_target_has_no_probability(backend):
     edge_cases.a_ruled_out_target_has_no_probability(backend)

@@ -18,6 +18,10 @@ def test_what_is_left_out_changes_nothing(name):
     edge_cases.what_is_left_out_changes_nothing(*edge_cases.operators("triton")[name], garbage=(math.nan,))
 
 
+def test_rows_without_a_gradient_give_none():
+    edge_cases.rows_without_a_gradient_give_none("triton")
+
+
 def test_a_ruled_out_target_has_no_probability():
     edge_cases.a_ruled_out_target_has_no_probability("triton")
 
