@@ -74,6 +74,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
+        for module in (module for module in _MODULES if module.startswith(f"{name}.")):
+            importlib.import_module(f"fastppo.{module}")  # so that `fastppo.ops.gae` can be had
         return importlib.import_module(_SUBMODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -83,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_SUBMODULES, *(name for name in globals() if name.startswith("__"))})

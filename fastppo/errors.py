@@ -35,10 +35,15 @@ def one_line(error: object, limit: int = 400) -> str:
     return _bounded(text, limit) or type(error).__name__
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """End of a message about a misspelt word: `; did you mean ...?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix + near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "", *, otherwise: str = "") -> str:
+    """End of a message about a misspelt word: `; did you mean ...?` with the nearest known word.
+
+    If none is near: nothing, or `otherwise`, such as "it has", and the first of the known words.
+    """
+    known = list(known)
+    if near := difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5):
+        return f"; did you mean {quote(prefix + near[0])}?"
+    return f"; {otherwise} {one_line(', '.join(known) or 'none', 160)}" if otherwise else ""
 
 
 def _bounded(text: str, limit: int) -> str:

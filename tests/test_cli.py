@@ -67,7 +67,7 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--tensorboard", "false"], 2, "tensorboard: replaced by report_to; write `report_to: tensorboard` for true"),
         (["--=x"], 2, "'--=x': expected --section.key value"),
         (["--"], 2, "'--': expected --section.key value"),
-        (["--rollout.temperature", "1e-300"], 1, "nan"),
+        (["--rollout.temperature", "1e-300"], 2, "rollout.temperature: input should be greater than or equal to 1e-10"),
         (["--output_dir", "~nosuchuser/x"], 2, "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--output_dir", "a\0b"], 2, "output_dir: expected text without NUL"),
         (["--output_dir", "x" * 5000], 2, "cannot be written to (File name too long)"),
@@ -77,6 +77,7 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--eval.rewards", "[{name: x, function: 'no.py:f'}]"], 1, "reward 'x': no.py: no such file"),
         (["--rewards.0.function", "a..b:f"], 1, "reward 'vowels': 'a..b:f' is not vader_sentiment"),
         (["--rewards.0.function", "__main__:no_such_function"], 1, "no function 'no_such_function' in __main__"),
+        (["--rewards.0.function", "os:nothing"], 1, "no function 'nothing' in os; it has GenericAlias, "),
         (["--model.name_or_path", "package:__main__/x"], 1, "__main__ is a module without files"),
         (["--model.lora.target_modules", "["], 1, "'[' is not a regular expression"),
         (["--model.lora.target_modules", "(" * 5000], 1, "is not a regular expression"),
@@ -95,7 +96,7 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
     assert error.startswith("fastppo: ")
     assert message in error
     assert error.isprintable()
-    assert len(error) < 1100
+    assert len(error) < 500
     assert not Path("~nosuchuser").exists()
 
 
@@ -105,7 +106,6 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
         (["--data.prompt_column", "promt"], "no column 'promt'; did you mean 'prompt'?"),
         (["--data.eval_size", "64"], "leaves none to train on"),
         (["--rollout.max_new_tokens", "128"], "context of 128 tokens leaves no room"),
-        (["--rewards.0.function", "os:nothing"], "no function 'nothing' in os"),
         (["--rewards.0.function", "math:isclose"], "its function needs 'a'"),
         (["--eval.perplexity", "/dev/null"], "holds no text"),
         (["--model.lora.r", "4"], "model.lora needs peft; pip install "),

@@ -21,8 +21,13 @@ def test_every_public_name_can_be_had_and_listed():
     for name in fastppo.__all__:
         assert everything[name] is getattr(fastppo, name)
     assert set(fastppo.__all__) <= set(dir(fastppo))
-    assert fastppo.ops.gae.gae is fastppo.gae
     assert not hasattr(fastppo, "nothing")
+
+
+@pytest.mark.slow  # torch is imported anew
+def test_a_package_comes_with_its_modules():
+    code = "import fastppo; fastppo.ops.gae.gae; fastppo.engines.budget.scratch_budget; fastppo.reference.gae"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_type_checkers_see_the_same_names():

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastppo.errors import one_line
 from fastppo.models.head import backbone_and_head, token_hidden
 from fastppo.models.load import load_model
 from fastppo.models.source import ModelError, ModelSource
@@ -60,7 +61,7 @@ class ValueHead(nn.Module):
             head = cls(hidden_size, *num_values)
             head.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{path}: not a saved value head ({' '.join(str(error).split())})") from error
+            raise ModelError(f"{path}: not a saved value head ({one_line(error)})") from error
         return head.to(device)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fastppo.config_fields import STRICT, PositiveFloat, PositiveInt
+from fastppo.config_fields import STRICT, FiniteFloat, PositiveInt
 
 
 @dataclass(config=STRICT)
@@ -17,7 +20,7 @@ class RolloutConfig:
     """Completions per prompt."""
     max_new_tokens: PositiveInt = 32
     """Maximum length of a completion in tokens."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[FiniteFloat, Field(ge=1e-10, le=1e10)] = 1.0  # as the operators take it
     """Divides the logits, for sampling and for log-probabilities, entropy and KL."""
     generation_batch_size: PositiveInt = 64
     """Maximum number of sequences that are decoded together."""

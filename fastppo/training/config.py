@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import re
 import typing
 from dataclasses import field
 from pathlib import Path
@@ -49,7 +50,7 @@ _REPLACED = {
 
 
 def _tracker_list(given: Any) -> Any:
-    return [] if given in ("none", ["none"], None) else [given] if isinstance(given, str) else given
+    return [] if given in ("none", ["none"], None) else given if isinstance(given, list | tuple) else [given]
 
 
 @dataclass(config=STRICT)
@@ -339,8 +340,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem == "unexpected_keyword_argument":
         if key in _REPLACED:
             return f"{key}: {_REPLACED[key]}"
-        hint = did_you_mean(path[-1], known, ".".join([*path[:-1], ""]))
-        return f"{key}: unknown key{hint or '; known here: ' + ', '.join(known)}"
+        hint = did_you_mean(path[-1], known, ".".join([*path[:-1], ""]), otherwise="known here:")
+        return f"{key}: unknown key{hint}"
     if problem == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         hint = did_you_mean(given, choices) if isinstance(given, str) else ""
@@ -349,7 +350,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key}: required, but not given"
     if problem == "dataclass_type":
         return f"{key}: expected keys and their values, got {quote(given)}"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quote(given)}"
+    text = re.sub(r"[\d.]{9,}$", lambda bound: f"{float(bound[0]):g}", first["msg"])
+    return f"{key}: {text[0].lower()}{text[1:]}, got {quote(given)}"
 
 
 def section_of(hint: Any) -> type | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastppo.errors import FastPPOError, did_you_mean, quote
+from fastppo.errors import FastPPOError, did_you_mean, one_line, quote
 from fastppo.extras import install_command
 from fastppo.rollout.prompt import Prompt
 
@@ -179,7 +179,7 @@ def _text(
 ) -> tuple[str, bool]:
     """What the model reads, and whether the tokenizer must add special tokens; a chat template writes its own."""
     if config.prompt_column not in values:
-        hint = did_you_mean(config.prompt_column, values) or f"; it has {', '.join(map(quote, values)) or 'none'}"
+        hint = did_you_mean(config.prompt_column, values, otherwise="it has")
         raise DataError(f"{where}: no column {quote(config.prompt_column)}{hint} (data.prompt_column)")
     prompt = values[config.prompt_column]
     if isinstance(prompt, str) and not config.apply_chat_template:
@@ -200,7 +200,7 @@ def _text(
             messages, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished
         )
     except Exception as error:  # templates are programs of their own and raise what they like
-        raise DataError(f"{where}: the chat template refuses it ({' '.join(str(error).split())})") from error
+        raise DataError(f"{where}: the chat template refuses it ({one_line(error)})") from error
     return text, False
 
 
@@ -282,9 +282,9 @@ def _from_datasets(source: str, folder: Path | None, split: str, allow_download:
         loaded = datasets.load_from_disk(folder) if folder else datasets.load_dataset(source, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # the library's own errors, and the Hub's, derive from these
         what = "not a folder saved by datasets" if folder else "cannot be loaded from the Hub"
-        raise DataError(f"{source}: {what} ({' '.join(str(error).split())})") from error
+        raise DataError(f"{source}: {what} ({one_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"{source}: no split {quote(split)}; it has {', '.join(loaded)}")
+            raise DataError(f"{source}: no split {quote(split)}{did_you_mean(split, loaded, otherwise='it has')}")
         loaded = loaded[split]
     return [(f"{source}, row {number}", values) for number, values in enumerate(loaded)]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
-from fastppo.errors import one_line, quote
+from fastppo.errors import quote
 from fastppo.extras import install_command
 from fastppo.models import ValueHead, merge_lora
 from fastppo.models.policy_models import PolicyModels
@@ -643,6 +643,5 @@ def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:
         return folder, FolderLock(folder)
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in the name, or no such user as in ~user
-        problem = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigError(f"output_dir: {quote(name)} cannot be written to ({problem})") from None
+    except OSError as error:
+        raise ConfigError(f"output_dir: {quote(name)} cannot be written to ({error.strerror or error})") from None

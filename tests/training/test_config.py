@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.training.config import ALGORITHMS, ConfigError, build_config, load_config, to_dict
+from fastppo.ops.checks import ARGUMENTS
+from fastppo.training.config import ALGORITHMS, Config, ConfigError, build_config, load_config, to_dict
 from fastppo.training.config_keys import documented_keys, explain, overview
 
 BASE = {
@@ -78,6 +80,9 @@ def test_round_trip(tmp_path):
         (["--ppo.dual_clip", "true"], "ppo.dual_clip: expected a number, got True"),
         (["--ppo.clip_low", "1.0e+300"], "ppo.clip_low: input should be less than"),
         (["--seed", "1.0e+300"], "seed: "),
+        (["--optim.learning_rate", "1e40"], "learning_rate: input should be less than or equal to 3.40282e+38, got"),
+        (["--rollout.temperature", "1e-11"], "temperature: input should be greater than or equal to 1e-10, got"),
+        (["--report_to", "true"], "report_to.0: True is not one of tensorboard, trackio, wandb, mlflow"),
         (["--output_dir", "~nosuchuser/x"], "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--data.train", "a\0b"], "data.train: expected text without NUL"),
         (["--rewards.0.name", "\ud83d"], "rewards.0.name: expected text without NUL"),
@@ -280,6 +285,15 @@ def test_trackers_are_a_list_one_name_or_none(tmp_path, given, names):
     assert build_config(to_dict(config)) == config
     assert load_config(write(tmp_path, BASE), ["--report_to", yaml.safe_dump(given)]).report_to == names
     assert load_config(write(tmp_path, BASE)).report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize("name", ["temperature", *sorted(ARGUMENTS.keys() & to_dict(Config().ppo))])
+def test_the_operators_take_every_number_that_the_configuration_takes(name):
+    section = "rollout" if name == "temperature" else "ppo"
+    for value in (-1, 0, 1e-320, 1e-11, 1e-10, 0.5, 1, 1.5, 2, 1e10, 1e11, 3e38):
+        with contextlib.suppress(ConfigError):
+            given = getattr(getattr(build_config(BASE | {section: {name: value}}), section), name)
+            ARGUMENTS[name](name, given)
 
 
 HELD_OUT = {"name": "b", "function": "f"}

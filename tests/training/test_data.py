@@ -207,7 +207,7 @@ def test_the_context_limits_too(tokenizer, tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"line 2: not valid JSON"),
         ("p.jsonl", '{"prompt": "a"}\n\n["a"]\n', r"line 3: expected an object like \{\"prompt\": \.\.\.\}, got list"),
         ("p.jsonl", '{"promt": "a"}\n', r"line 1: no column 'prompt'; did you mean 'promt'\?"),
-        ("p.jsonl", '{"text": "a", "id": 1}\n', r"line 1: no column 'prompt'; it has 'text', 'id'"),
+        ("p.jsonl", '{"text": "a", "id": 1}\n', r"line 1: no column 'prompt'; it has text, id"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', r"line 2: a prompt is a string or a list .*, got int 5"),
         ("p.jsonl", '{"prompt": null}\n', r"line 1: a prompt is .*, got nothing"),
         ("p.jsonl", '{"prompt": []}\n', r"line 1: a prompt is "),

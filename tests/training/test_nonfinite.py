@@ -151,7 +151,7 @@ def test_a_run_stops_in_one_line_and_goes_on_with_skip(world, tmp_path, capsys):
     (tmp_path / "reward.py").write_text("def late(completions):\n    return [float('nan') for _ in completions]\n")
     assert main(["train", *arguments, "--resume", "--on_nonfinite", "skip"]) == 0
     out, error = capsys.readouterr()
-    assert "expected a finite number, prompt 'The number" in out
+    assert "expected a finite number (reward.py, line 1), prompt 'The number" in out
     assert error == ""
     assert [row.get("policy/skipped_steps") for row in metrics_of(tmp_path / "run")] == [None, 1.0]
 
@@ -172,7 +172,8 @@ def test_an_evaluation_is_skipped_or_stops_the_run(world, tmp_path):
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_parameters_that_are_not_finite_are_never_saved(world, tmp_path, on_nonfinite):
     """Not even by the step that made them so, whose loss and gradient were finite."""
-    trainer = make_trainer(config(world, tmp_path / "run", on_nonfinite=on_nonfinite, optim__learning_rate=1e40))
+    decay = {"optim__learning_rate": 3e38, "optim__weight_decay": 1e4}  # each parameter times 1 - 3e42
+    trainer = make_trainer(config(world, tmp_path / "run", on_nonfinite=on_nonfinite, **decay))
     trainer.config.total_steps = 1
     with pytest.raises(NonFiniteError, match=r"^after step 1: the parameter .* is not finite, so nothing was saved"):
         trainer.train()

@@ -248,7 +248,7 @@ def _accepted(reward: Reward, offered: list[str]) -> list[str]:
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and p.name not in by_name.intersection(offered):
-            hint = did_you_mean(p.name, offered) or f"; it can have {', '.join(offered)}, by name"
+            hint = did_you_mean(p.name, offered, otherwise="it can have, by name:")
             raise RewardError(f"reward {quote(reward.name)}: its function needs {p.name!r}{hint}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [name for name in offered if takes_all or name in by_name]
@@ -310,7 +310,7 @@ def _number(item: Any) -> float | None:
 
 def describe(error: BaseException) -> str:
     """`TypeName: text`, in one line."""
-    name, text = type(error).__name__, one_line(error)
+    name, text = type(error).__name__, one_line(error, 200)
     return name if text == name else f"{name}: {text}"
 
 
@@ -323,4 +323,4 @@ def _place(function: Any, error: BaseException | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__) if error else []
     own = [frame for frame in frames if frame.filename == code.co_filename]
     line, text = (own[-1].lineno, own[-1].line) if own else (code.co_firstlineno, "")
-    return f" ({Path(code.co_filename).name}, line {line}{text and ': ' + one_line(text, 120)})"
+    return f" ({Path(code.co_filename).name}, line {line}{text and ': ' + one_line(text, 80)})"

@@ -87,7 +87,7 @@ def find_function(name: str, spec: str) -> RewardFunction:
             ) from None
         raise RewardError(f"reward {quote(name)}: loading {where} raised {describe(error)}") from error
     if not callable(function):
-        hint = did_you_mean(attribute, functions) or f"; it has {', '.join(functions) or 'none'}"
+        hint = did_you_mean(attribute, functions, otherwise="it has")
         raise RewardError(f"reward {quote(name)}: no function {quote(attribute)} in {where}{hint}")
     return function
 
