@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastppo.integrations.patching import origin, require
 from fastppo.models.head import backbone_and_head, backbone_of, check_head
-from fastppo.ops.checks import ARGUMENTS
+from fastppo.ops.checks import ARGUMENTS, check_shape
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
@@ -102,6 +102,8 @@ def install(model: nn.Module, patch: LogprobForward) -> None:
     """`patch_model` for any library's convention; raises the same errors."""
     require("transformers", SUPPORTED)
     ARGUMENTS["temperature"]("temperature", patch.temperature)
+    if patch.backend is not None:
+        ARGUMENTS["backend"]("backend", patch.backend)
     causal = _causal(model)
     name = type(causal).__name__
     if (earlier := vars(causal).get(SLOT)) is not None:
@@ -162,6 +164,8 @@ def _without_logits(
 ) -> dict[str, Tensor | None]:
     if labels is None and shift_labels is None:
         raise ValueError(f"labels: required with {patch.keyword}=True; use -100 where no log-probability is needed")
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    ARGUMENTS["targets"](name, given)
     config = causal.config.get_text_config()
     if inputs.get("output_router_logits") is None and getattr(config, "output_router_logits", False):
         inputs["output_router_logits"] = True
@@ -169,6 +173,7 @@ def _without_logits(
     backbone, head = backbone_and_head(causal)
     outputs = backbone(**inputs)
     hidden = outputs.last_hidden_state
+    check_shape(name, given, hidden.shape[:-1], "one for each token")
     # The last state has no label; -100 for it avoids the copy that hidden[:, :-1] would make.
     shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 

@@ -162,6 +162,13 @@ def test_call_by_position_and_without_labels():
     assert model(*arguments, labels=batch["labels"], return_logprobs=True).logprobs.equal(want.logprobs)
     with pytest.raises(ValueError, match="labels: required"):
         model(input_ids=batch["input_ids"], return_logprobs=True)
+    ids = batch["input_ids"]
+    for name in ("labels", "shift_labels"):
+        for wrong in (ids.tolist(), ids.float(), ids[:1], ids[0]):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+                model(**batch | {name: wrong}, return_logprobs=True)
+    with pytest.raises(ValueError, match="^backend: expected one of "):
+        fastppo.patch_model(_random_model(), backend="cuda")
 
 
 def test_output_is_of_the_models_own_kind():
@@ -460,7 +467,7 @@ def test_quantized_base_with_adapters(bits, tmp_path):
 # ---- two hundred steps
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_hundred_steps_follow_the_plain_curve(half):
     """Errors too small to see in one step would add up: sums in low precision bias training."""
     torch.manual_seed(0)  # the curve's shape is what is compared, so it is always the same one
