@@ -112,7 +112,9 @@ def _from_function(module: str, name: str, shown: str) -> Path:
     try:
         with hub_offline():
             path = Path(getattr(importlib.import_module(module), name)())
-    except (Exception, SystemExit) as error:  # the package's own code raises what it likes
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the package's own code raises what it likes
         raise ModelError(f"{shown}: the function fails ({type(error).__name__}: {one_line(error)})") from error
     if not os.path.exists(path):
         raise ModelError(f"{shown}: the function returns {quote(str(path))}, which does not exist")

@@ -167,7 +167,7 @@ def test_call_by_position_and_without_labels():
         for wrong in (ids.tolist(), ids.float(), ids[:1], ids[0]):
             with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
                 model(**batch | {name: wrong}, return_logprobs=True)
-    with pytest.raises(ValueError, match="^backend: expected one of "):
+    with pytest.raises(ValueError, match=r"^backend: expected one of "):
         fastppo.patch_model(_random_model(), backend="cuda")
 
 

@@ -453,10 +453,10 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         _trainer(tiny, tmp_path, response_length=126).train()
     with pytest.raises(TypeError, match="train_dataset: expected one with a length, got IterableDataset"):
         _trainer(tiny, tmp_path, data={"train_dataset": datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset()})
-    with pytest.raises(ValueError, match="^neftune_noise_alpha: "):
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha: "):
         _trainer(tiny, tmp_path, neftune_noise_alpha=5.0)
     trainer = _trainer(tiny, tmp_path)
-    with pytest.raises(NotImplementedError, match="^predict: "):
+    with pytest.raises(NotImplementedError, match=r"^predict: "):
         trainer.predict(trainer.train_dataset)
     for columns, match in (
         ({"prompt": ["a"] * 8}, "come tokenized"),

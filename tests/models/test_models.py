@@ -383,12 +383,14 @@ def test_a_function_of_a_package_says_where_its_model_is(tmp_path, monkeypatch):
         "def nowhere():\n    return '/no/such/file.gguf'\n"
         "def nothing():\n    return None\n"
         "def leaves():\n    raise SystemExit('several\\nlines')\n"
+        "def its_own():\n    raise BaseException('mine')\n"
     )
     assert resolve("package:parts_pkg:join") == (str(tmp_path), "whole.gguf")
     for name, message in {
         "nowhere": "returns '/no/such/file.gguf', which does not exist",
         "nothing": "TypeError",
         "leaves": "SystemExit: several lines",
+        "its_own": "BaseException: mine",
         "absent": "AttributeError",
         "": "AttributeError",
     }.items():
