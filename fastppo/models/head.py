@@ -157,6 +157,8 @@ def readable_ids(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor)
         return ids
     embeddings = backbone.get_input_embeddings()
     rows = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)  # inside peft's adapters
+    if (least := int(ids.min())) < 0:
+        raise ModelError(f"token {least} is below 0, so it cannot be read")
     if rows is not None and (largest := int(ids.max())) >= rows:
         raise ModelError(
             f"token {largest} has no embedding, the model has {rows}: it was added to the tokenizer but not to the "

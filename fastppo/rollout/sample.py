@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from fastppo.models import backbone_of, readable_ids
+from fastppo.models import ModelError, backbone_of, readable_ids
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.decode import can_decode, decode
 from fastppo.rollout.draw import draw, random_numbers
@@ -54,8 +54,11 @@ def sample(
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
-        ModelError: a prompt holds a token without an embedding.
+        ModelError: a prompt holds a token without an embedding, or none at all.
     """
+    for number, prompt in enumerate(prompts):
+        if not prompt.input_ids:  # nothing that the first token could be predicted from
+            raise ModelError(f"prompt {number} of the batch has no tokens; begin it with the tokenizer's BOS or EOS")
     pad, eos = tokenizer.pad_token_id, eos_ids
     if eos is None:
         own = policy.generation_config.eos_token_id  # chat models often have several

@@ -112,11 +112,19 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
     assert added.completions == own.completions
 
 
-def test_a_prompt_with_a_token_that_has_no_embedding_is_named(policy, sampler):
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([4, 331], r"token 331 has no embedding, the model has 331: .*resize_token_embeddings"),
+        ([4, -1], "token -1 is below 0"),
+        ([], "prompt 1 of the batch has no tokens"),
+    ],
+    ids=["no embedding", "negative", "empty"],
+)
+def test_a_prompt_that_cannot_be_read_is_refused(policy, ids, message):
     model, tokenizer = policy
-    prompts = [Prompt("", [4, 331], {})]
-    with pytest.raises(ModelError, match=r"token 331 has no embedding, the model has 331: .*resize_token_embeddings"):
-        sample(model, tokenizer, prompts, CONFIG, device=torch.device("cpu"))
+    with pytest.raises(ModelError, match=message):
+        sample(model, tokenizer, [Prompt("", [4, 5], {}), Prompt("", ids, {})], CONFIG, device=torch.device("cpu"))
 
 
 def test_progress_counts_the_completions_that_have_ended(policy, sampler):
