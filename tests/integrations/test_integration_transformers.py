@@ -467,7 +467,8 @@ def test_quantized_base_with_adapters(bits, tmp_path):
 # ---- two hundred steps
 
 
-@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
 def test_two_hundred_steps_follow_the_plain_curve(half):
     """Errors too small to see in one step would add up: sums in low precision bias training."""
     torch.manual_seed(0)  # the curve's shape is what is compared, so it is always the same one
