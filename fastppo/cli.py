@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import fastppo
 from fastppo.errors import ConfigError, FastPPOError, one_line
@@ -69,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error, output_dir)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message, 240))  # argparse itself repeats every word that it does not know
+
+
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the words that are overrides of the configuration."""
     run = {"epilog": _OVERRIDES, "allow_abbrev": False}  # an abbreviated option could as well be a misspelt key
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fastppo", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    parser = _Parser("fastppo", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastppo {fastppo.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     train = commands.add_parser("train", help="train a policy", **run)

@@ -75,8 +75,9 @@ class Trackers:
         path = self.folder / TRACKERS_FILE
         try:
             earlier = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):  # there is none, or nothing that this module wrote
+        except (OSError, ValueError, TypeError, RecursionError):  # there is none, or nothing that this module wrote
             earlier = {}
+        earlier = {name: id for name, id in earlier.items() if re.fullmatch(r"[\w-]+", str(id))}
         start = time.time() - max((row.get("time", 0.0) for row in rows), default=0.0)
         for name in dict.fromkeys(self.names):
             with self._guard(name):
@@ -257,15 +258,17 @@ class MLflow(Tracker):
 
     modules = ("sqlalchemy", "alembic", "mlflow")
     extra = "mlflow"
-    environment: ClassVar = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+    environment: ClassVar = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "CRITICAL"}  # else a traceback
 
     def __init__(self, run: Trackers, earlier: str | None) -> None:
         import mlflow
         from mlflow.entities import Metric, Param
+        from sqlalchemy.engine import URL
 
         folder, uri, artifacts = run.folder.resolve(), os.environ.get("MLFLOW_TRACKING_URI"), None
         if not uri:
-            uri, artifacts = f"sqlite:///{folder}/mlflow.db", (folder / "mlflow-artifacts").as_uri()
+            database = URL.create("sqlite", database=str(folder / "mlflow.db"))  # quotes `?` and `%`
+            uri, artifacts = database.render_as_string(), (folder / "mlflow-artifacts").as_uri()
         self._metric, self._client = Metric, mlflow.MlflowClient(uri)
         if earlier is not None:
             with contextlib.suppress(mlflow.exceptions.MlflowException):  # somebody has deleted it

@@ -11,13 +11,14 @@ import sys
 import textwrap
 from html import unescape
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 import torch
 import yaml
 
 from fastppo.errors import ConfigError
-from fastppo.training.metrics import MetricsLogger, read_metrics, samples_name, write_samples
+from fastppo.training.metrics import TRACKERS_FILE, MetricsLogger, read_metrics, samples_name, write_samples
 from fastppo.training.rng import rng_state
 from fastppo.training.trackers import TRACKERS, Tracker, Trackers, load_trackers
 
@@ -127,10 +128,10 @@ def read_wandb(folder):
 def read_mlflow(folder):
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{folder.resolve()}/mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{quote(str(folder.resolve()))}/mlflow.db")
     [run] = client.search_runs([client.get_experiment_by_name("a-project").experiment_id])
     assert (run.info.run_name, run.info.status) == ("a run", "FINISHED")
-    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    artifacts = Path(unquote(run.info.artifact_uri.removeprefix("file://")))
     scalars, tables = {}, {}
     for name in run.data.metrics:
         history = client.get_metric_history(run.info.run_id, name)
@@ -167,6 +168,8 @@ def test_a_tracker_has_what_the_record_has_after_a_kill_a_resume_and_a_rollback(
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
+    tmp_path = tmp_path / "50%25 or more?"
+    tmp_path.mkdir()
     if name == "tensorboard":  # which starts no thread or process that outlives a run that is only left alone
         left = trackers([name], tmp_path)
         log_steps(MetricsLogger(tmp_path, resume_step=None, trackers=left), left, tmp_path, range(1, 8))
@@ -216,6 +219,7 @@ class Fragile(Tracker):
 
     def __init__(self, run, earlier):
         self.call("init")
+        self.earlier = earlier
 
     def call(self, name):
         type(self).calls += (name,)
@@ -250,6 +254,25 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_others_go_on(t
     with pytest.raises(RuntimeError), MetricsLogger(tmp_path, resume_step=3, trackers=run):
         raise RuntimeError
     assert sound.calls[-1] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("saved", "earlier"),
+    [
+        ('{"sound": "a1-b2"}', "a1-b2"),
+        ('{"sound": "*"}', None),
+        ('{"sound": "../.."}', None),
+        ("[3]", None),
+        ("", None),
+    ],
+)
+def test_only_what_can_be_an_id_names_an_earlier_run(tmp_path, monkeypatch, saved, earlier):
+    """W&B's folder has the id in its name, and is deleted."""
+    monkeypatch.setitem(TRACKERS, "sound", Fragile)
+    (tmp_path / TRACKERS_FILE).write_text(saved)
+    run = trackers(["sound"], tmp_path)
+    run.open([])
+    assert run._open["sound"].earlier == earlier
 
 
 @pytest.mark.parametrize("name", TRACKERS)
