@@ -226,7 +226,7 @@ def test_doctor_and_keys(capsys):
     assert capsys.readouterr().err == "fastppo: pppo: no such section or key; did you mean 'ppo'?\n"
 
 
-@pytest.mark.parametrize("command", ["doctor", "keys"])
+@pytest.mark.parametrize("command", [pytest.param("doctor", marks=pytest.mark.slow), "keys"])
 def test_a_page_whose_reader_has_seen_enough(command):
     read, write = os.pipe()
     os.close(read)

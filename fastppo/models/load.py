@@ -135,6 +135,8 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
                 local_files_only=not config.allow_download,
                 **arguments,
             )
+            if hasattr(loaded, "encode"):  # a tokenizer, whose nonsensical settings show once it is used
+                loaded.encode("a")
     except ModelError:
         raise
     except Exception as error:  # readers of a damaged file raise anything, struct.error and KeyError included

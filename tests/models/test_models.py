@@ -329,6 +329,15 @@ def test_tokenizer(tiny, tmp_path):
         load_tokenizer(_config(tmp_path / "t"))
 
 
+def test_a_tokenizer_that_loads_but_cannot_be_used(tiny, tmp_path):
+    load_tokenizer(_config(tiny)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be loaded \(TypeError"):
+        load_tokenizer(_config(tmp_path))
+
+
 def test_loading_is_silent(tiny, tmp_path, capfd):
     """Also where it fails; the user's own level of transformers' messages is kept."""
     logging = transformers.utils.logging
