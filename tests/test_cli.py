@@ -27,6 +27,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_train_eval_and_resume(tiny, tmp_path, capsys):
     config, out = str(tiny / "config.yaml"), str(tmp_path / "run")
     assert main(["train", config, "--output_dir", out, "--total_steps", "2", "--report_to", "none"]) == 0
@@ -226,7 +227,8 @@ def test_doctor_and_keys(capsys):
     assert capsys.readouterr().err == "fastppo: pppo: no such section or key; did you mean 'ppo'?\n"
 
 
-@pytest.mark.parametrize("command", [pytest.param("doctor", marks=pytest.mark.slow), "keys"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["doctor", "keys"])
 def test_a_page_whose_reader_has_seen_enough(command):
     read, write = os.pipe()
     os.close(read)
