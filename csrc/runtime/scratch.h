@@ -59,10 +59,10 @@ public:
         return reinterpret_cast<T*>(at);
     }
 
-    // Bytes that wait for the next call.
+    // Bytes that wait for the next call: none while another thread has them, perhaps one that a fork left behind.
     static std::int64_t held() {
-        const std::lock_guard<std::mutex> lock(shared().mutex);
-        return shared().memory.size;
+        const std::unique_lock<std::mutex> lock(shared().mutex, std::try_to_lock);
+        return lock ? shared().memory.size : 0;
     }
     static void free_held() {
         const std::unique_lock<std::mutex> lock(shared().mutex, std::try_to_lock);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/phases.h"
+#include "runtime/scratch.h"
 
 using namespace fastppo;
 
@@ -72,7 +73,17 @@ static void all_of_it() {
     expect(adds_up(4), "wrong sum after an exception");
 }
 
+// Asked from another thread while this one has the scratch, as in a child that was forked then, where it never comes free.
+static std::int64_t held_elsewhere() {
+    const Scratch scratch(1 << 20, [](Scratch& s) { s.take<char>(1000); });
+    std::int64_t held = -1;
+    std::thread([&] { held = Scratch::held(); }).join();
+    return held;
+}
+
 int main() {
+    expect(held_elsewhere() == 0, "scratch in use counts as waiting");
+    expect(Scratch::held() == 1024, "scratch does not wait for the next call");
     all_of_it();
     use_team(team);
     all_of_it();
