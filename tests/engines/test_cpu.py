@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fastppo
 from fastppo.engines import extension
 from fastppo.engines.budget import held_bytes
-from fastppo.engines.cpu import products
+from fastppo.engines.cpu import linear, products
 
 pytestmark = pytest.mark.skipif(not products.PRODUCTS, reason=extension.why_missing() or products.why_slow() or "")
 
@@ -232,6 +232,24 @@ def test_the_end_of_a_larger_budget_frees_what_is_over(monkeypatch):
         fastppo.linear_logprob(hidden, weight, targets, backend="cpu")
         assert held_bytes() > 2**20
     assert held_bytes() == 0
+
+
+def test_a_call_between_the_passes_changes_nothing(monkeypatch):
+    """As of a signal's handler or a finalizer: logits that wait in spare memory stay what they were."""
+    hidden, weight, targets = case(300, 16, 3000)
+    old, advantages = torch.full((300,), -8.0), torch.randn(300)
+    want = ppo(hidden, weight, targets, old, advantages, budget=2**23)
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        with fastppo.scratch_budget(2**16):  # in which there is no room for the spare memory
+            fastppo.linear_logprob(hidden, weight, targets, backend="cpu")
+        return contributing(*arguments)
+
+    contributing = linear.contributing
+    monkeypatch.setattr(linear, "contributing", interrupted)
+    got = ppo(hidden, weight, targets, old, advantages, budget=2**23)
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

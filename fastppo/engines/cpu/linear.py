@@ -71,7 +71,8 @@ class _Passes:
     def __init__(self, problem: Problem, *, keep_logits: bool = False) -> None:
         self.policy, self.targets, self.reference, self.kl_kind, self.options = problem
         self.valid = self.targets >= 0
-        self.kept = None
+        self.kept: _Kept | None = None
+        self.memory: tuple | None = None  # pass 2 reads what pass 1 wrote, whoever else takes `spare` between them
         if keep_logits:
             self.kept = _Kept.open(self.policy, self._tiling(len(self.targets)).width)
 
@@ -79,8 +80,8 @@ class _Passes:
         rows = self.valid.nonzero().squeeze(-1)
         out = torch.zeros(4 if self.reference is None else 8, self.targets.numel())
         if rows.numel():
-            kept = self._kept_logits(rows.numel())
-            extension.load().linear_statistics(*self._problem(self.reference, rows), kept, out)
+            self.memory = self._kept_logits(rows.numel())
+            extension.load().linear_statistics(*self._problem(self.reference, rows), self.memory, out)
         return list(out)
 
     def vjp(self, saved: list[Tensor], upstream: Upstream, needs: Needs) -> Gradients:
@@ -98,10 +99,11 @@ class _Passes:
         sums = torch.zeros(_pad(rows.numel()), _pad(dim)) if needs.hidden else None
         d_bias = torch.zeros(vocab) if needs.bias else None
         reference = self.reference if upstream.kl is not None else None
-        kept = self._kept_logits(int(self.valid.sum()))
+        if self.memory is None:
+            self._kept_logits(rows.numel())  # none, but `spare` makes room
         extension.load().linear_gradients(
             *self._problem(reference, rows),
-            kept,
+            self.memory,
             None if self.kept is None else (self.valid.cumsum(0) - 1)[rows],
             row_scalars(rows, saved, upstream),
             None if sums is None else sums.view(-1),
