@@ -18,7 +18,13 @@ DEFAULT_SCRATCH_BYTES = 32 * 2**20
 SHARE_OF_A_GPU = 16
 DEFAULT_ACCELERATOR_SCRATCH_BYTES = 256 * 2**20
 
-_override: int | None = None
+
+class _Budget:
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+
+
+_open: list[_Budget] = []  # of every `scratch_budget` that is open, in whatever thread: the last one holds
 
 
 class _Spare(threading.local):
@@ -48,8 +54,8 @@ def scratch_bytes(device: torch.device | None = None) -> int:
     That is 32 MiB on a CPU, a sixteenth of the memory on a GPU, and 256 MiB on another accelerator. A CPU's holds what
     eight threads need; each further thread adds a block of [64, D] and one of [64, 1024].
     """
-    if _override is not None:
-        return _override
+    for budget in reversed(_open):  # whatever other threads do to the list meanwhile
+        return budget.num_bytes
     text = os.environ.get("FASTPPO_SCRATCH_MB")
     if not text:
         if device is None or device.type == "cpu":
@@ -74,12 +80,12 @@ def scratch_budget(num_bytes: int) -> Iterator[None]:
 
     Example: ``with fastppo.scratch_budget(256 * 2**20): ...``
     """
-    global _override
-    before, _override = _override, check_scratch(num_bytes)
+    budget = _Budget(check_scratch(num_bytes))
+    _open.append(budget)
     try:
         yield
     finally:
-        _override = before
+        _open.remove(budget)  # its own: threads close theirs in any order
         if not torch.compiler.is_compiling() and held_bytes() > scratch_bytes():
             spare.reserve(0, most=0)
             if module := extension.load():

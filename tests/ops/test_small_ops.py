@@ -178,6 +178,22 @@ def test_scratch_budget_is_checked_and_restored(monkeypatch):
         pass
 
 
+def test_scratch_budgets_may_end_in_any_order():
+    """Those of several threads do; those of one end the last first."""
+    from fastppo.engines.budget import DEFAULT_SCRATCH_BYTES, scratch_bytes
+
+    first, second, third = (fastppo.scratch_budget(num_bytes) for num_bytes in (123, 456, 123))
+    first.__enter__()
+    second.__enter__()
+    with third:
+        assert scratch_bytes() == 123
+    assert scratch_bytes() == 456
+    first.__exit__(None, None, None)
+    assert scratch_bytes() == 456
+    second.__exit__(None, None, None)
+    assert scratch_bytes() == DEFAULT_SCRATCH_BYTES
+
+
 def test_on_a_gpu_the_scratch_is_a_share_of_its_memory(monkeypatch):
     from types import SimpleNamespace
 
