@@ -319,11 +319,14 @@ def value_loss(
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x − mean) / sqrt(var + eps) over the real tokens, with the unbiased variance; 0 on padding."""
-    x = x.masked_fill(~mask, 0.0)
+    """(x − mean) / sqrt(var + eps) over the real tokens, with the unbiased variance; 0 on padding.
+
+    In float64 nothing that float32 holds overflows; a variance of inf would turn every value to 0.
+    """
+    dtype, x = x.dtype, x.double().masked_fill(~mask, 0.0)
     count = mask.sum()
     mean = x.sum() / count.clamp(min=1)
     centered = (x - mean).masked_fill(~mask, 0.0)
     variance = centered.square().sum() / (count - 1).clamp(min=1)
     whitened = centered * torch.rsqrt(variance + eps)
-    return whitened if shift_mean else whitened + mean * mask
+    return (whitened if shift_mean else whitened + mean * mask).to(dtype)

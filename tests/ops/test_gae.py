@@ -307,6 +307,15 @@ def test_whitening_one_or_no_token_gives_zero(name):
         assert torch.equal(out.advantages, torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_whitening_the_largest_numbers(backend):
+    """Their squares and their sum overflow float32."""
+    signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 0.0]])
+    mask = signs != 0
+    out = fastppo.gae(3e38 * signs, torch.zeros(2, 3), gamma=0.0, lam=1.0, mask=mask, whiten=True, backend=backend)
+    torch.testing.assert_close(out.advantages, fastppo.whiten(signs, mask=mask))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_value_beyond_a_done_token_is_ignored(name):
     r, v = torch.randn(2, 2, 21)

@@ -46,8 +46,8 @@ def _whiten_(advantages: Tensor, mask: Tensor | None) -> None:
     real = advantages if mask is None else advantages[mask]
     if real.numel() == 0:
         return
-    variance, mean = torch.var_mean(real, correction=0)
+    variance, mean = torch.var_mean(real.double(), correction=0)  # in float32 squares may overflow
     variance = variance * (real.numel() / max(real.numel() - 1, 1))
-    advantages.sub_(mean).mul_(torch.rsqrt(variance + 1e-8))
+    advantages.copy_(advantages.double().sub_(mean).mul_(torch.rsqrt(variance + 1e-8)))
     if mask is not None:
         advantages.masked_fill_(~mask, 0.0)
