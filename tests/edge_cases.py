@@ -65,7 +65,7 @@ def operators(backend: str) -> dict[str, tuple]:
     x = inputs()
     logits, ref_logits = x["hidden"] @ x["weight"].T + x["bias"], x["ref_hidden"] @ x["ref_weight"].T
     for name in ("bias", "ref_bias"):
-        x[name] = x[name] + 100.0  # whose exponential overflows: nothing may take it for a logit's distance to the maximum
+        x[name] = x[name] + 100.0  # its exponential overflows: no distance to a maximum
     head = {name: x[name] for name in ("hidden", "weight", "bias")}
     reference = {name: x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
     rollout = {name: x[name] for name in ("old_logprobs", "advantages", "ref_logprobs")}

@@ -53,4 +53,4 @@ def test_dtypes_may_differ():
 
 
 def test_results_stay_in_range():
-    edge_cases.results_stay_in_range("triton", rows=6, vocab=150)
+    edge_cases.results_stay_in_range("triton", rows=2, vocab=150)
