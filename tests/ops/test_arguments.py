@@ -168,7 +168,7 @@ def test_what_is_right_is_taken(operator, valid):
 def test_the_checks_compile_without_graph_breaks(operator, valid):
     torch.compiler.reset()
     numbers = {name: 0.5 for name in ("temperature", "entropy_coef") if name in inspect.signature(operator).parameters}
-    for factor in (1.0, 1.5):  # the second makes the numbers dynamic
+    for factor in (1.0, 1.5) if numbers else (1.0,):  # the second makes the numbers dynamic
         arguments = valid | {name: value * factor for name, value in numbers.items()}
         eager, compiled = operator(**arguments), torch.compile(operator, fullgraph=True, backend="eager")(**arguments)
         torch.testing.assert_close(compiled, eager)
