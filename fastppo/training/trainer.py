@@ -179,6 +179,8 @@ class Trainer:
             warn=lambda text: self.progress.print(text),
         )
         self.step, self._saved_step = 0, None
+        self._behind = False  # whether the checkpoint that is resumed lacks the evaluation of its step
+        self._owed: list[Alarm] = []  # the alarms of that evaluation, if it was made, until what they ask for is done
         self._evaluated: set[int] = set()
         self._signal = self._stopped = None  # what ends the run before its last step
         # While a step or an evaluation runs, the state before it: what a checkpoint holds if it fails.
@@ -224,12 +226,15 @@ class Trainer:
             self.progress,
         ):
             self._print_notices(logger.earlier_run)
+            act, self._owed = self._decide(self._owed, logger), []
             if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
                 self._write_alarms()  # a killed run may have written alarms of later steps
             try:
-                self._evaluate_if_due(logger)
-                if self.step == 0 and self._saved_step is None and self.watch.good_steps:
-                    self._checkpoint()  # a rollback may be due before the first regular one
+                if not act():
+                    self._evaluate_if_due(logger)
+                first = self.step == 0 and self._saved_step is None
+                if (first and self.watch.good_steps) or (self._behind and self.step < config.total_steps):
+                    self._checkpoint()  # a rollback may be due before the next regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
                 self._check_parameters()
@@ -375,22 +380,22 @@ class Trainer:
         except NonFiniteError as error:
             self.learner.where = f"after step {step}"
             self.learner.skip_nonfinite(str(error), "this evaluation")
-            self._log(step, {"eval/reward": math.nan, "eval/skipped": 1.0}, logger)
-            self._evaluated.add(step)
-            self._step_start = None
-            return False
-        # The row comes last: it says that the evaluation was done.
-        write_samples(self.output_dir, name, rows[: self.config.eval.num_samples])
-        self.trackers.samples(step, rows[: self.config.eval.num_samples])
+            metrics, rows = {"eval/reward": math.nan, "eval/skipped": 1.0}, []
+        samples = rows[: self.config.eval.num_samples]
+        if samples:
+            write_samples(self.output_dir, name, samples)
+        # The row follows the samples and the alarms: it says that the evaluation was done.
         metrics, act = self._log(step, metrics, logger, over=last)
+        self.trackers.samples(step, samples)
         self._evaluated.add(step)
         self._step_start = None
-        self.progress.note(metrics)
-        kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
-        self.progress.print(
-            f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
-            f"({len(rows)} prompts)"
-        )
+        if samples:
+            self.progress.note(metrics)
+            kl = f", KL {metrics['eval/kl']:.3f}" if "eval/kl" in metrics else ""
+            self.progress.print(
+                f"{name}: held-out reward {metrics['eval/reward']:.3f}{kl}, length {metrics['eval/length']:.1f} "
+                f"({len(rows)} prompts)"
+            )
         return act()
 
     # Alarms
@@ -412,13 +417,13 @@ class Trainer:
                 self.progress.print(f"watch: there is no metric {metric} so far, so its rule has no effect")
         counts = {"watch/alarms": len(alarms), "watch/rollbacks": self.watch.rollbacks}
         metrics = metrics | derived | {name: count for name, count in counts.items() if count}
-        act = self._decide(alarms, logger, over)
+        act = self._decide(alarms, logger, over=over)
         if alarms:
             self._write_alarms()
         logger.log(step, metrics)
         return metrics, act
 
-    def _decide(self, alarms: list[Alarm], logger: MetricsLogger, over: bool) -> Callable[[], bool]:
+    def _decide(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> Callable[[], bool]:
         """Choose the most severe action that the alarms ask for and write its outcome into them; see `_log`."""
         action, outcome, factor = most_severe(alarms), "run stopped", self.config.watch.lr_factor
         checkpoint = None
@@ -599,12 +604,14 @@ class Trainer:
         rows = [row for row in read_metrics(self.output_dir / METRICS_FILE) if row["step"] <= self.step]
         rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
         self._evaluated = {row["step"] for row in rows}
-        if not state.get("evaluated", True):  # the last evaluation of a run that is now prolonged
-            for row in rows:
-                if row["step"] == self.step:
-                    _, alarms = self.watch.observe(self.step, row)
-                    for alarm in alarms:
-                        alarm.outcome = "warned" if alarm.action == "warn" else OVER
+        self._behind = not state.get("evaluated", True)
+        for row in rows if self._behind else ():
+            if row["step"] == self.step:
+                _, alarms = self.watch.observe(self.step, row)
+                if checkpoint.config["total_steps"] > self.step:
+                    self._owed += alarms
+                for alarm in alarms:  # of the last evaluation of a run that is now prolonged
+                    alarm.outcome = "warned" if alarm.action == "warn" else OVER
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
@@ -176,7 +177,8 @@ def test_killed_at_any_call_of_a_run_and_resumed(world, whole, tmp_path, trial):
     assert not list(killed.rglob(".*"))
 
 
-def test_an_evaluation_whose_files_cannot_be_written_is_made_again(world, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_evaluation_whose_files_cannot_be_written_is_made_again(world, whole, tmp_path, monkeypatch, at_once):
     """Its observations are not in the checkpoint that the failure leaves, and its row is not in the log."""
     out, failed = whole[0], tmp_path / "run"
     trainer = Trainer(config(world, failed, checkpoint__every=10))
@@ -193,7 +195,11 @@ def test_an_evaluation_whose_files_cannot_be_written_is_made_again(world, whole,
     again = resumed(world, failed, checkpoint__every=10)
     assert again.step == 1
     assert again.watch.alarms == []
-    again.train()
+    # What its alarm asked for is done, too, by a run that was killed between that evaluation and the next checkpoint.
+    monkeypatch.setattr(again, "_checkpoint" if at_once else "train_step", Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        again.train()
+    resumed(world, failed, checkpoint__every=10).train()
     assert left(failed) == left(out)
     assert same(weights_of(failed), weights_of(out))
 

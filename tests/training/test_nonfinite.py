@@ -156,6 +156,25 @@ def test_a_run_stops_in_one_line_and_goes_on_with_skip(world, tmp_path, capsys):
     assert [row.get("policy/skipped_steps") for row in metrics_of(tmp_path / "run")] == [None, 1.0]
 
 
+def test_a_skipped_evaluation_raises_alarms_that_act_and_leaves_no_samples(world, tmp_path):
+    rules = [{"metric": "eval/skipped", "above": 0.0, "action": "rollback", "patience": 2}]
+    changes = {"data__eval_size": 2, "eval__every": 1, "watch__rules": rules, "watch__max_rollbacks": 1}
+    trainer = make_trainer(config(world, tmp_path / "run", total_steps=4, on_nonfinite="skip", **changes))
+    evaluate = trainer.scorer.evaluate
+
+    def spoiled(*arguments):
+        if trainer.step:
+            raise NonFiniteError("evaluation: spoiled")
+        return evaluate(*arguments)
+
+    trainer.scorer.evaluate = spoiled
+    assert trainer.train().stopped == "eval/skipped 1 is above 0, 2 times in a row"
+    outcomes = ["rolled back to step 0, with other random", "run stopped after 1 rollbacks"]
+    for alarm, outcome in zip(trainer.watch.alarms, outcomes, strict=True):
+        assert alarm.outcome.startswith(outcome)
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["before.jsonl"]
+
+
 def test_an_evaluation_is_skipped_or_stops_the_run(world, tmp_path):
     changes = {"data__eval_size": 2, "rewards": [{"name": "nan", "function": f"{world / 'reward.py'}:nan"}]}
     with pytest.raises(NonFiniteError, match=r"^after step 0, evaluation: reward 'nan' gave nan .*, this evaluation "):
