@@ -52,7 +52,11 @@ class FolderLock:
         self.acquire()
 
     def acquire(self) -> None:
-        """Take the lock, unless this object has it."""
+        """Take the lock, unless this process has it by this object; anew if its file has been deleted meanwhile."""
+        if self._release is not None and self._release.alive:
+            descriptor, path = self._release.peek()[2]
+            if descriptor not in _descriptors or not _is_at(descriptor, path):  # after a fork; or a deletion
+                self._release()
         if self._release is None or not self._release.alive:
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = _open_and_lock(self._folder)
@@ -80,8 +84,7 @@ def _open_and_lock(folder: Path) -> int:
             if fcntl is None:
                 raise OSError("no flock on this system")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that had it may have deleted the file since it was opened here.
-            current = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+            current = _is_at(descriptor, path)  # unless the run that had it deleted it since it was opened here
         except BlockingIOError:
             holder = os.read(descriptor, 300).decode("utf-8", "replace")
             os.close(descriptor)
@@ -110,6 +113,12 @@ def _unlock(descriptor: int, path: Path) -> None:
         _descriptors.remove(descriptor)
         try:
             with contextlib.suppress(OSError):
-                path.unlink()  # before the lock is gone: no other run's file is deleted
+                if _is_at(descriptor, path):
+                    path.unlink()  # before the lock is gone: no other run's file is deleted
         finally:
             os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at the path, which may have been deleted and made again."""
+    return os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))

@@ -273,6 +273,7 @@ class Trainer:
 
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
+        self._lock.acquire()  # somebody may have deleted its file, and a second run begun
         began = time.perf_counter()
         self._step_start = self._state()
         metrics = self.train_step()
@@ -648,7 +649,5 @@ def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:
     try:
         folder = Path(name).expanduser()
         return folder, FolderLock(folder)
-    except CheckpointError:
-        raise
     except OSError as error:
         raise ConfigError(f"output_dir: {quote(name)} cannot be written to ({error.strerror or error})") from None

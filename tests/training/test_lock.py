@@ -118,6 +118,35 @@ def test_a_file_deleted_by_the_run_that_ends_is_not_taken_for_a_lock(tmp_path, m
     second.release()
 
 
+def test_whose_file_somebody_deleted(tmp_path):
+    """It is taken anew, unless another run has begun; that one's file is left alone."""
+    lock, path = FolderLock(tmp_path), tmp_path / ".lock"
+    path.unlink()
+    lock.acquire()
+    with pytest.raises(CheckpointError):
+        FolderLock(tmp_path)
+    path.unlink()
+    other = FolderLock(tmp_path)
+    with pytest.raises(CheckpointError, match="has a run in this folder"):
+        lock.acquire()
+    lock.release()
+    assert path.exists()
+    other.release()
+
+
+def test_the_child_of_a_fork_does_not_have_its_parent_s_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            lock.acquire()
+        except CheckpointError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    lock.release()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number):
     def refuse(*_):
