@@ -94,7 +94,7 @@ def test_the_optimum_is_reached(name, depth):
     assert tree.objective(models.logits()).item() > tree.best() - 0.05
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     prompts=st.integers(1, 3),
     vocab=st.integers(2, 5),

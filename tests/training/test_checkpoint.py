@@ -635,6 +635,7 @@ KILLED_WHILE_SAVING = """
 """
 
 
+@pytest.mark.slow
 def test_killed_by_sigkill_at_random_moments(tmp_path):
     repository = Path(fastppo.__file__).parents[1]
     paths = [str(repository), str(repository / "kernels")]

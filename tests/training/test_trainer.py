@@ -241,7 +241,13 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ["everything else", "lora with exact kl", "bfloat16", "trpo", "cpi", "actor-critic", "importance sampling"]
+QUICK += ["linear kl, refreshed reference", "objectives with values of their own", "constraint"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
 def test_resumed_runs_give_the_same_bits(world, tmp_path, name):
     """Stopped after half the steps and resumed, against never stopped; for every kind of run."""
     Trainer(config(world, tmp_path / "a", **VARIANTS[name])).train()
