@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -37,7 +36,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from fastppo.config_fields import NonNegativeInt
 from fastppo.engines.dispatch import FastPPOWarning
 from fastppo.errors import FastPPOError, one_line, quote
-from fastppo.training.files import SAVING, TRASH, delete_temporary, naming, sync_folder
+from fastppo.training.files import atomic_folder, delete_folder, delete_temporary, naming, sync_folder
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
 _MANIFEST = "manifest.json"
@@ -141,27 +140,19 @@ def save_checkpoint(
     try:
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
-        for folder in missing:
-            sync_folder(folder.parent)
+        for made in missing:
+            sync_folder(made.parent)
         delete_temporary(root)
         earlier = _folders(root)
         same_step = [path for number, path in earlier if number == step]
         attempt = int(same_step[-1].suffix[1:] or 0) + 1 if same_step else 0
         target = final.with_suffix(f".{attempt}") if attempt else final
-        temporary = root / f"{SAVING}{final.name}-{secrets.token_hex(4)}"
-        try:
-            os.mkdir(temporary)
+        with atomic_folder(target) as folder:
             with ThreadPoolExecutor(max_workers=8) as pool:
-                written = pool.map(lambda name: _write(temporary / name, writers[name]), writers)
+                written = pool.map(lambda name: _write(folder / name, writers[name]), writers)
                 files = dict(zip(writers, written, strict=True))
             manifest = _manifest_bytes({"format": FORMAT, "version": VERSION, "step": step, "files": files})
-            _write(temporary / _MANIFEST, partial(Path.write_bytes, data=manifest))
-            sync_folder(temporary)
-            os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync_folder(root)
+            _write(folder / _MANIFEST, partial(Path.write_bytes, data=manifest))
     except OSError as error:
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
@@ -172,7 +163,7 @@ def save_checkpoint(
 
     try:
         for path in same_step:
-            _delete(path)
+            delete_folder(path)
         if target != final:
             os.rename(target, final)
             target = final
@@ -252,7 +243,7 @@ def discard_checkpoints(root: Path, *, after: int) -> None:
     try:
         for step, path in reversed(_folders(Path(root))):
             if step > after:
-                _delete(path)
+                delete_folder(path)
         sync_folder(Path(root))
     except OSError as error:
         raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
@@ -388,18 +379,11 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in numbered]
 
 
-def _delete(path: Path) -> None:
-    """Rename a folder, then delete it, so that one deleted in part never looks like a checkpoint."""
-    trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, trash)
-    shutil.rmtree(trash)
-
-
 def _delete_old(folders: list[tuple[int, Path]], keep: int, keep_for: set[int]) -> None:
     """Delete all but the newest `keep`, and for each step of `keep_for` the newest of that step or before."""
     for step, path in reversed(folders):
         if keep <= 0 and not any(step <= wanted for wanted in keep_for):
-            _delete(path)
+            delete_folder(path)
         elif _has_all_files(path):
             keep -= 1
             keep_for = {wanted for wanted in keep_for if wanted < step}

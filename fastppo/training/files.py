@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,30 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder whose files then take the place of `path`: after a kill, that is whole or absent, never in part."""
+    temporary = path.with_name(f"{SAVING}{path.name}-{secrets.token_hex(4)}")
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            delete_folder(path)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def delete_folder(path: Path) -> None:
+    """Rename a folder, then delete it, so that one deleted in part never looks whole."""
+    trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, trash)
+    shutil.rmtree(trash)
 
 
 def sync_folder(path: Path) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +49,7 @@ from fastppo.training.config import Config, ConfigError, check_consistency, to_d
 from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler
 from fastppo.training.device import busy_machine, choose_device
-from fastppo.training.files import SAVING, TRASH, atomic_write, delete_temporary, naming
+from fastppo.training.files import atomic_folder, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.inputs import Inputs
 from fastppo.training.lock import FolderLock
@@ -489,22 +488,16 @@ class Trainer:
 
     def save_policy(self, folder: Path) -> Path:
         """Write the policy (adapters merged), tokenizer and critic to a folder that transformers loads."""
-        temporary, replaced = (folder.with_name(f"{what}{folder.name}") for what in (SAVING, TRASH))
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         policy = self.models.policy
         if self.config.model.lora is not None:
             policy = merge_lora(policy)
-        with naming(folder):
+        with naming(folder), atomic_folder(folder) as temporary:
             policy.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             if self.models.value is not None:
                 value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
                 self.models.value.save_pretrained(value_folder)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         return folder
 
     def _state(self) -> dict[str, Any]:
