@@ -179,13 +179,11 @@ class Trainer:
         )
         self.step, self._saved_step = 0, None
         self._behind = False  # whether the checkpoint that is resumed lacks the evaluation of its step
-        self._owed: list[Alarm] = []  # the alarms of that evaluation, if it was made, until what they ask for is done
         self._evaluated: set[int] = set()
         self._signal = self._stopped = None  # what ends the run before its last step
         # While a step or an evaluation runs, the state before it: what a checkpoint holds if it fails.
         self._step_start: dict[str, Any] | None = None
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self._owed = [] if checkpoint is None else self._restore(checkpoint)
 
     # The run
 
@@ -308,6 +306,7 @@ class Trainer:
             self.models.drop_kept_pass()
             metrics = {"policy/skipped_steps": 1.0, "tokens": 0}
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.learner.changed = True  # what follows is this step's as well, of which an earlier checkpoint must not know
         self.scheduler.step()
         refresh = config.algorithm_config.reference_refresh_steps
         if refresh and (self.step + 1) % refresh == 0:
@@ -566,7 +565,8 @@ class Trainer:
                 )
         return checkpoint
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> list[Alarm]:
+        """Restore all state; returns alarms of an evaluation after the checkpoint, which still have to be acted on."""
         path, state = checkpoint.path, checkpoint.state
         for group, parameters in self._saved_parameters().items():
             saved = checkpoint.tensors(group)
@@ -598,14 +598,15 @@ class Trainer:
         rows = [row for row in read_metrics(self.output_dir / METRICS_FILE) if row["step"] <= self.step]
         rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
         self._evaluated = {row["step"] for row in rows}
-        self._behind = not state.get("evaluated", True)
+        self._behind, owed = not state.get("evaluated", True), []
         for row in rows if self._behind else ():
             if row["step"] == self.step:
                 _, alarms = self.watch.observe(self.step, row)
                 if checkpoint.config["total_steps"] > self.step:
-                    self._owed += alarms
+                    owed += alarms
                 for alarm in alarms:  # of the last evaluation of a run that is now prolonged
                     alarm.outcome = "warned" if alarm.action == "warn" else OVER
+        return owed
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

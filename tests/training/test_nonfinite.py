@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 
 import pytest
@@ -14,6 +16,7 @@ from tiny import build_changed_config, make_tiny_model, metrics_of
 from fastppo.algorithms.learner import NonFiniteError
 from fastppo.cli import main
 from fastppo.training.config import to_dict
+from fastppo.training.metrics import MetricsLogger
 from fastppo.training.optim import optimizer_tensors
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.trainer import Trainer
@@ -52,9 +55,9 @@ def config(world, out, **changes):
     return build_changed_config(tree, changes)
 
 
-def make_trainer(config):
+def make_trainer(config, **options):
     """Rewards that give a number for each completion, set by `trainer.given`."""
-    trainer = Trainer(config)
+    trainer = Trainer(config, **options)
     trainer.progress = ProgressDisplay(config.total_steps, enabled=False)
     trainer.given = {"nan": lambda i: float(i), "bound": lambda i: 0.5 * i}
     for reward in trainer.rewards.rewards:
@@ -173,6 +176,29 @@ def test_a_skipped_evaluation_raises_alarms_that_act_and_leaves_no_samples(world
     for alarm, outcome in zip(trainer.watch.alarms, outcomes, strict=True):
         assert alarm.outcome.startswith(outcome)
     assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["before.jsonl"]
+
+
+def test_a_skipped_step_that_cannot_be_logged_is_made_again_with_its_learning_rate(world, tmp_path, monkeypatch):
+    changes = {"on_nonfinite": "skip", "optim__lr_scheduler_type": "linear", "total_steps": 3, "checkpoint__every": 10}
+
+    def run(name, resume=False):
+        trainer = make_trainer(config(world, tmp_path / name, **changes), resume=resume)
+        trainer.given["nan"] = lambda i: math.nan if trainer.step == 1 else 1.0
+        trainer.train()
+
+    def full(self, step, metrics):
+        if step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        log(self, step, metrics)
+
+    run("whole")
+    log = MetricsLogger.log
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLogger, "log", full)
+        with pytest.raises(OSError, match="No space"):
+            run("failed")
+    run("failed", resume=True)
+    assert metrics_of(tmp_path / "failed") == metrics_of(tmp_path / "whole")
 
 
 def test_an_evaluation_is_skipped_or_stops_the_run(world, tmp_path):
