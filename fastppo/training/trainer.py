@@ -226,15 +226,22 @@ class Trainer:
             act, self._owed = self._decide(self._owed, logger), []
             if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
                 self._write_alarms()  # a killed run may have written alarms of later steps
+            final = None
             try:
                 if not act():
                     self._evaluate_if_due(logger)
                 first = self.step == 0 and self._saved_step is None
                 if (first and self.watch.good_steps) or (self._behind and self.step < config.total_steps):
-                    self._checkpoint()  # a rollback may be due before the next regular one
+                    self._checkpoint()  # a rollback, or the next resume, may need it before the next regular one
                 while self.step < config.total_steps and self._signal is None and self._stopped is None:
                     self._run_step(logger)
                 self._check_parameters()
+                if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
+                    self._checkpoint()
+                if self.step >= config.total_steps:
+                    self.progress.phase("saving")
+                    final = self.save_policy(self.output_dir / FINAL)
+                    self._evaluate_if_due(logger)
             except Exception as error:
                 if not isinstance(error, CheckpointError):
                     self._save_completed_steps()
@@ -242,13 +249,6 @@ class Trainer:
                     saved = "none" if self._saved_step is None else f"step {self._saved_step}, for --resume"
                     raise NonFiniteError(f"{error}; newest checkpoint: {saved}") from error
                 raise
-            if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
-                self._checkpoint()
-            final = None
-            if self.step >= config.total_steps:
-                self.progress.phase("saving")
-                final = self.save_policy(self.output_dir / FINAL)
-                self._evaluate_if_due(logger)
             self.progress.phase("report")
         interrupted_by, stopped = (None, None) if final else (self._signal, self._stopped)
         return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
