@@ -121,4 +121,7 @@ def _unlock(descriptor: int, path: Path) -> None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is the one at the path, which may have been deleted and made again."""
-    return os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
