@@ -110,38 +110,38 @@ def logit_gradient_kernel(
         ref_weight = described(ref_weight, width, ref_dim, ref_dim, TMA, BLOCK_N, BLOCK_K)
         ref_acc = logits_tile(ref_hidden, ref_weight, row, column, ref_dim, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
-    # Rows behind the count get no probability, of either model, and scalars of 0, so that their ∂z is 0. To write zeros
-    # over it at the end instead would take registers that the widest tile does not have.
+    # Rows behind the count have the last row's scalars, but get no probability, of either model, and no target: their
+    # ∂z is 0. To mask every scalar, or to write zeros over ∂z at the end, takes registers that wide tiles do not have.
     real = m < real_rows
-    index = tl.load(rows + m, mask=real, other=0)
+    index = tl.load(rows + tl.minimum(m, real_rows - 1))
     shift = tl.load(row_max + index, mask=real, other=-VERY_NEGATIVE)
-    log_total = tl.load(log_sum + index, mask=real, other=0.0)
-    log_p = binary_log_softmax(acc, bias, shift, log_total, columns, width, inner, outer, SOFTCAP)
+    log_p = binary_log_softmax(acc, bias, shift, tl.load(log_sum + index), columns, width, inner, outer, SOFTCAP)
     p = tl.exp2(log_p)
     by = outer  # without a softcap, all there is of the transform's derivative
     if scale is not None:
         by *= tl.load(scale)
     a = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if d_logsumexp is not None:
-        a += tl.load(d_logsumexp + index, mask=real, other=0.0)
+        a += tl.load(d_logsumexp + index)
     if d_logprobs is not None:
         c = tl.load(d_logprobs + index, mask=real, other=0.0)
         a -= c
     if d_entropy is not None:
-        g = tl.load(d_entropy + index, mask=real, other=0.0)
-        a -= g * tl.load(entropy + index, mask=real, other=0.0)
+        g = tl.load(d_entropy + index)
+        a -= g * tl.load(entropy + index)
         dz = p * ((a * by)[:, None] - (g * by * LN2)[:, None] * log_p)
     else:
         dz = p * (a * by)[:, None]
     if KIND != "":
         ref_shift = tl.load(ref_row_max + index, mask=real, other=-VERY_NEGATIVE)
-        ref_log_total = tl.load(ref_log_sum + index, mask=real, other=0.0)
-        log_q = binary_log_softmax(ref_acc, ref_bias, ref_shift, ref_log_total, columns, width, inner, outer, SOFTCAP)
-        k = tl.load(d_kl + index, mask=real, other=0.0) * by
+        log_q = binary_log_softmax(
+            ref_acc, ref_bias, ref_shift, tl.load(ref_log_sum + index), columns, width, inner, outer, SOFTCAP
+        )
+        k = tl.load(d_kl + index) * by
         if KIND == "forward":
             dz += k[:, None] * (p - tl.exp2(log_q))
         else:
-            center = tl.load(kl_center + index, mask=real, other=0.0) * (1 / LN2)
+            center = tl.load(kl_center + index) * (1 / LN2)
             dz += (k * LN2)[:, None] * p * (log_p - log_q - center[:, None])
     if d_logprobs is not None:
         target = tl.load(targets + index) - first_column

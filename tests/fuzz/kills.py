@@ -154,6 +154,7 @@ def train(
     config: Path, words: list[str], log: Path, name: str = "", *, event: int = -1, after: float = -1.0
 ) -> tuple[int, tuple[int, float]]:
     """Run `fastppo train` in a fork. Returns its status, negative for a signal; its calls and its seconds."""
+    log.write_text("")  # the child may be killed before it opens it
     read, write = os.pipe()
     began = time.monotonic()
     child = os.fork()
