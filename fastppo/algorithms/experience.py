@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppo.ops.checks import NonFiniteValue
+from fastppo.ops.checks import NonFiniteValue, first_true
 
 
 @dataclass
@@ -83,8 +83,7 @@ def check_finite(what: str, values: Tensor, mask: Tensor) -> None:
         NonFiniteValue: there is a NaN or Inf; the message begins with `what` and names the first.
     """
     bad = ~torch.isfinite(values) & (mask if values.dim() == 2 else mask[..., None])
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
+    if (where := first_true(bad)) is not None:
         error = NonFiniteValue(f"{what}: {values[where].item()} at token {where[1]} of completion {where[0]}")
         error.row = where[0]
         raise error

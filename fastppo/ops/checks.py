@@ -232,13 +232,17 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix:
         check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"one for each row of {prefix}weight")
 
 
+def first_true(bad: Tensor) -> tuple[int, ...] | None:
+    """The index of the first True of a bool tensor; None if there is none."""
+    return tuple(bad.nonzero()[0].tolist()) if bad.any() else None
+
+
 def check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int, ignore_index: int) -> None:
     check_shape("targets", targets, shape, "one for each hidden state or row of logits")
     if looks_at_values(targets) and targets.numel():
         targets = targets.long()  # which every ignore_index can be compared with
         bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-        if bad.any():
-            where = tuple(bad.nonzero()[0].tolist())
+        if (where := first_true(bad)) is not None:
             raise ValueError(
                 f"targets: expected ids in [0, {vocab}) or ignore_index={ignore_index}, "
                 f"got {targets[where].item()} at {where}"
@@ -258,8 +262,7 @@ def check_mask(mask: Tensor | None, like: Tensor, name: str = "mask", real: Tens
         if looks_at_values(given):
             bad = mask & (given != 1)
             bad = bad if real is None else bad & real
-            if bad.any():
-                where = tuple(bad.nonzero()[0].tolist())
+            if (where := first_true(bad)) is not None:
                 raise ValueError(f"{name}: expected 0 and 1, or a bool mask, got {given[where].item()} at {where}")
     return mask if real is None else mask & real
 
@@ -268,7 +271,6 @@ def check_per_token(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype)
     """A finite per-token quantity in `dtype`, detached, 0 on padding, whatever stood there."""
     check_shape(name, tensor, tuple(mask.shape), "one for each token")
     values = tensor.detach().to(dtype).masked_fill(~mask, 0.0)
-    if looks_at_values(values) and not torch.isfinite(values).all():
-        where = tuple((~torch.isfinite(values)).nonzero()[0].tolist())
+    if looks_at_values(values) and (where := first_true(~torch.isfinite(values))) is not None:
         raise NonFiniteValue(f"{name}: expected finite values of {dtype}, got {tensor[where].item()} at {where}")
     return values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastppo.engines.dispatch import ENGINES, select
 from fastppo.ops import reference
-from fastppo.ops.checks import NonFiniteValue, check_mask, check_shape, checked, looks_at_values
+from fastppo.ops.checks import NonFiniteValue, check_mask, check_shape, checked, first_true, looks_at_values
 
 
 class GAEOutput(NamedTuple):
@@ -171,7 +171,6 @@ def _what_is_not_finite(rewards: Tensor, values: Tensor, mask: Tensor | None, bo
         bad = ~torch.isfinite(tensor)
         if mask is not None and name != "bootstrap":
             bad &= mask
-        if bad.any():
-            where = tuple(bad.nonzero()[0].tolist())
+        if (where := first_true(bad)) is not None:
             return f"{name}: expected finite values at real tokens, got {tensor[where].item()} at {where}"
     return f"rewards, values: too great, the advantages overflow {_output_dtype(rewards, values)}"

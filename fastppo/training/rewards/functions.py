@@ -222,9 +222,8 @@ def _call(reward: Reward, arguments: dict[str, list]) -> Tensor:
         if inspect.iscoroutine(result):
             result.close()  # else Python warns that nobody awaited it
         elif isinstance(result, Iterable) and not isinstance(result, str | bytes | Mapping | Set):
-            result = list(
-                itertools.islice(result, len(completions) + 1)
-            )  # runs the rest of a generator, which may be endless
+            # Runs the rest of a generator, which may be endless.
+            result = list(itertools.islice(result, len(completions) + 1))
         return _checked(result, completions, arguments.get("completion_ids"))
     except _BadResult as error:
         bad = error.kind(f"reward {quote(reward.name)} {error}{_place(reward.function)}")
