@@ -23,10 +23,7 @@ from fastppo.training.config import ConfigError
 from fastppo.training.metrics import MetricsLogger, read_alarms
 from fastppo.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def vowels(prompts, completions, **_):
@@ -95,22 +92,20 @@ class Kill:
 
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
+def whole(world, no_report, tmp_path_factory):
     """A run that was never killed, and a copy of it from before its last evaluation."""
     out = tmp_path_factory.mktemp("whole") / "run"
     before = out.with_name("before")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
-        trainer = Trainer(config(world, out))
-        evaluate = trainer.scorer.evaluate
+    trainer = Trainer(config(world, out))
+    evaluate = trainer.scorer.evaluate
 
-        def keep_and_evaluate(*arguments):
-            if trainer.step == 2:
-                shutil.copytree(out, before)
-            return evaluate(*arguments)
+    def keep_and_evaluate(*arguments):
+        if trainer.step == 2:
+            shutil.copytree(out, before)
+        return evaluate(*arguments)
 
-        trainer.scorer.evaluate = keep_and_evaluate
-        trainer.train()
+    trainer.scorer.evaluate = keep_and_evaluate
+    trainer.train()
     assert [alarm["outcome"] for alarm in read_alarms(out)] == ["learning rate times 0.5", "the run was over"]
     return out, before
 

@@ -41,14 +41,12 @@ def config(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(no_report, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     make_tiny_model(folder / "model", hidden_size=8, layers=1)
     (folder / "prompts.txt").write_text("One\nTwo\nThree\n")
     (folder / "reward.py").write_text(REWARD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.training.trainer.write_report", lambda out: out / "report.html")
-        Trainer(config(folder)).train()
+    Trainer(config(folder)).train()
     checkpoints = folder / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000", "step-000001"]
     shutil.rmtree(checkpoints / "step-000000")

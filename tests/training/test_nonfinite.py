@@ -21,11 +21,7 @@ from fastppo.training.optim import optimizer_tensors
 from fastppo.training.progress import ProgressDisplay
 from fastppo.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Skip the report's plots, which take most of a tiny run's time."""
-    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,11 @@ from fastppo.training.metrics import read_alarms, read_metrics, read_samples
 from fastppo.training.report import write_report
 from fastppo.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def vowels(prompts, completions, **_):
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_report():
-    """Plots take longer than a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,14 @@ from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError
 from fastppo.training.data import DataError
 from fastppo.training.progress import ProgressDisplay
+from fastppo.training.report import write_report
 from fastppo.training.rewards import RewardError, RewardOutput
 from fastppo.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Skip the report's plots, which take most of a tiny run's time; one test undoes this."""
-    monkeypatch.setattr("fastppo.training.trainer.write_report", lambda folder: folder / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def vowels(prompts, completions, **_):
@@ -101,7 +99,7 @@ def fixed_rewards(count):
 
 
 def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr("fastppo.training.trainer.write_report", write_report)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
