@@ -8,11 +8,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from fastppo.errors import ConfigError as ConfigError
-from fastppo.errors import did_you_mean as did_you_mean
-from fastppo.errors import one_line as one_line
-from fastppo.errors import quote as quote
-
 STRICT = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 

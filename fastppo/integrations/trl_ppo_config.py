@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from fastppo.algorithms import config as algorithms
-from fastppo.config_fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, quote
+from fastppo.config_fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat
+from fastppo.errors import quote
 
 
 def _option(default: Any, explanation: str) -> Any:
