@@ -25,6 +25,10 @@ import pytest
 # Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Before trackio is imported, which reads it once, and which other packages import: never the user's own runs.
+TRACKIO = tempfile.TemporaryDirectory()
+os.environ["TRACKIO_DIR"] = TRACKIO.name
+
 if os.environ.setdefault("FASTPPO_SEED", "0") == "random":
     # In the environment, so that processes started by tests (the interpreted kernels, xdist's workers) have it too.
     os.environ["FASTPPO_SEED"] = str(secrets.randbelow(2**32))

@@ -36,12 +36,10 @@ TRACKER = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """Each test has its own trackio database, and nothing of the user's reaches a tracker."""
+    """Nothing of the user's reaches a tracker."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
-    if "trackio" not in sys.modules:
-        os.environ["TRACKIO_DIR"] = str(tmp_path.parent / "trackio")  # read once, when trackio is imported
 
 
 def trackers(names, folder, **changes) -> Trackers:
