@@ -21,11 +21,11 @@ def choose_device(name: str, backend: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"device: {quote(name)} cannot be used ({one_line(str(error).partition(chr(10))[0])})"
-        ) from None
+        torch.zeros(1, device=device).item()  # which "meta" refuses
+    except Exception as error:  # PyTorch raises a RuntimeError, an AssertionError, an ImportError, ...
+        reason = one_line(error, 120)
+        expected = "expected auto, cpu, cuda or cuda:0, cuda:1, ..."
+        raise ConfigError(f"device: {quote(name)} cannot be used ({reason}); {expected}") from None
     scratch_bytes()  # raises for a FASTPPO_SCRATCH_MB that is no size
     try:
         for op in ("linear_logprob", "linear_kl", "linear_ppo_loss"):

@@ -16,12 +16,14 @@ def test_device(monkeypatch):
     for available, expected in ((True, "cuda"), (False, "cpu")):
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_available", lambda available=available: available)
-            patched.setattr(torch, "empty", lambda size, device: None)  # which a CPU-only PyTorch cannot place on CUDA
+            zeros = torch.zeros(1)
+            patched.setattr(torch, "zeros", lambda size, device, zeros=zeros: zeros)  # without CUDA, none is on a GPU
             assert choose_device("auto") == torch.device(expected)
-    for name in ("no-such-device", "cuda:77"):
-        with pytest.raises(ConfigError, match=f"device: '{name}' cannot be used") as caught:
+    for name in ("no-such-device", "cuda:77", "meta", "privateuseone", "xla", 100 * "x"):
+        with pytest.raises(ConfigError, match=r"^device: '.*' cannot be used \(.*\); expected auto, cpu") as caught:
             choose_device(name)
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 300
 
 
 def test_a_backend_that_cannot_serve_the_device(monkeypatch):
