@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from fastppo.errors import quote
 from fastppo.models import ModelError, backbone_of, readable_ids
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.decode import can_decode, decode
@@ -54,7 +55,8 @@ def sample(
 
     Raises:
         FloatingPointError: the policy's probabilities are not finite.
-        ModelError: a prompt holds a token without an embedding, or none at all.
+        ModelError: a prompt holds a token without an embedding, or none at all; or the policy's `eos_token_id`
+            is no token id or list of them.
     """
     for number, prompt in enumerate(prompts):
         if not prompt.input_ids:  # nothing that the first token could be predicted from
@@ -63,7 +65,9 @@ def sample(
     if eos is None:
         own = policy.generation_config.eos_token_id  # chat models often have several
         eos = tokenizer.eos_token_id if own is None else own
-        eos = [eos] if isinstance(eos, int) else list(eos)
+        eos = [eos] if isinstance(eos, int) else eos
+        if not isinstance(eos, list) or not all(isinstance(token, int) for token in eos):
+            raise ModelError(f"the model's eos_token_id: expected a token id or a list of them, got {quote(eos)}")
     rows = [torch.tensor(prompt.input_ids, dtype=torch.long) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

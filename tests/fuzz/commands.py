@@ -166,7 +166,7 @@ def leaves(tree: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 DEFAULTS = to_dict(Config())
-KEYS = list(leaves(DEFAULTS))
+KEYS = list(dict.fromkeys(path if isinstance(path[-1], str) else path[:-1] for path in leaves(DEFAULTS)))
 
 
 def strange_override(case: Case) -> None:

@@ -44,7 +44,7 @@ class Worker:
             [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--serve", self.target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=open(os.devnull, "w"),  # noqa: SIM115
+            stderr=open(Path(self.folder.name) / "stderr", "w"),  # noqa: SIM115
             text=True,
             cwd=self.folder.name,
             start_new_session=True,  # so that what it starts ends with it
@@ -69,7 +69,8 @@ class Worker:
         if line:
             return json.loads(line)
         status = self.process.wait()
-        return f"crashes: the process ended by {signal.Signals(-status).name if status < 0 else status}"
+        end = " ".join((Path(self.folder.name) / "stderr").read_text(errors="replace").split())[-300:]
+        return f"crashes: the process ended by {signal.Signals(-status).name if status < 0 else status}: {end}"
 
     def run(self, case: int) -> str | None:
         if self.process is None:

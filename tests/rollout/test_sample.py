@@ -127,6 +127,14 @@ def test_a_prompt_that_cannot_be_read_is_refused(policy, ids, message):
         sample(model, tokenizer, [Prompt("", [4, 5], {}), Prompt("", ids, {})], CONFIG, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("eos", [0.5, "x", {}, [2, None]])
+def test_a_strange_eos_token_id_is_refused(policy, monkeypatch, eos):
+    model, tokenizer = policy
+    monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    with pytest.raises(ModelError, match=r"^the model's eos_token_id: expected .*, got"):
+        sample(model, tokenizer, [Prompt("", [4], {})], CONFIG, device=torch.device("cpu"))
+
+
 def test_progress_counts_the_completions_that_have_ended(policy, sampler):
     torch.manual_seed(0)
     model, tokenizer = policy
