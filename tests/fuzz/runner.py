@@ -99,7 +99,7 @@ class Worker:
 
 def serve(target: str) -> None:
     """In the worker's process: answer each number on stdin by a line of JSON."""
-    answers = os.fdopen(os.dup(1), "w")
+    numbers, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")  # a reward's `exit()` closes sys.stdin
     os.dup2(2, 1)  # what a case prints does not mix with the answers
     run = importlib.import_module(f"tests.fuzz.{target}").run
 
@@ -107,7 +107,7 @@ def serve(target: str) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     answer("ready")
-    for line in sys.stdin:
+    for line in numbers:
         try:
             answer(run(int(line)))
         except Exception as error:
