@@ -85,16 +85,16 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = True) -> None:
     """Compare a model's own logits on a few tokens with those by `backbone_and_head`, with and without padding.
 
-    Architectures scale and cap logits under many names, and some recurrent ones read padding as tokens. An architecture
-    unknown here would otherwise silently train on wrong probabilities.
+    Architectures scale and cap logits under many names, some recurrent ones read padding as tokens, and encoders read
+    later tokens. An architecture unknown here would otherwise silently train on wrong probabilities.
 
     Args:
         model: any AutoModelForCausalLM, in eval mode.
         ids: [1, T] tokens to try; None takes four.
-        padding: also compare with padding.
+        padding: also compare with padding on either side and without the last token.
 
     Raises:
-        ValueError: the logits by `backbone_and_head` are not the model's own, or depend on padding.
+        ValueError: the logits by `backbone_and_head` are not the model's own, or depend on padding or on later tokens.
     """
     name = type(model).__name__
     try:
@@ -104,7 +104,9 @@ def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = T
         mask = torch.ones_like(ids)
         with torch.no_grad():
             hidden = token_hidden(backbone, ids, mask)
-            padded = token_hidden(backbone, F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))[:, 2:] if padding else hidden
+            # The tokens after padding, and all but the last of them before padding.
+            rows, real = (torch.cat([F.pad(x, (2, 0)), F.pad(x[:, :-1], (0, 3))]) for x in (ids, mask))
+            whole, shorter = token_hidden(backbone, rows, real) if padding else (None, None)
             ours = head.logits(hidden.to(head.weight)).float()
             own = model(input_ids=ids, attention_mask=mask).logits.float().to(ours.device)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -117,8 +119,10 @@ def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = T
             "log-probabilities cannot be computed from hidden states"
         )
     # In half precision the rounding of a deep model is as large as the effect of padding.
-    if exact and not close(padded, hidden):
+    if padding and exact and not close(whole[2:], hidden[0]):
         raise ValueError(f"the hidden states of {name} depend on padding, so sequences cannot be batched")
+    if padding and exact and not close(shorter[:-3], hidden[0, :-1]):
+        raise ValueError(f"the hidden states of {name} depend on later tokens, so they cannot predict these")
 
 
 def token_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -142,6 +142,12 @@ def test_recurrent_model_that_reads_padding_is_refused():
         check_head(model)
 
 
+def test_a_model_that_reads_later_tokens_is_refused():
+    check_head(_random_model("bert-generation", is_decoder=True))
+    with pytest.raises(ValueError, match="later tokens"):  # transformers' default for it, an encoder
+        check_head(_random_model("bert-generation", is_decoder=False))
+
+
 # ---- adapters
 
 
