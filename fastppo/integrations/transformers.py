@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastppo.integrations.patching import origin, require
 from fastppo.models.head import backbone_and_head, backbone_of, check_head
-from fastppo.ops.checks import ARGUMENTS, check_shape
+from fastppo.ops.checks import ARGUMENTS, check_shape, check_targets, positive
 from fastppo.ops.linear_logprob import linear_logprob
 
 SUPPORTED = ">=4.57,<6"
@@ -166,6 +166,8 @@ def _without_logits(
         raise ValueError(f"labels: required with {patch.keyword}=True; use -100 where no log-probability is needed")
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     ARGUMENTS["targets"](name, given)
+    if not isinstance(num_items_in_batch, (Tensor, type(None))):
+        positive("num_items_in_batch", num_items_in_batch)
     config = causal.config.get_text_config()
     if inputs.get("output_router_logits") is None and getattr(config, "output_router_logits", False):
         inputs["output_router_logits"] = True
@@ -174,8 +176,11 @@ def _without_logits(
     outputs = backbone(**inputs)
     hidden = outputs.last_hidden_state
     check_shape(name, given, hidden.shape[:-1], "one for each token")
+    if shift_labels is None:  # no state predicts the first token
+        given = F.pad(labels[..., 1:], (1, 0), value=IGNORED)
+    check_targets(given, hidden.shape[:-1], head.weight.shape[0], IGNORED, name=name)
     # The last state has no label; -100 for it avoids the copy that hidden[:, :-1] would make.
-    shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
+    shifted = given.roll(-1, -1) if shift_labels is None else given
 
     device = hidden.device.type
     if patch.float32_head:

@@ -237,14 +237,16 @@ def first_true(bad: Tensor) -> tuple[int, ...] | None:
     return tuple(bad.nonzero()[0].tolist()) if bad.any() else None
 
 
-def check_targets(targets: Tensor, shape: tuple[int, ...], vocab: int, ignore_index: int) -> None:
-    check_shape("targets", targets, shape, "one for each hidden state or row of logits")
+def check_targets(
+    targets: Tensor, shape: tuple[int, ...], vocab: int, ignore_index: int, *, name: str = "targets"
+) -> None:
+    check_shape(name, targets, shape, "one for each hidden state or row of logits")
     if looks_at_values(targets) and targets.numel():
         targets = targets.long()  # which every ignore_index can be compared with
         bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
         if (where := first_true(bad)) is not None:
             raise ValueError(
-                f"targets: expected ids in [0, {vocab}) or ignore_index={ignore_index}, "
+                f"{name}: expected ids in [0, {vocab}) or ignore_index={ignore_index}, "
                 f"got {targets[where].item()} at {where}"
             )
 

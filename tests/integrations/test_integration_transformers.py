@@ -167,6 +167,15 @@ def test_call_by_position_and_without_labels():
         for wrong in (ids.tolist(), ids.float(), ids[:1], ids[0]):
             with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
                 model(**batch | {name: wrong}, return_logprobs=True)
+        outside = ids.clone()
+        outside[1, 2] = 97
+        with pytest.raises(ValueError, match=rf"^{name}: expected ids in \[0, 97\) .* got 97 at \(1, 2\)$"):
+            model(**batch | {name: outside}, return_logprobs=True)
+    outside[1, 2], outside[:, 0] = 5, -7  # read by nobody, there or in transformers
+    assert model(**batch | {"labels": outside}, return_logprobs=True).loss.isfinite()
+    for wrong in (0, "8"):
+        with pytest.raises((TypeError, ValueError), match="^num_items_in_batch: expected "):
+            model(**batch, num_items_in_batch=wrong, return_logprobs=True)
     with pytest.raises(ValueError, match=r"^backend: expected one of "):
         fastppo.patch_model(_random_model(), backend="cuda")
 
