@@ -22,6 +22,7 @@ import itertools
 import math
 import os
 import shutil
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -135,11 +136,12 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
+        if not isinstance(args, PPOConfig):
+            raise TypeError(f"args: expected a PPOConfig of {PPOConfig.__module__}, got {type(args).__name__}")
         _check_models(model, ref_model, reward_model, value_model, peft_config)
         if train_dataset is None:
             raise ValueError("train_dataset: required")
-        if processing_class.pad_token_id is None:
-            raise ValueError("processing_class: the tokenizer needs a pad token (tokenizer.pad_token = ...)")
+        _check_tokens(args, processing_class, _vocabulary(model))
         if args.neftune_noise_alpha is not None:
             raise ValueError("neftune_noise_alpha: PPO compares probabilities, which noise would change; leave it out")
         if args.n_gpu > 1:
@@ -152,6 +154,10 @@ class PPOTrainer(Trainer):
                     raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
                 model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
+        if self.is_peft_model and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "peft_config: prompts and prefixes are learned outside the model; adapt layers (LoraConfig)"
+            )
         adapters = model.peft_config if self.is_peft_model else {}
         for option in ("model_adapter_name", "ref_adapter_name"):
             if (name := getattr(args, option)) is not None and name not in adapters:
@@ -222,6 +228,9 @@ class PPOTrainer(Trainer):
                     model.zero_grad()
                 losses.append(self._accumulate_gradients(model, experience.select(rows.to(self.args.device))))
                 self._check_gradients(losses[-1], epoch)
+        self._record({"val/ratio_var": statistics.pvariance(self._metrics["val/ratio"][-len(losses) :])})
+        if self.args.logging_strategy == "steps" and self.state.global_step + 1 == self.args.max_steps:
+            self.control.should_log = True  # a run's last rollouts, or all of one that is shorter than logging_steps
         return torch.stack(losses).mean()
 
     def _accumulate_gradients(self, model: nn.Module, mini_batch: Experience) -> Tensor:
@@ -258,6 +267,10 @@ class PPOTrainer(Trainer):
         """One completion of each prompt of a batch as the collator made it."""
         args, tokenizer, ids = self.ppo_args, self.processing_class, inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape {tuple(ids.shape)} of input_ids, got {tuple(mask.shape)}"
+            )
         if "attention_mask" not in inputs or tokenizer.pad_token_id != tokenizer.eos_token_id:
             mask &= ids != tokenizer.pad_token_id  # a row may be padded already
         prompts = [Prompt("", row[keep].tolist(), {}) for row, keep in zip(ids, mask, strict=True)]
@@ -357,6 +370,7 @@ class PPOTrainer(Trainer):
             means = [sum(values) / len(values) for values in self._metrics.values()]
             over_ranks = self.accelerator.reduce(torch.tensor(means, device=self.args.device), "mean").tolist()
             logs = logs | dict(zip(self._metrics, over_ranks, strict=True))
+            logs["lr"] = logs["learning_rate"]
             logs["episode"] = self.state.global_step * self.args.train_batch_size * self.accelerator.num_processes
             self._metrics.clear()
         super().log(logs, start_time)
@@ -528,8 +542,7 @@ def _check_models(
         raise ValueError("value_model: the same object as reward_model, so training would change the rewards")
     for name, given in (("reward_model", reward_model), ("value_model", value_model)):
         try:
-            backbone, score = _classifier(given)
-            outputs = score.out_features
+            outputs = _classifier(given)[1].out_features
         except AttributeError:
             raise TypeError(
                 f"{name}: expected a sequence-classification model with a head `score` "
@@ -537,9 +550,26 @@ def _check_models(
             ) from None
         if outputs != 1:
             raise ValueError(f"{name}: expected one output, got {outputs}; load it with num_labels=1")
-        readable = backbone.get_input_embeddings().weight.shape[0]
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if readable < vocabulary:
+    vocabulary = _vocabulary(model)
+    for name, given in (("ref_model", ref_model), ("reward_model", reward_model), ("value_model", value_model)):
+        if given is not None and (readable := _vocabulary(given)) < vocabulary:
             raise ValueError(
                 f"{name}: reads {readable} tokens, the policy writes {vocabulary}; they must share a tokenizer"
             )
+
+
+def _check_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise TypeError(f"processing_class: expected the tokenizer, got {type(tokenizer).__name__}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("processing_class: the tokenizer needs a pad token (tokenizer.pad_token = ...)")
+    for name in ("stop_token", "missing_eos_penalty"):
+        if getattr(args, name) is not None and tokenizer.eos_token_id is None:
+            raise ValueError(f"{name}: the tokenizer has no eos token (tokenizer.eos_token = ...)")
+    known = max(vocabulary, len(tokenizer))
+    if args.stop_token_id is not None and args.stop_token_id >= known:
+        raise ValueError(f"stop_token_id: expected a token below {known}, got {args.stop_token_id}")
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.shape[0]

@@ -174,7 +174,7 @@ def test_call_by_position_and_without_labels():
     outside[1, 2], outside[:, 0] = 5, -7  # read by nobody, there or in transformers
     assert model(**batch | {"labels": outside}, return_logprobs=True).loss.isfinite()
     for wrong in (0, "8"):
-        with pytest.raises((TypeError, ValueError), match="^num_items_in_batch: expected "):
+        with pytest.raises((TypeError, ValueError), match=r"^num_items_in_batch: expected "):
             model(**batch, num_items_in_batch=wrong, return_logprobs=True)
     with pytest.raises(ValueError, match=r"^backend: expected one of "):
         fastppo.patch_model(_random_model(), backend="cuda")

@@ -30,10 +30,11 @@ def _classifier(tiny, seed: int) -> nn.Module:
 
 
 def _trainer(
-    tiny, output_dir, *, pad=None, peft_config=None, callbacks=None, models=None, data=None, **options
+    tiny, output_dir, *, pad=None, eos="same", peft_config=None, callbacks=None, models=None, data=None, **options
 ) -> PPOTrainer:
     """The trainer as an old script builds it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny, local_files_only=True, padding_side="left")
+    tokenizer.eos_token = tokenizer.eos_token if eos == "same" else eos
     if pad is not None:
         tokenizer.add_special_tokens({"pad_token": pad})
     prompts = [f"{'Good ' * (n % 3)}Number {n} is" for n in range(24)]
@@ -60,14 +61,15 @@ def _trainer(
         "use_cpu": True,
         "disable_tqdm": True,
     } | options
-    return PPOTrainer(
-        args=PPOConfig(**arguments),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        callbacks=callbacks,
-        **{"train_dataset": dataset, "eval_dataset": dataset.select(range(4))} | (data or {}),
-        **given,
-    )
+    given |= {"train_dataset": dataset, "eval_dataset": dataset.select(range(4))}
+    given |= {"args": PPOConfig(**arguments), "processing_class": tokenizer} | (data or {})
+    return PPOTrainer(peft_config=peft_config, callbacks=callbacks, **given)
+
+
+def _narrow(tiny) -> nn.Module:
+    """A model of fewer tokens than the tokenizer has."""
+    config = transformers.AutoConfig.from_pretrained(tiny, local_files_only=True, vocab_size=100)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _parameters(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -185,7 +187,9 @@ def test_trains_logs_and_saves(tiny, tmp_path):
     assert [row["episode"] for row in rows] == [8, 16, 24, 32]
     assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the policy is still its reference
     assert rows[0]["policy/approxkl_avg"] >= 0
-    for name in ("objective/scores", "objective/rlhf_reward", "loss/policy_avg", "loss/value_avg", "val/ratio"):
+    averages = ("policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg")
+    objectives = ("objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/non_score_reward")
+    for name in (*objectives, *averages, "val/ratio", "val/ratio_var", "val/num_eos_tokens", "lr"):
         assert all(torch.tensor(row[name]).isfinite() for row in rows), name
 
     trainer.save_model(str(tmp_path / "final"))
@@ -198,6 +202,14 @@ def test_trains_logs_and_saves(tiny, tmp_path):
             assert parameter.equal(after[f"{name}.{key}"]), key
     files = {path.suffix for path in (tmp_path / "final").rglob("*") if path.is_file()}
     assert not files & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_the_last_rollouts_are_logged_whatever_logging_steps_is(tiny, tmp_path):
+    trainer = _trainer(tiny, tmp_path, logging_steps=3, learning_rate=0.0)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+    assert [row["episode"] for row in rows] == [24, 32]
+    assert all(row["val/ratio_var"] == pytest.approx(0.0, abs=1e-12) for row in rows)
 
 
 def test_resumed_run_ends_at_the_same_bits(tiny, tmp_path):
@@ -327,6 +339,13 @@ def test_best_model_is_kept_and_loaded(tiny, tmp_path):
     assert newest["best_model_checkpoint"] == best
 
 
+def test_learned_prompts_are_refused(tiny, tmp_path):
+    peft = pytest.importorskip("peft")
+    for kind in (peft.PromptTuningConfig, peft.PrefixTuningConfig):
+        with pytest.raises(ValueError, match=r"^peft_config: .* outside the model"):
+            _trainer(tiny, tmp_path, peft_config=kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_adapters_train_save_and_resume(tiny, tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft's adapters")
     options = {
@@ -444,9 +463,21 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         ({"value_model": None}, TypeError, "value_model: .* got NoneType"),
         ({"model": str(tiny)}, TypeError, "^model: expected a causal language model, got str"),
         ({"ref_model": str(tiny)}, TypeError, "ref_model: expected a causal language model, got str"),
+        ({"ref_model": _narrow(tiny)}, ValueError, "^ref_model: reads 100 tokens, the policy writes 331"),
     ):
         with pytest.raises(error, match=match):
             _trainer(tiny, tmp_path, models=models)
+    for data, error, match in (
+        ({"args": transformers.TrainingArguments(str(tmp_path), use_cpu=True)}, TypeError, "^args: expected a PPOCo"),
+        ({"processing_class": None}, TypeError, "^processing_class: expected the tokenizer, got NoneType"),
+    ):
+        with pytest.raises(error, match=match):
+            _trainer(tiny, tmp_path, data=data)
+    for name, value in (("stop_token", "eos"), ("missing_eos_penalty", 1.0)):
+        with pytest.raises(ValueError, match=f"^{name}: the tokenizer has no eos token"):
+            _trainer(tiny, tmp_path, eos=None, **{name: value})
+    with pytest.raises(ValueError, match=r"^stop_token_id: expected a token below 331, got 400"):
+        _trainer(tiny, tmp_path, stop_token_id=400)
     with pytest.raises(ValueError, match="fewer than the 800 of a rollout"):
         _trainer(tiny, tmp_path, per_device_train_batch_size=400)
     with pytest.raises(ValueError, match="more than the 128 that the policy can read"):
@@ -464,6 +495,7 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
             {"input_ids": [[5, 6000]] * 8},
             "token 6000 has no embedding, the model has 331: .*resize_token_emb",
         ),
+        ({"input_ids": [[5, 6]] * 8, "attention_mask": [[1]] * 8}, r"^attention_mask: .*\(8, 2\) of input_ids, got"),
     ):
         trainer.train_dataset = datasets.Dataset.from_dict(columns)
         with pytest.raises(ValueError, match=match):
