@@ -109,7 +109,7 @@ def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = T
             whole, shorter = token_hidden(backbone, rows, real) if padding else (None, None)
             ours = head.logits(hidden.to(head.weight)).float()
             own = model(input_ids=ids, attention_mask=mask).logits.float().to(ours.device)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be split into a backbone and a head ({error})") from error
     exact = hidden.dtype in (torch.float32, torch.float64)
     # Both come from the same products, so only the scale and the cap round differently.

@@ -41,12 +41,17 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
         device: where the parameters go.
 
     Raises:
-        ModelError: the model is absent, incomplete, of an unknown kind, or computes its logits in an unknown way.
+        ModelError: the model is absent, incomplete, quantized, of an unknown kind, or computes its logits in an unknown way.
     """
     from transformers import AutoModelForCausalLM
 
     source = resolve(config.name_or_path, allow_download=config.allow_download)
     model = load_model(AutoModelForCausalLM, source, config, torch.device(device))
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{config.name_or_path}: its weights are quantized, which are not trained here; name a float32 or bfloat16 "
+            "model (model.lora and model.dtype: bfloat16 save memory)"
+        )
     try:
         check_head(model)
     except ValueError as error:

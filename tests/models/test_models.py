@@ -521,6 +521,13 @@ def _write_gguf(path, model, tokenizer) -> None:
     writer.close()
 
 
+def test_a_quantized_model_is_refused(tiny, monkeypatch):
+    """transformers marks a model so whose weights it has loaded in 4 or 8 bits; bitsandbytes takes long to import."""
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "is_quantized", True, raising=False)
+    with pytest.raises(ModelError, match="weights are quantized"):
+        load_causal_lm(_config(tiny))
+
+
 def test_gguf_is_dense_trainable_and_saves_as_a_plain_model(tiny, tmp_path, capfd):
     gguf = pytest.importorskip("gguf")
     from transformers import modeling_gguf_pytorch_utils as loader
