@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.integrations.patching import origin, require
-from fastppo.models.head import backbone_and_head, backbone_of, check_head
+from fastppo.models.head import backbone_and_head, backbone_of, causal_of, check_head
 from fastppo.ops.checks import ARGUMENTS, check_shape, check_targets, positive
 from fastppo.ops.linear_logprob import linear_logprob
 
@@ -222,7 +222,7 @@ def _load_balancing_loss(causal: nn.Module, config: Any, router_logits: Any, mas
 
 def _causal(model: nn.Module) -> nn.Module:
     """The transformers model inside its peft wrapper, if it has one."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     if not (hasattr(causal, "get_output_embeddings") and hasattr(causal, "config")):
         raise TypeError(
             f"model: expected a transformers model or one wrapped by peft, got {type(model).__name__}; patch it before "

@@ -47,6 +47,7 @@ from fastppo.integrations.patching import require
 from fastppo.integrations.transformers import SUPPORTED
 from fastppo.integrations.trl_ppo_config import PPOConfig, algorithm_options, one_rollout_per_step
 from fastppo.models import check_head, context_length, disable_dropout, token_hidden
+from fastppo.models.head import causal_of
 from fastppo.models.load import enable_gradient_checkpointing
 from fastppo.models.packing import completion_hidden
 from fastppo.models.source import hub_offline
@@ -518,7 +519,7 @@ def _collate(pad: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[s
 
 def _classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The backbone and the one-output head of a sequence-classification model, wrapped by peft or not."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = causal_of(model)
     return inner.base_model, inner.score
 
 
