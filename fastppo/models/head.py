@@ -196,7 +196,8 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
     base = output.get_base_layer() if hasattr(output, "lora_A") else output
     # Another kind of head may learn more than W and b (Dory: a scale per token), which its logits need not show yet.
     if type(base).forward is not nn.Linear.forward:
-        raise ValueError(f"the language-model head is a {type(base).__name__}, not a torch.nn.Linear")
+        kind = f"{type(base).__module__}.{type(base).__name__}"
+        raise ValueError(f"the language-model head is a {kind}, not a torch.nn.Linear")
     weight, bias = base.weight, base.bias
     if base is output or output.disable_adapters or output.merged:
         return weight, bias
@@ -204,7 +205,8 @@ def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
         if adapter not in output.lora_A:
             continue
         down, up = output.lora_A[adapter], output.lora_B[adapter]
-        if output.lora_variant.get(adapter) is not None or up.bias is not None:
+        plain = isinstance(up, nn.Linear) and up.bias is None and output.lora_variant.get(adapter) is None
+        if not plain:
             raise ValueError("the language-model head supports only plain LoRA (no DoRA or other variant, no bias)")
         weight = weight + output.scaling[adapter] * (up.weight @ down.weight)  # [V, r] @ [r, D]
     return weight, bias

@@ -228,9 +228,13 @@ def test_head_trained_whole_by_peft():
 
 def test_lora_variants_and_mistakes_are_refused(monkeypatch):
     peft = pytest.importorskip("peft")
-    dora = peft.LoraConfig(target_modules=["lm_head"], use_dora=True)
-    with pytest.raises(ValueError, match="plain LoRA"):
-        backbone_and_head(peft.get_peft_model(_random_model("llama", tie_word_embeddings=False), dora))
+    for variant, match in (
+        (peft.LoraConfig(target_modules=["lm_head"], use_dora=True), "plain LoRA"),
+        (peft.AdaLoraConfig(target_modules=["lm_head"], total_step=9), "plain LoRA"),
+        (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), r"head is a peft\.\S*\.Linear, not"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            backbone_and_head(peft.get_peft_model(_random_model("llama", tie_word_embeddings=False), variant))
     with pytest.raises(ModelError, match=r"model\.lora: .*no_such_layer"):
         apply_lora(_random_model("llama"), LoraConfig(target_modules=["no_such_layer"]))
     for pattern in ("(", "*", "[a"):
