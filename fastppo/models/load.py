@@ -41,7 +41,8 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
         device: where the parameters go.
 
     Raises:
-        ModelError: the model is absent, incomplete, quantized, of an unknown kind, or computes its logits in an unknown way.
+        ModelError: the model is absent, incomplete, quantized, of an unknown kind, or computes its logits in an unknown
+            way.
     """
     from transformers import AutoModelForCausalLM
 
