@@ -155,11 +155,11 @@ class PPOTrainer(Trainer):
                     raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
                 model = peft.get_peft_model(model, peft_config)
         self.is_peft_model = hasattr(model, "disable_adapter")
-        if self.is_peft_model and model.active_peft_config.is_prompt_learning:
+        adapters = model.peft_config if self.is_peft_model else {}
+        if any(adapter.is_prompt_learning for adapter in adapters.values()):
             raise ValueError(
                 "peft_config: prompts and prefixes are learned outside the model; adapt layers (LoraConfig)"
             )
-        adapters = model.peft_config if self.is_peft_model else {}
         for option in ("model_adapter_name", "ref_adapter_name"):
             if (name := getattr(args, option)) is not None and name not in adapters:
                 raise ValueError(f"{option}: {name!r}, but the model's adapters are: {', '.join(adapters) or 'none'}")

@@ -215,7 +215,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
             raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
         try:
             adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
-            return peft.get_peft_model(model, adapters).eval()
+            adapted = peft.get_peft_model(model, adapters).eval()
+            check_head(adapted, padding=False)  # peft also wraps layers that do not return a tensor
+            return adapted
         except (re.error, RecursionError) as error:  # RecursionError: thousands of parentheses
             given = f"{quote(lora.target_modules)} is not a regular expression"
             raise ModelError(f"model.lora.target_modules: {given} ({one_line(error)})") from None

@@ -237,6 +237,8 @@ def test_lora_variants_and_mistakes_are_refused(monkeypatch):
             backbone_and_head(peft.get_peft_model(_random_model("llama", tie_word_embeddings=False), variant))
     with pytest.raises(ModelError, match=r"model\.lora: .*no_such_layer"):
         apply_lora(_random_model("llama"), LoraConfig(target_modules=["no_such_layer"]))
+    with pytest.raises(ModelError, match=r"model\.lora: .*'tuple' object"):  # its router is a linear layer to peft
+        apply_lora(_random_model("llama4_text"), LoraConfig())
     for pattern in ("(", "*", "[a"):
         with pytest.raises(ModelError, match=r"model\.lora\.target_modules: .* is not a regular expression") as caught:
             apply_lora(_random_model("llama"), LoraConfig(target_modules=pattern))
