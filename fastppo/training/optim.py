@@ -48,13 +48,12 @@ def build_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, total
     """One of transformers' schedules, stepped once per training step.
 
     A warm-up starts at rate 0 and a decay ends there. To waste no training step, step 1 uses the schedule's second
-    rate, and the schedule is one step longer than the run.
+    rate, and the schedule is one step longer than the run, or than the warm-up: `polynomial` divides by what follows.
     """
     from transformers import get_scheduler
 
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps + 1
-    )
+    warmup, steps = config.warmup_steps, max(total_steps, config.warmup_steps) + 1
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         scheduler.step()
