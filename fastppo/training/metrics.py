@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.training.files import atomic_write, naming
+from fastppo.training.files import atomic_write, make_folder, naming
 
 if TYPE_CHECKING:
     from fastppo.training.trackers import Trackers
@@ -56,7 +56,7 @@ class MetricsLogger:
 
     def __init__(self, output_dir: str | Path, *, resume_step: int | None, trackers: Trackers | None = None) -> None:
         output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         self._path, self._trackers = output_dir / METRICS_FILE, trackers
         self.earlier_run = _set_aside(output_dir) if resume_step is None else None
         self._start = time.monotonic() - self._open(resume_step or 0)
