@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastppo.errors import ConfigError, quote
-from fastppo.extras import install_command
+from fastppo.errors import quote
 from fastppo.models.source import hub_offline
 from fastppo.training.checkpoint import CheckpointError, check_like
 from fastppo.training.config import OptimConfig
@@ -24,9 +23,6 @@ def build_optimizer(
     """AdamW with two parameter groups, policy and critic, each with its own learning rate.
 
     `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861).
-
-    Raises:
-        ConfigError: bitsandbytes is needed and not installed.
     """
     groups = [
         {"params": list(policy_parameters), "lr": config.learning_rate},
@@ -36,11 +32,8 @@ def build_optimizer(
     arguments = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     if config.name != "adamw_8bit":
         return torch.optim.AdamW(groups, fused=True, **arguments)
-    try:
-        with hub_offline():
-            import bitsandbytes
-    except ImportError:
-        raise ConfigError(f"optim.name: adamw_8bit needs bitsandbytes; {install_command('demo')}") from None
+    with hub_offline():
+        import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(groups, **arguments)
 
 
