@@ -257,7 +257,7 @@ class PolicyThenCritic(Algorithm):
 
     def update(self, learner: Learner, experience: Experience) -> dict[str, float]:
         try:
-            metrics = self.improve_policy(learner, experience)
+            metrics = self.improve_policy(learner, experience) if experience.mask.any() else {}
         except FloatingPointError as error:
             learner.skip_nonfinite(str(error), "this step of the policy")
             metrics = {"policy/skipped_steps": 1.0}

@@ -133,9 +133,9 @@ class ConservativePolicyIteration(PolicyThenCritic):
 def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
     """E_{s ~ π, a ~ π'} A(s, a) − E_{s, a ~ π} A(s, a), of ratios π'(a|s) / π(a|s) and advantages, [B, T] each.
 
-    The second term is 0 for the true A, and noise for an estimate.
+    The second term is 0 for the true A, and noise for an estimate. Without a token it is 0.
     """
-    return ((ratios - 1.0) * advantages)[mask].mean().item()
+    return ((ratios - 1.0) * advantages)[mask].sum().item() / max(mask.sum().item(), 1)
 
 
 def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: float) -> float:

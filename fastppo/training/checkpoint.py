@@ -36,7 +36,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from fastppo.config_fields import NonNegativeInt
 from fastppo.engines.dispatch import FastPPOWarning
 from fastppo.errors import FastPPOError, one_line, quote
-from fastppo.training.files import atomic_folder, delete_folder, delete_temporary, naming, sync_folder
+from fastppo.training.files import atomic_folder, delete_folder, delete_temporary, make_folder, naming, sync
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
 _MANIFEST = "manifest.json"
@@ -138,10 +138,7 @@ def save_checkpoint(
 
     final = root / f"step-{step:06d}"
     try:
-        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-        for made in missing:
-            sync_folder(made.parent)
+        make_folder(root)
         delete_temporary(root)
         earlier = _folders(root)
         same_step = [path for number, path in earlier if number == step]
@@ -167,7 +164,7 @@ def save_checkpoint(
         if target != final:
             os.rename(target, final)
             target = final
-            sync_folder(root)
+            sync(root)
         wanted = {number for number in keep_for if number < step}
         _delete_old([(number, path) for number, path in earlier if number < step], keep_last - 1, wanted)
     except OSError as error:
@@ -244,7 +241,7 @@ def discard_checkpoints(root: Path, *, after: int) -> None:
         for step, path in reversed(_folders(Path(root))):
             if step > after:
                 delete_folder(path)
-        sync_folder(Path(root))
+        sync(Path(root))
     except OSError as error:
         raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
 
@@ -326,21 +323,19 @@ def _without_shared_memory(named: dict[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
-    """Write a file and sync it to disk; returns its size in bytes and sha256."""
+    """Write a file; returns its size in bytes and sha256."""
     with naming(path):
         write(path)
         with contextlib.suppress(OSError):  # safetensors makes files that only their owner can read
             os.chmod(path, path.parent.stat().st_mode & 0o666)
-        return _size_and_hash(path, sync=True)
+        return _size_and_hash(path)
 
 
-def _size_and_hash(path: Path, *, sync: bool = False) -> dict[str, Any]:
+def _size_and_hash(path: Path) -> dict[str, Any]:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-        if sync:
-            os.fsync(file.fileno())
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 

@@ -23,7 +23,7 @@ SAVING, TRASH = ".saving-", ".trash-"
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write a file atomically: after a kill or a power cut it holds all of `data`, or what it held before."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{SAVING}{path.name}")
     with naming(path):
         with temporary.open("wb") as file:
@@ -31,35 +31,54 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Make a folder whose files then take the place of `path`: after a kill, that is whole or absent, never in part."""
+    """Make a folder that then takes the place of `path`: after a kill or a power cut that is whole, old, or absent."""
+    make_folder(path.parent)
     temporary = path.with_name(f"{SAVING}{path.name}-{secrets.token_hex(4)}")
     try:
         os.mkdir(temporary)
         yield temporary
-        sync_folder(temporary)
-        if path.exists():
+        for folder, _, names in os.walk(temporary):
+            for each in (*(os.path.join(folder, name) for name in names), folder):
+                with naming(each):
+                    sync(each)
+        if os.path.lexists(path):
             delete_folder(path)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with its parents, whose names survive a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
 
 
 def delete_folder(path: Path) -> None:
-    """Rename a folder, then delete it, so that one deleted in part never looks whole."""
+    """Rename a folder, then delete it, so that one deleted in part never looks whole. Of a link, only the link goes."""
     trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
     os.rename(path, trash)
-    shutil.rmtree(trash)
+    _delete(trash)
 
 
-def sync_folder(path: Path) -> None:
-    """Sync a folder's entries; a file's own fsync does not cover its name."""
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync(path: str | Path) -> None:
+    """Sync a file, or a folder's entries, to disk; a file's own sync does not cover its name."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # a folder that may be written to but not listed, or any on Windows
@@ -97,10 +116,7 @@ def delete_temporary(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         try:
             if path.name.startswith((SAVING, TRASH)):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                _delete(path)
         except OSError as error:
             message = f"{folder}: what a killed run left could not be deleted: {error}"
             warnings.warn(message, FastPPOWarning, stacklevel=3)

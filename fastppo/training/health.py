@@ -125,4 +125,4 @@ def perplexity(
         total += output.logprobs.double().sum().item()
         count += int(attention[:, 1:].sum())
     mean = -total / count
-    return math.exp(mean) if mean < 700 else math.inf  # math.exp raises where a float overflows
+    return math.inf if mean > 700 else math.exp(mean)  # which raises where a float overflows

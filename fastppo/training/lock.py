@@ -18,6 +18,7 @@ except ImportError:  # Windows
 from fastppo.engines.dispatch import FastPPOWarning
 from fastppo.errors import one_line
 from fastppo.training.checkpoint import CheckpointError
+from fastppo.training.files import make_folder
 
 LOCK_FILE = ".lock"
 
@@ -58,7 +59,7 @@ class FolderLock:
             if descriptor not in _descriptors or not _is_at(descriptor, path):  # after a fork; or a deletion
                 self._release()
         if self._release is None or not self._release.alive:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             descriptor = _open_and_lock(self._folder)
             _descriptors.add(descriptor)
             self._release = weakref.finalize(self, _unlock, descriptor, self._folder / LOCK_FILE)

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.training.files import atomic_write, naming
+from fastppo.training.files import atomic_write, make_folder, naming
 
 if TYPE_CHECKING:
     from fastppo.training.trackers import Trackers
@@ -56,7 +56,7 @@ class MetricsLogger:
 
     def __init__(self, output_dir: str | Path, *, resume_step: int | None, trackers: Trackers | None = None) -> None:
         output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         self._path, self._trackers = output_dir / METRICS_FILE, trackers
         self.earlier_run = _set_aside(output_dir) if resume_step is None else None
         self._start = time.monotonic() - self._open(resume_step or 0)
@@ -89,7 +89,7 @@ class MetricsLogger:
     def keep_aside(self, step: int, number: int) -> Path:
         """Copy the lines later than `step`, before `rewind` drops them, to ``abandoned-<number>.jsonl``; returns it."""
         path = self._path.with_name(f"abandoned-{number}.jsonl")
-        later = [line for line, values in _read_lines(self._path) if values.get("step", 0) > step]
+        later = [line for line, row in _read_rows(self._path) if row["step"] > step]
         atomic_write(path, b"".join(later))
         return path
 
@@ -114,9 +114,9 @@ class MetricsLogger:
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The lines of a metrics file, in order; null reads as NaN. [] without such a file.
 
-    A line that a kill or a power cut tore is skipped.
+    A line that a kill or a power cut tore is skipped, and so is what a hand has written that is no number.
     """
-    return [values for _, values in _read_lines(path) if "step" in values]
+    return [row for _, row in _read_rows(path)]
 
 
 def samples_name(step: int, total_steps: int) -> str:
@@ -184,13 +184,21 @@ def _read_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line + b"\n", values
 
 
+def _read_rows(path: str | Path) -> Iterator[tuple[bytes, dict[str, float]]]:
+    """Every whole line of a metrics file, and its numbers."""
+    for line, values in _read_lines(path):
+        row = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if type(row.get("step")) is int:
+            yield line, row
+
+
 def _nan_for_null(values: dict[str, Any]) -> dict[str, Any]:
     return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 def _truncate(path: Path, last_step: int) -> None:
     """Keep the whole lines up to `last_step`, byte for byte."""
-    kept = [line for line, values in _read_lines(path) if values.get("step", math.inf) <= last_step]
+    kept = [line for line, row in _read_rows(path) if row["step"] <= last_step]
     atomic_write(path, b"".join(kept))
 
 

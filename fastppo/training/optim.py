@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastppo.errors import ConfigError, quote
-from fastppo.extras import install_command
+from fastppo.errors import quote
 from fastppo.models.source import hub_offline
 from fastppo.training.checkpoint import CheckpointError, check_like
 from fastppo.training.config import OptimConfig
@@ -24,9 +23,6 @@ def build_optimizer(
     """AdamW with two parameter groups, policy and critic, each with its own learning rate.
 
     `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861).
-
-    Raises:
-        ConfigError: bitsandbytes is needed and not installed.
     """
     groups = [
         {"params": list(policy_parameters), "lr": config.learning_rate},
@@ -36,11 +32,8 @@ def build_optimizer(
     arguments = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     if config.name != "adamw_8bit":
         return torch.optim.AdamW(groups, fused=True, **arguments)
-    try:
-        with hub_offline():
-            import bitsandbytes
-    except ImportError:
-        raise ConfigError(f"optim.name: adamw_8bit needs bitsandbytes; {install_command('demo')}") from None
+    with hub_offline():
+        import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(groups, **arguments)
 
 
@@ -48,13 +41,12 @@ def build_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, total
     """One of transformers' schedules, stepped once per training step.
 
     A warm-up starts at rate 0 and a decay ends there. To waste no training step, step 1 uses the schedule's second
-    rate, and the schedule is one step longer than the run.
+    rate, and the schedule is one step longer than the run, or than the warm-up: `polynomial` divides by what follows.
     """
     from transformers import get_scheduler
 
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps + 1
-    )
+    warmup, steps = config.warmup_steps, max(total_steps, config.warmup_steps) + 1
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         scheduler.step()

@@ -21,6 +21,7 @@ import posixpath
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,28 +163,43 @@ class TensorBoard(Tracker):
     extra = "train"
 
     def __init__(self, run: Trackers, earlier: str | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = run.folder / "tensorboard"
         if folder.exists():
             shutil.rmtree(folder)
-        self._writer = SummaryWriter(str(folder))
+        folder.mkdir()
+        # torch's SummaryWriter writes in a thread, which dies with a traceback on a full disk.
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("wb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
         lines = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True).splitlines()
-        self._writer.add_text("config", "\n".join(f"    {line}" for line in lines))  # a block of code in Markdown
+        self._add_text("config", "\n".join(f"    {line}" for line in lines), 0)  # a block of code in Markdown
 
     def log(self, step: int, metrics: Mapping[str, float], when: float) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step, when)
-        self._writer.flush()
+            self._write(summary=scalar(name, value), step=step, wall_time=when)
 
     def samples(self, step: int, columns: list[str], data: list[list[Any]]) -> None:
         head, *rows = ([_markdown(cell) for cell in row] for row in [columns, *data])
         lines = (f"| {' | '.join(row)} |" for row in [head, ["---"] * len(columns), *rows])
-        self._writer.add_text("samples", "\n".join(lines), step)
-        self._writer.flush()
+        self._add_text("samples", "\n".join(lines), step)
 
     def close(self, failed: bool) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _add_text(self, tag: str, markdown: str, step: int) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self._write(summary=text(tag, markdown), step=step)
+
+    def _write(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
 
 
 class Trackio(Tracker):

@@ -487,7 +487,6 @@ class Trainer:
 
     def save_policy(self, folder: Path) -> Path:
         """Write the policy (adapters merged), tokenizer and critic to a folder that transformers loads."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         policy = self.models.policy
         if self.config.model.lora is not None:
             policy = merge_lora(policy)

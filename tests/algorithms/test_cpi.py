@@ -9,7 +9,7 @@ import pytest
 import torch
 from tabular import TabularModels, Tree, make_config, make_learner, rollout, rollout_without_luck
 
-from fastppo.algorithms.cpi import bound_step_size, held_out_step_size
+from fastppo.algorithms.cpi import bound_step_size, held_out_step_size, policy_advantage
 
 
 def world(*, tree=None, features=None, sequences=64, lr=0.2, **options):
@@ -125,6 +125,11 @@ def test_the_held_out_estimate_is_the_exact_improvement_on_average():
         estimate = (tree.probabilities(logits)[:, None] * (weights - 1) * advantages).sum()
         mixture = ((1 - alpha) * logits.softmax(-1) + alpha * other.softmax(-1)).log()
         torch.testing.assert_close(estimate, tree.objective(mixture) - tree.objective(logits))
+
+
+def test_sequences_without_a_token_promise_nothing():
+    nothing = torch.zeros(2, 3)
+    assert policy_advantage(nothing, nothing, nothing.bool()) == 0.0
 
 
 def test_the_held_out_search_takes_what_promises_most():

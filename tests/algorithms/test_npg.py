@@ -248,6 +248,18 @@ def test_without_advantages_nothing_moves(name):
     assert metrics["policy/step_fraction"] == 0.0
 
 
+@pytest.mark.parametrize("name", [*ALGORITHMS, "cpi"])
+def test_a_rollout_without_a_token_moves_nothing(name):
+    tree, models = Tree(), TabularModels(Tree())
+    algorithm, learner = make_learner(models, make_config(name, 8, tree.depth), lr=0.1)
+    experience = rollout(tree, models, algorithm, 8)
+    experience.mask[:] = False
+    before = models.weight.detach().clone()
+    algorithm.estimate_advantages(experience)
+    assert all(math.isfinite(value) for value in algorithm.update(learner, experience).values())
+    assert torch.equal(models.weight, before)
+
+
 def test_the_fisher_matrix_of_a_part_gives_another_step_within_the_same_bound():
     tree, models, algorithm, learner = world("trpo", features=3, fisher_fraction=0.25, cg_iterations=20)
     metrics = algorithm.update(learner, rollout(tree, models, algorithm, 64))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import typing
 import warnings
 import zlib
 from pathlib import Path
@@ -36,7 +37,8 @@ from fastppo.training.checkpoint import (
     restoring,
     save_checkpoint,
 )
-from fastppo.training.optim import load_optimizer, optimizer_tensors
+from fastppo.training.config import OptimConfig, Schedule
+from fastppo.training.optim import build_scheduler, load_optimizer, optimizer_tensors
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
 
@@ -820,6 +822,20 @@ def test_an_optimizer_over_other_parameters_is_refused():
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 3))]), tensors, meta)
     with pytest.raises(CheckpointError, match=r"group 0, parameter 1 has shape \[3, 4\], was saved with shape None"):
         load_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2)]), tensors, meta)
+
+
+@pytest.mark.parametrize("schedule", typing.get_args(Schedule))
+def test_a_warm_up_may_be_as_long_as_the_run_or_longer(schedule):
+    for warmup in (0 if schedule == "constant" else steps for steps in range(6)):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = build_scheduler(OptimConfig(lr_scheduler_type=schedule, warmup_steps=warmup), optimizer, 3)
+        rates = []
+        for _ in range(3):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates[:warmup] == [(step + 1) / warmup for step in range(min(warmup, 3))]
+        assert all(0 < rate <= 1 for rate in rates)
 
 
 def test_missing_and_untaken_states_are_named():

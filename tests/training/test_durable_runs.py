@@ -20,6 +20,7 @@ from fastppo.cli import main
 from fastppo.training import metrics as metrics_module
 from fastppo.training.checkpoint import CheckpointError
 from fastppo.training.config import ConfigError
+from fastppo.training.files import atomic_folder, atomic_write
 from fastppo.training.metrics import MetricsLogger, read_alarms
 from fastppo.training.trainer import Trainer
 
@@ -418,6 +419,39 @@ def test_a_full_disk_is_named_with_the_file(world, tmp_path, monkeypatch, capsys
     line = capsys.readouterr().err.splitlines()[-1]
     assert str(out / name) in line
     assert "No space left on device" in line
+
+
+def test_files_and_folders_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """A power cut leaves whatever is not synced empty, or nameless."""
+    synced, call, rename = set(), os.fsync, os.rename
+
+    def fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        call(descriptor)
+
+    def rename_synced(source, target):
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename_synced)
+    with atomic_folder(tmp_path / "run" / "final") as folder:
+        (folder / "value").mkdir()
+        for name in ("config.json", "value/model.safetensors"):
+            (folder / name).write_text("{}")
+    atomic_write(tmp_path / "run" / "samples" / "before.jsonl", b"{}")
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= synced
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_what_it_points_to_stays(tmp_path, there):
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "final").symlink_to(tmp_path / "elsewhere")
+    with atomic_folder(tmp_path / "final") as folder:
+        (folder / "config.json").touch()
+    assert not (tmp_path / "final").is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", *(["elsewhere"] * there), "final"]
 
 
 def test_what_libraries_raise_for_a_full_disk_names_the_file():

@@ -11,7 +11,7 @@ import torch
 from tiny import make_tiny_model
 
 from fastppo.algorithms.experience import Experience
-from fastppo.models import load_tokenizer
+from fastppo.models import LMHead, load_tokenizer
 from fastppo.models.config import ModelConfig
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.sample import Rollout
@@ -92,6 +92,15 @@ def test_perplexity_equals_that_of_the_models_own_loss(tmp_path, batch_size):
     arguments = {"pad": tokenizer.pad_token_id, "batch_size": batch_size, "device": torch.device("cpu")}
     assert perplexity(models.hidden, texts, **arguments) == pytest.approx(math.exp(total / count), rel=1e-4)
     assert perplexity(models.reference_hidden, texts, **arguments) == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(("state", "expected"), [(1e4, math.inf), (math.nan, math.nan)])
+def test_a_perplexity_may_be_infinite_or_nan_and_is_not_the_one_for_the_other(state, expected):
+    def hidden(ids, attention, length):
+        return torch.full((len(ids), length, 1), state), LMHead(torch.tensor([[0.0], [1.0]]), None, 1.0, None)
+
+    given = {"pad": 0, "batch_size": 1, "device": torch.device("cpu"), "backend": "chunked"}
+    assert perplexity(hidden, [[0, 0, 0]], **given) == pytest.approx(expected, nan_ok=True)
 
 
 def test_texts_that_cannot_be_used_are_named(tmp_path):

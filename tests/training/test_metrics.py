@@ -91,6 +91,20 @@ def test_time_goes_on_from_the_last_kept_line(tmp_path):
     assert 200.0 <= lines[-1]["time"] < 260.0
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": "3"}', '{"step": [1]}', '{"step": null}', '{"step": true}', '{"note": "mine"}', "[1]"]
+)
+def test_a_line_that_no_run_has_written_is_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{line}\n{{"step": 1, "time": "noon", "loss": 0.5, "note": "mine"}}\n{line}\n{{"step": 2}}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2}]
+    with MetricsLogger(tmp_path, resume_step=1) as logger:
+        logger.log(2, {"loss": 0.25})
+    [first, second] = path.read_text().splitlines()
+    assert first == '{"step": 1, "time": "noon", "loss": 0.5, "note": "mine"}'  # what a person added to a row stays
+    assert json.loads(second)["loss"] == 0.25
+
+
 def test_a_killed_process_leaves_whole_lines_and_is_resumed(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()

@@ -254,6 +254,19 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_others_go_on(t
     assert sound.calls[-1] == "failed"
 
 
+def test_a_full_disk_drops_tensorboard_without_a_traceback(tmp_path, monkeypatch, capfd):
+    warnings = []
+    run = trackers(["tensorboard"], tmp_path, warn=warnings.append)
+    run.open([])
+    monkeypatch.setattr(run._open["tensorboard"]._records, "_writer", open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+    for step in (1, 2):
+        run.log(step, {"reward/mean": 1.0})
+    run.close()
+    assert len(warnings) == 1
+    assert "No space left" in warnings[0]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("saved", "earlier"),
     [
