@@ -238,8 +238,8 @@ void restore(const std::uint16_t* kept, std::int64_t n, float anchor, float* z) 
     for (std::int64_t i = 0; i < padded(n); i += W) S::store(z + i, S::add(S::load_f16(kept + i), from));
 }
 
-// W rows of 32-bit values, `stride` apart, become W columns.
-FASTPPO_ALWAYS_INLINE void transpose_block(const std::uint32_t* from, std::int64_t stride, std::uint32_t* to,
+// W rows of 32-bit values, `stride` bytes apart, become W columns.
+FASTPPO_ALWAYS_INLINE void transpose_block(const char* from, std::int64_t stride, std::uint32_t* to,
                                            std::int64_t to_stride) {
     S::I r[W];
     for (int i = 0; i < W; ++i) r[i] = S::load_bits(from + i * stride);
@@ -248,13 +248,13 @@ FASTPPO_ALWAYS_INLINE void transpose_block(const std::uint32_t* from, std::int64
 }
 
 void pack_transposed(const void* rows, std::int64_t stride, std::int64_t k, Type type, void* panel) {
-    // A pair of bfloat16 values side by side in a row is what one 32-bit element of the panel holds.
-    const std::int64_t words = type == Type::float32 ? k : k / 2;
-    const std::int64_t row = type == Type::float32 ? stride : stride / 2;
+    // A pair of bfloat16 values side by side in a row is what one 32-bit element of the panel holds. The rows need not
+    // start at such an element: a stride may be odd.
+    const std::int64_t words = k * size_of(type) / 4, row_bytes = stride * size_of(type);
     for (int c = 0; c < kPanel; c += W) {
-        const auto* from = static_cast<const std::uint32_t*>(rows) + c * row;
+        const char* from = static_cast<const char*>(rows) + c * row_bytes;
         auto* to = static_cast<std::uint32_t*>(panel) + c;
-        for (std::int64_t i = 0; i < words; i += W) transpose_block(from + i, row, to + i * kPanel, kPanel);
+        for (std::int64_t i = 0; i < words; i += W) transpose_block(from + i * 4, row_bytes, to + i * kPanel, kPanel);
     }
 }
 
@@ -280,7 +280,7 @@ void transpose(const void* in, std::int64_t stride, std::int64_t rows, std::int6
     if (type == Type::float32) {
         for (std::int64_t i = 0; i < rows; i += W) {
             for (std::int64_t c = 0; c < n; c += W) {
-                transpose_block(static_cast<const std::uint32_t*>(in) + i * stride + c, stride,
+                transpose_block(static_cast<const char*>(in) + (i * stride + c) * 4, stride * 4,
                                 static_cast<std::uint32_t*>(out) + c * out_stride + i, out_stride);
             }
         }

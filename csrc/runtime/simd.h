@@ -86,7 +86,7 @@ struct Simd {
 #endif
     }
     static I pairs(I low, I high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
-    static I load_bits(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+    static I load_bits(const void* p) { return _mm512_loadu_si512(p); }
     static I load_halves(const std::uint16_t* p) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
@@ -180,7 +180,7 @@ struct Simd {
         return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
     }
     static I pairs(I low, I high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
-    static I load_bits(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static I load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static I load_halves(const std::uint16_t* p) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
@@ -300,7 +300,11 @@ struct Simd {
         });
     }
     static I pairs(I low, I high) { return each<I>([&](int i) { return low.v[i] | high.v[i] << 16; }); }
-    static I load_bits(const std::uint32_t* p) { return each<I>([&](int i) { return p[i]; }); }
+    static I load_bits(const void* p) {
+        I r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
     static I load_halves(const std::uint16_t* p) { return each<I>([&](int i) { return std::uint32_t{p[i]}; }); }
     static void store_bits(std::uint32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
     static void store_low_halves(std::uint16_t* p, I a) {

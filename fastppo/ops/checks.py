@@ -62,9 +62,21 @@ def tensor_of(dtypes: tuple[torch.dtype, ...], expected: str, *, sharded: bool =
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
         if not sharded and hasattr(value, "full_tensor"):
             raise TypeError(f"{name}: expected a plain tensor, got a DTensor; take .to_local() or .full_tensor()")
-        return value
+        return usable_by_autograd(value)
 
     return check
+
+
+def usable_by_autograd(tensor: Tensor) -> Tensor:
+    """A tensor from torch.inference_mode(), such as a rollout's targets, cannot be saved for a backward; another tensor
+    in its memory can."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or hasattr(tensor, "full_tensor"):
+        return tensor
+    if not tensor.is_inference() or tensor.requires_grad:  # autograd has its own message for a parameter
+        return tensor
+    tensor = tensor.resolve_neg()
+    where = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*where)
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Rule:
@@ -200,7 +212,7 @@ def shown(value: Any) -> str:
 
 
 def looks_at_values(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or hasattr(tensor, "fake_mode"):  # a FakeTensor has none
         return False
     return tensor.device.type == "cpu" or os.environ.get("FASTPPO_CHECK") == "1"
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.engines import triton_kernels
 from fastppo.engines.budget import scratch_bytes
@@ -45,6 +44,7 @@ from fastppo.ops.head import (
 )
 from fastppo.ops.linear_statistics import linear_gradients, linear_statistics
 from fastppo.ops.loss_options import LossOptions, SampledTokens
+from fastppo.ops.once_differentiable import once_differentiable
 from fastppo.ops.outputs import PPOLossOutput
 
 if TYPE_CHECKING:

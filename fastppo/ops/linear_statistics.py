@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.engines.dispatch import ENGINES
 from fastppo.engines.engine import (
@@ -26,6 +25,7 @@ from fastppo.engines.engine import (
     empty_statistics,
     regroup,
 )
+from fastppo.ops.once_differentiable import once_differentiable
 from fastppo.ops.vocabulary_parallel import Slices, all_statistics, summed_over_ranks
 
 

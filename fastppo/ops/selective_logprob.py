@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.engines.budget import scratch_bytes
 from fastppo.engines.dispatch import ENGINES, select
@@ -18,6 +17,7 @@ from fastppo.engines.transform import LogitTransform
 from fastppo.ops import reference
 from fastppo.ops.checks import check_shape, check_targets, checked
 from fastppo.ops.head import IGNORED
+from fastppo.ops.once_differentiable import once_differentiable
 from fastppo.ops.outputs import LogprobOutput
 
 

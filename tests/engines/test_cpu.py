@@ -163,6 +163,33 @@ def test_kept_logits_give_the_gradients_of_recomputed_ones(dtype, n, d, budget, 
         assert (fused.double() - truth).abs().max() <= 1.5 * (plain.double() - truth).abs().max() + slack * scale
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 70])  # rows that are packed where they are, or copied and padded first
+@pytest.mark.parametrize("stride", ["wide", "odd", "overlapping", "none"])
+def test_rows_may_lie_anywhere(d, dtype, stride, isa):
+    """A bfloat16 row may start in the middle of a 32-bit word."""
+    hidden, weight = (torch.randn(n, d, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (64, 130))
+    targets = torch.arange(64)
+
+    def laid_out(x):
+        if stride in ("wide", "odd"):
+            memory = torch.zeros(len(x), d + (2 if stride == "wide" else 3), dtype=dtype)
+            memory[:, 1 : d + 1] = x
+            return memory[:, 1 : d + 1]
+        return x.flatten().as_strided(x.shape, (1, 1) if stride == "overlapping" else (0, 1))
+
+    def loss_and_gradients(h, w):
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+        out = fastppo.linear_logprob(h, w, targets, return_entropy=True, backend="cpu")
+        loss = out.logprobs.sum() + out.entropy.sum()
+        loss.backward()
+        return loss, h.grad, w.grad
+
+    h, w = laid_out(hidden), laid_out(weight)
+    for a, b in zip(loss_and_gradients(h, w), loss_and_gradients(h.contiguous(), w.contiguous()), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_losses_that_take_turns_do_not_read_each_others_kept_logits():
     hidden, weight, targets = case(40, 16, 500, torch.bfloat16)
     old, advantages = torch.full((40,), -8.0), torch.ones(40)

@@ -78,7 +78,7 @@ class _Passes:
 
     def statistics(self) -> list[Tensor]:
         rows = self.valid.nonzero().squeeze(-1)
-        out = torch.zeros(4 if self.reference is None else 8, self.targets.numel())
+        out = torch.zeros(4 if self.reference is None else 8, self.targets.numel(), dtype=torch.float32)
         if rows.numel():
             self.memory = self._kept_logits(rows.numel())
             extension.load().linear_statistics(*self._problem(self.reference, rows), self.memory, out)
@@ -96,8 +96,8 @@ class _Passes:
             return d_hidden, d_weight.zero_(), torch.zeros_like(bias) if needs.bias else weight.new_empty(0)
 
         vocab, dim = weight.shape
-        sums = torch.zeros(_pad(rows.numel()), _pad(dim)) if needs.hidden else None
-        d_bias = torch.zeros(vocab) if needs.bias else None
+        sums = torch.zeros(_pad(rows.numel()), _pad(dim), dtype=torch.float32) if needs.hidden else None
+        d_bias = torch.zeros(vocab, dtype=torch.float32) if needs.bias else None
         reference = self.reference if upstream.kl is not None else None
         if self.memory is None:
             self._kept_logits(rows.numel())  # none, but `spare` makes room
@@ -165,7 +165,7 @@ class _Kept(NamedTuple):
     def open(cls, policy: Head, width: int) -> _Kept:
         rows, vocab = policy.hidden.shape[0], policy.weight.shape[0]
         tiles = torch.empty(-(-vocab // width), dtype=torch.uint8)
-        return cls(_empty_like(policy.weight), torch.empty(rows), tiles)
+        return cls(_empty_like(policy.weight), torch.empty(rows, dtype=torch.float32), tiles)
 
 
 def row_scalars(rows: Tensor, saved: list[Tensor], upstream: Upstream) -> Tensor:

@@ -14,7 +14,7 @@ from fastppo.engines.engine import Options, Upstream
 def selective_statistics(logits: Tensor, ref_logits: Tensor | None, targets: Tensor, options: Options) -> list[Tensor]:
     if ref_logits is not None or not _serves(logits):
         return chunked.selective_statistics(logits, ref_logits, targets, options)
-    rows, out = (targets >= 0).nonzero().squeeze(-1), torch.zeros(4, targets.numel())
+    rows, out = (targets >= 0).nonzero().squeeze(-1), torch.zeros(4, targets.numel(), dtype=torch.float32)
     extension.load().selective_statistics(
         logits.detach(), transform_numbers(options.transform), rows, targets, out, torch.get_num_threads(), products.isa
     )
