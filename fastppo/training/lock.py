@@ -40,6 +40,8 @@ if hasattr(os, "register_at_fork"):
 class FolderLock:
     """A lock on a run's folder, from its construction to `release`; also released when it is garbage-collected.
 
+    Folders that it made are deleted with it if they are empty then.
+
     It is `flock` on a file whose text names the holder. Where the file system has no locks, a FastPPOWarning says so.
 
     Raises:
@@ -48,21 +50,22 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder.absolute()  # a reward function may change the current folder
         self._release = None
         self.acquire()
 
     def acquire(self) -> None:
         """Take the lock, unless this process has it by this object; anew if its file has been deleted meanwhile."""
         if self._release is not None and self._release.alive:
-            descriptor, path = self._release.peek()[2]
+            descriptor, path, _ = self._release.peek()[2]
             if descriptor not in _descriptors or not _is_at(descriptor, path):  # after a fork; or a deletion
                 self._release()
         if self._release is None or not self._release.alive:
+            made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
             make_folder(self._folder)
             descriptor = _open_and_lock(self._folder)
             _descriptors.add(descriptor)
-            self._release = weakref.finalize(self, _unlock, descriptor, self._folder / LOCK_FILE)
+            self._release = weakref.finalize(self, _unlock, descriptor, self._folder / LOCK_FILE, made)
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
@@ -109,13 +112,15 @@ def _open_and_lock(folder: Path) -> int:
         os.close(descriptor)
 
 
-def _unlock(descriptor: int, path: Path) -> None:
+def _unlock(descriptor: int, path: Path, made: list[Path]) -> None:
     if descriptor in _descriptors:  # not so in the child of a fork
         _descriptors.remove(descriptor)
         try:
             with contextlib.suppress(OSError):
                 if _is_at(descriptor, path):
                     path.unlink()  # before the lock is gone: no other run's file is deleted
+                    for folder in made:  # that are still empty: nothing stays of a run that was refused
+                        folder.rmdir()
         finally:
             os.close(descriptor)
 

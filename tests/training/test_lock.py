@@ -171,3 +171,17 @@ def test_a_process_that_ends_without_a_release_leaves_the_folder_free(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=False)
     assert done.returncode == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_it_made_go_with_it_unless_something_is_in_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    for folder, stays in (("a/b/c", ["old"]), ("old", ["old"]), ("old/new", ["old"])):
+        lock = FolderLock(Path(folder))
+        monkeypatch.chdir("/")
+        lock.release()
+        monkeypatch.chdir(tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == stays
+    with FolderLock(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "kept").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "kept", "old"]
