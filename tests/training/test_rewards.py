@@ -235,6 +235,24 @@ def test_whatever_a_function_does_is_one_line_with_its_place(function, message):
     assert len(text) < 400
 
 
+class Endless:
+    """Its signature is code that fails, and unwrapping its call never ends."""
+
+    def __call__(self, prompts, completions):
+        return 3
+
+    @property
+    def __signature__(self):
+        raise RuntimeError
+
+    __call__.__wrapped__ = __call__
+
+
+def test_a_function_without_a_place():
+    with pytest.raises(RewardError, match=r"^reward 'mine' returned int, expected a list of 3 numbers$"):
+        _score(Endless())
+
+
 def test_ctrl_c_in_a_reward_stops_the_run():
     with pytest.raises(KeyboardInterrupt):
         _score(raises(KeyboardInterrupt()))

@@ -241,7 +241,7 @@ def _accepted(reward: Reward, offered: list[str]) -> list[str]:
     """The offered arguments that the function takes; raises RewardError if it requires another."""
     try:
         parameters = inspect.signature(reward.function).parameters.values()
-    except (TypeError, ValueError):  # some built-in callables have no signature
+    except Exception:  # some built-in callables have no signature, and that of others is code of their own
         return [name for name in offered if name in ("prompts", "completions")]
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for p in parameters:
@@ -315,9 +315,9 @@ def describe(error: BaseException) -> str:
 
 def _place(function: Any, error: BaseException | None = None) -> str:
     """Where the function is, as ` (file.py, line 3)`; after an error, the last line of its file that this passed."""
-    function = inspect.unwrap(function if hasattr(function, "__code__") else type(function).__call__)
-    code = getattr(function, "__code__", None)  # a builtin has none
-    if code is None:
+    try:
+        code = inspect.unwrap(function if hasattr(function, "__code__") else type(function).__call__).__code__
+    except Exception:  # a builtin has none, and the attributes of others raise what they like
         return ""
     frames = traceback.extract_tb(error.__traceback__) if error else []
     own = [frame for frame in frames if frame.filename == code.co_filename]
