@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "keys":
             from fastppo.training.config_keys import explain, overview
 
-            return _show(explain(arguments.section) if arguments.section else overview())
+            return _show(overview() if arguments.section is None else explain(arguments.section))
         from fastppo.training.config import load_config
 
         config = load_config(arguments.config, overrides)
@@ -112,15 +112,15 @@ def _show(page: str) -> int:
     error = _write("stdout", f"{page}\n")
     if error is None or isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
         return 0
-    return _fail(1, f"standard output: {error.strerror}")
+    return _fail(1, f"standard output: {getattr(error, 'strerror', error)}")
 
 
-def _write(stream: str, text: str) -> OSError | None:
+def _write(stream: str, text: str) -> OSError | ValueError | None:
     """Write and flush; after an error the stream takes anything, so that Python's own flush at exit says nothing."""
     try:
         getattr(sys, stream).write(text)
         getattr(sys, stream).flush()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a reward function has closed it
         setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
         return error
     return None

@@ -68,6 +68,11 @@ def test_train_eval_and_resume(tiny, tmp_path, capsys):
         (["--tensorboard", "false"], 2, "tensorboard: replaced by report_to; write `report_to: tensorboard` for true"),
         (["--=x"], 2, "'--=x': expected --section.key value"),
         (["--"], 2, "'--': expected --section.key value"),
+        (["--resum"], 2, "--resum: needs a value"),
+        (["--seed", "--device", "cpu"], 2, "--seed: needs a value"),
+        (["--\udcff", "1"], 2, "fastppo: input should be a valid string"),
+        (["--report_to", "[wandb, wandb]"], 2, "report_to: the same tracker is given twice in ['wandb', 'wandb']"),
+        (["--rewards.0.function", ""], 2, "rewards.0.function: string should have at least 1 character"),
         (["--rollout.temperature", "1e-300"], 2, "rollout.temperature: input should be greater than or equal to 1e-10"),
         (["--output_dir", "~nosuchuser/x"], 2, "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--output_dir", "a\0b"], 2, "output_dir: expected text without NUL"),
@@ -99,6 +104,7 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
     assert error.isprintable()
     assert len(error) < 500
     assert not Path("~nosuchuser").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
         (["--data.eval_size", "64"], "leaves none to train on"),
         (["--rollout.max_new_tokens", "128"], "context of 128 tokens leaves no room"),
         (["--rewards.0.function", "math:isclose"], "its function needs 'a'"),
-        (["--eval.perplexity", "/dev/null"], "holds no text"),
+        (["--eval.perplexity", "/dev/zero"], "/dev/zero cannot be read as text (a device, not a file)"),
         (["--model.lora.r", "4"], "model.lora needs peft; pip install "),
         (["--optim.name", "adamw_8bit"], "adamw_8bit needs bitsandbytes; pip install "),
         (["--rewards.0.function", "vader_sentiment"], "needs vaderSentiment; pip install "),
@@ -268,3 +274,12 @@ def test_help(capsys, words):
         main(words)
     assert stop.value.code == 0
     assert "fastppo" in capsys.readouterr().out
+
+
+def test_streams_that_somebody_closed(monkeypatch):
+    for name in ("stdout", "stderr"):
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, name, closed)
+    assert main(["keys", "ppo"]) == 1
+    assert main(["keys", ""]) == 2

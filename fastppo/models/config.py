@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fastppo.config_fields import STRICT, AnyPath, AnyText, PositiveInt
+from fastppo.config_fields import STRICT, AnyPath, AnyText, PathText, PositiveInt
 
 
 @dataclass(config=STRICT)
@@ -44,7 +44,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     value_model: Literal["shared", "separate"] = "shared"
     """`shared`: a scalar head on the policy's backbone. `separate`: a backbone of its own."""
-    value_name_or_path: AnyPath | None = None
+    value_name_or_path: PathText | None = None
     """Initial weights of a separate value model. Default: the policy's."""
     reference: Literal["frozen", "none"] = "frozen"
     """Reference of the KL penalty: `frozen` is the initial policy."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 import typing
 from dataclasses import field
@@ -36,6 +37,7 @@ from fastppo.errors import ConfigError, did_you_mean, one_line, quote
 from fastppo.models.config import ModelConfig
 from fastppo.rollout.config import RolloutConfig
 from fastppo.training.config_rules import check_consistency
+from fastppo.training.files import read_text, why_unreadable
 
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -43,6 +45,7 @@ Schedule = Literal[
 Algorithm = Literal["reinforce", "actor_critic", "ppo", "trpo", "npg", "cpi"]
 ALGORITHMS: tuple[str, ...] = typing.get_args(Algorithm)
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+_MAX_BYTES = 2**18  # far beyond any configuration; PyYAML takes minutes for more
 # Keys of earlier versions, and what to write instead.
 _REPLACED = {
     "tensorboard": "replaced by report_to; write `report_to: tensorboard` for true, `report_to: none` for false"
@@ -82,9 +85,9 @@ class RewardConfig:
     """A named, weighted reward: a Python function or a sequence-classification model."""
 
     name: Text
-    function: AnyPath | None = None
+    function: PathText | None = None
     """`vader_sentiment`, `reasoning_gym`, `module:f` or `file.py:f`, called as f(prompts, completions, **columns)."""
-    model: AnyPath | None = None
+    model: PathText | None = None
     """Sequence-classification model. The reward is its only logit, or the logit of class `label`."""
     label: NonNegativeInt | None = None
     weight: FiniteFloat = 1.0
@@ -129,7 +132,7 @@ class EvalConfig:
     """Completions saved by each evaluation, for the report."""
     rewards: list[RewardConfig] = field(default_factory=list)
     """Rewards that are logged as eval/<name> but not optimized. If they fall while the others rise, those are gamed."""
-    perplexity: AnyPath | None = None
+    perplexity: PathText | None = None
     """A .txt file with one text a line. A rising perplexity of the policy on ordinary text shows forgetting."""
 
 
@@ -264,12 +267,10 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-            problem = f"cannot be read ({getattr(error, 'strerror', error)}); the configuration file comes first"
-            raise ConfigError(f"{path}: {problem}") from None
+            text = read_text(path, _MAX_BYTES)
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({why_unreadable(error)}); the configuration file comes first"
+            raise ConfigError(f"{path or quote(path)}: {problem}") from None
         try:
             tree = yaml.load(text, _Loader) or {}
         except Exception as error:  # PyYAML lets through what int() and datetime raise, and a RecursionError
@@ -281,8 +282,10 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
         key, equals, text = word[2:].partition("=")
         if not word.startswith("--") or not key:
             raise ConfigError(f"{quote(word)}: expected --section.key value")
-        if not equals and (text := next(words, None)) is None:
-            raise ConfigError(f"--{key}: needs a value")
+        if not equals and ((text := next(words, None)) is None or text.startswith("--")):
+            raise ConfigError(
+                f"--{key}: needs a value, as every key of `fastppo keys` does; one that begins with -- follows a ="
+            )
         _override(tree, key.replace("-", "_"), text)
     return build_config(tree)
 
@@ -312,7 +315,7 @@ def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
             if part not in map(str, range(len(node))):
                 raise ConfigError(f"--{dotted}: {quote(part)} is not an index of a list of {len(node)}")
             part = int(part)
-        elif not isinstance(node, dict):
+        elif not isinstance(node, dict) or not (hint is None or section_of(hint)):
             above = ".".join(parts[: depth - 1])
             raise ConfigError(f"--{dotted}: {above} is a single value and has no keys below it")
         hint = type_below(hint, part)
@@ -351,7 +354,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem == "dataclass_type":
         return f"{key}: expected keys and their values, got {quote(given)}"
     text = re.sub(r"[\d.]{9,}$", lambda bound: f"{float(bound[0]):g}", first["msg"])
-    return f"{key}: {text[0].lower()}{text[1:]}, got {quote(given)}"
+    return f"{key and f'{key}: '}{text[0].lower()}{text[1:]}, got {quote(given)}"
 
 
 def section_of(hint: Any) -> type | None:
@@ -364,4 +367,7 @@ def type_below(hint: Any, part: str | int) -> Any:
     if isinstance(part, int):
         return next(iter(typing.get_args(hint)), None)
     section = section_of(hint)
-    return typing.get_type_hints(section).get(part) if section else None
+    return _type_hints(section).get(part) if section else None
+
+
+_type_hints = functools.cache(typing.get_type_hints)

@@ -36,6 +36,8 @@ def _run(config: Config) -> Iterator[str]:
         yield "model.name_or_path: required, but not given"
     if not config.data.train:
         yield "data.train: required, but not given"
+    if len(set(config.report_to)) < len(config.report_to):
+        yield f"report_to: the same tracker is given twice in {config.report_to}"
     rollout = config.rollout
     sequences = rollout.num_prompts * rollout.num_generations
     if sequences > _MAX_SEQUENCES or sequences * rollout.max_new_tokens > _MAX_TOKENS:

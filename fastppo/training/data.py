@@ -19,6 +19,7 @@ import torch
 from fastppo.errors import FastPPOError, did_you_mean, one_line, quote
 from fastppo.extras import install_command
 from fastppo.rollout.prompt import Prompt
+from fastppo.training.files import read_text, why_unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,15 +223,12 @@ def _read(source: str, split: str, column: str, allow_download: bool) -> list[_R
     if path.suffix not in readers:
         raise DataError(f"{source}: expected {', '.join(readers)} or a folder saved by datasets")
     try:
-        # -sig: spreadsheets write a byte-order mark, which would become part of the first column's name.
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         beside = os.listdir(path.parent) if path.parent.is_dir() else []
         raise DataError(f"{source}: no such file{did_you_mean(path.name, beside, f'{path.parent}/')}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise DataError(f"{source}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be read ({why_unreadable(error)})") from None
     lines = io.StringIO(text, newline="" if path.suffix == ".csv" else None)
     return list(readers[path.suffix](lines, source, column))
 
@@ -280,7 +278,7 @@ def _from_datasets(source: str, folder: Path | None, split: str, allow_download:
         raise DataError(f"{source}: needs the package datasets; {install_command('train')}") from None
     try:
         loaded = datasets.load_from_disk(folder) if folder else datasets.load_dataset(source, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors, and the Hub's, derive from these
+    except Exception as error:  # on a damaged folder it raises a KeyError, TypeError, AttributeError, ...
         what = "not a folder saved by datasets" if folder else "cannot be loaded from the Hub"
         raise DataError(f"{source}: {what} ({one_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,36 @@ from fastppo.errors import one_line
 
 SAVING, TRASH = ".saving-", ".trash-"
 """How the names of files and folders begin that are written, or deleted, at the moment."""
+
+
+def read_text(path: str | Path, most: int = -1) -> str:
+    """The text of a UTF-8 file or pipe, without a byte-order mark.
+
+    Args:
+        path: a pipe that nobody writes to is empty, rather than waited for.
+        most: bytes that it may have; -1 for any number.
+
+    Raises:
+        OSError, ValueError: it cannot be read; `why_unreadable` says why.
+    """
+    flag = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | flag)) as file:
+        if flag:
+            os.set_blocking(file.fileno(), True)
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # such as /dev/zero, which has no end
+            raise ValueError("a device, not a file")
+        data = file.read() if most < 0 else file.read(most + 1)
+    if 0 <= most < len(data):
+        raise ValueError(f"more than {most} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
+    """The reason of an error of `read_text`."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:

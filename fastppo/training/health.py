@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.experience import Experience
-from fastppo.errors import one_line
 from fastppo.models import LMHead
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.sample import Rollout
 from fastppo.training.data import DataError
+from fastppo.training.files import read_text, why_unreadable
 
 _REPEATED = 4  # tokens; ordinary text rarely repeats so many within a completion
 
@@ -78,11 +78,10 @@ def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, *, context_length:
         DataError: the file cannot be read, or no text has two tokens.
     """
     try:
-        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL character in the path
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise DataError(f"eval.perplexity: {path} cannot be read as text ({why})") from None
-    texts = [line for line in lines if line.strip()]
+        text = read_text(os.path.expanduser(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"eval.perplexity: {path} cannot be read as text ({why_unreadable(error)})") from None
+    texts = [line for line in re.split("\r\n?|\n", text) if line.strip()]
     ids = [row[:context_length] for row in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
     ids = [row for row in ids if len(row) > 1]  # nothing predicts the first token
     if not ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_round_trip(tmp_path):
         (["--ppo.kl_coef"], "--ppo.kl_coef: needs a value"),
         (["ppo.kl_coef", "1"], "expected --section.key value"),
         (["--rewards.3.weight", "2"], "is not an index of a list of 1"),
-        (["--seed.x", "2"], "seed: input should be a valid integer"),
+        (["--seed.x", "2"], "--seed.x: seed is a single value"),
         (["--model.reference", "none"], "ppo.kl_coef: must be 0 when model.reference is none"),
         (["--ppo.num_mini_batches", "64"], "ppo.num_mini_batches: 64 parts"),
         (["--rewards.0.model", "x"], "rewards.0: give exactly one of"),
@@ -178,6 +179,16 @@ def test_unreadable_files(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=rf"bad\.yaml: not valid YAML \(.*{problem}"):
             load_config(tmp_path / "bad.yaml")
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    with pytest.raises(ConfigError, match=r"model\.name_or_path: required"):
+        load_config(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"/dev/zero: cannot be read \(a device, not a file\)"):
+        load_config("/dev/zero")
+    with pytest.raises(ConfigError, match="'': cannot be read"):
+        load_config("")
+    (tmp_path / "bad.yaml").write_text("a: " + "x" * 10**6)
+    with pytest.raises(ConfigError, match="more than 262144 bytes"):
+        load_config(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 3\)"):
         load_config(tmp_path / "bad.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -91,6 +92,10 @@ def test_saved_dataset(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match="not a folder saved by datasets"):
         _load(tokenizer, tmp_path / "plain")
+    for damaged in ("[]", "{}", '{"splits": 3}'):
+        (tmp_path / "both" / "dataset_dict.json").write_text(damaged)
+        with pytest.raises(DataError, match="both: not a folder saved by datasets"):
+            _load(tokenizer, tmp_path / "both")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="plain: needs the package datasets; pip install"):
         _load(tokenizer, tmp_path / "plain")
@@ -241,6 +246,12 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     (tmp_path / "prompts.jsonl").write_bytes(b" " * 9000 + b'{"prompt": "\xff"}')
     with pytest.raises(DataError, match=r"not UTF-8 text \(byte 9012\)"):
         _load(tokenizer, tmp_path / "prompts.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")  # which nobody writes to
+    with pytest.raises(DataError, match="holds no prompts"):
+        _load(tokenizer, tmp_path / "pipe.jsonl")
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"cannot be read \(a device, not a file\)"):
+        _load(tokenizer, tmp_path / "endless.txt")
     with pytest.raises(DataError, match=r"no such file; did you mean '.*/prompts\.jsonl'\?"):
         _load(tokenizer, tmp_path / "prompt.jsonl")
     with pytest.raises(DataError, match=r"no such file$"):
