@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = None
     try:
         arguments, overrides = _parse(argv)
+        try:
+            os.getcwd()
+        except OSError:  # one of PyTorch's libraries would end the process
+            return _fail(1, "the current folder is gone; change to one that exists")
         if arguments.command == "doctor":
             from fastppo.doctor import report
 
@@ -61,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, overrides)
         output_dir = os.path.expanduser(config.output_dir)
         return (_train if arguments.command == "train" else _evaluate)(arguments, config)
-    except SystemExit:  # argparse has printed the help, the version or what is wrong
-        _write("stdout", "")
+    except SystemExit as end:  # argparse has printed the help, the version or what is wrong
+        end.code = _show("", end="") or end.code
         raise
     except KeyboardInterrupt:
         return 130
@@ -108,8 +112,8 @@ def _fail(status: int, message: object) -> int:
     return status
 
 
-def _show(page: str) -> int:
-    error = _write("stdout", f"{page}\n")
+def _show(page: str, end: str = "\n") -> int:
+    error = _write("stdout", page + end)
     if error is None or isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
         return 0
     return _fail(1, f"standard output: {getattr(error, 'strerror', error)}")

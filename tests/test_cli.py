@@ -283,3 +283,19 @@ def test_streams_that_somebody_closed(monkeypatch):
         monkeypatch.setattr(sys, name, closed)
     assert main(["keys", "ppo"]) == 1
     assert main(["keys", ""]) == 2
+
+
+def test_a_full_disk_takes_no_help(monkeypatch, capsys):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+    assert stop.value.code == 1
+    assert "standard output: No space left on device" in capsys.readouterr().err
+
+
+def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fastppo: the current folder is gone; change to one that exists\n"
