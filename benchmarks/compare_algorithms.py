@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from arguments import amount, count, output, run_script
 from cpu import describe_machine
 from matplotlib.figure import Figure
 
@@ -54,14 +55,14 @@ COLORS = ("#2a6fb5", "#c7621a", "#2f8a5b", "#7b57b3", "#a8892a")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="minutes of training of each algorithm")
-    parser.add_argument("--steps", type=int, default=1000, help="maximum number of steps of each algorithm")
+    parser.add_argument("--minutes", type=amount, help="minutes of training of each algorithm")
+    parser.add_argument("--steps", type=count, default=1000, help="maximum number of steps of each algorithm")
     parser.add_argument("--eval-every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="comma-separated labels; default: all")
     parser.add_argument("--tiny", action="store_true", help="a dry run with a tiny random model and task")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary one")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
+    parser.add_argument("--output", type=output, help="write OUTPUT.json and OUTPUT.png")
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps == 1000:
         parser.error("give --minutes, --steps or both")
@@ -208,4 +209,4 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ from unittest import mock
 
 import peers
 import torch
+from arguments import count, output, run_script
 
 import fastppo
 from fastppo.engines import extension
@@ -36,13 +37,13 @@ MIB = 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--dim", type=int, default=576)
-    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--tokens", type=count, default=1024)
+    parser.add_argument("--dim", type=count, default=576)
+    parser.add_argument("--vocab", type=count, default=49152)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--only", help="comma-separated words: run the floors and contenders with one in their name")
-    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--output", type=output, help="write the results here as JSON")
     args = parser.parse_args()
 
     machine = describe_machine()
@@ -218,4 +219,4 @@ def describe_machine() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

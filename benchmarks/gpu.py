@@ -34,6 +34,7 @@ ROOT = BENCHMARKS.parent
 if str(BENCHMARKS) not in sys.path:
     sys.path.insert(0, str(BENCHMARKS))
 
+from arguments import amount  # noqa: E402
 from gpu_stages import STAGES, Stage  # noqa: E402
 from gpu_stages.rows import Rows  # noqa: E402
 
@@ -353,7 +354,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; default: a new temporary one")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: all of them, in order")
-    parser.add_argument("--budget-s", type=float, default=420, help="seconds for everything")
+    parser.add_argument("--budget-s", type=amount, default=420, help="seconds for everything")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, in Triton's interpreter")
     parser.add_argument("--commit", help="what is measured, where the source tree has no git")
     parser.add_argument("--summarize", action="store_true", help="only write OUT's summary, of a run that was killed")
@@ -375,7 +376,10 @@ def main(arguments: list[str] | None = None) -> int:
         run_one_stage(options)
         return 0
     out = options.out or Path(tempfile.mkdtemp(prefix="fastppo-gpu-"))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: {out}: {error.strerror}") from None
     if options.summarize:
         conclude(Rows(out / "rows.jsonl"), out, options, "")
         return 0

@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from arguments import output, run_script
+
 
 def read(path: Path) -> tuple[str, dict[str, list[tuple[str, float]]]]:
     """(title, case -> [(contender, time / floor)]) from the JSON of either script."""
@@ -62,12 +64,16 @@ def draw(title: str, cases: dict[str, list[tuple[str, float]]], output: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("report", type=Path)
-    parser.add_argument("--output", type=Path, help="image; default: beside the report, as .png")
+    parser.add_argument("--output", type=output, help="image; default: beside the report, as .png")
     options = parser.parse_args()
-    output = options.output or options.report.with_suffix(".png")
-    draw(*read(options.report), output)
-    print(output)
+    try:
+        measured = read(options.report)
+    except (LookupError, TypeError, ValueError) as error:
+        raise SystemExit(f"{options.report}: not a report of either script ({error})") from None
+    image = options.output or options.report.with_suffix(".png")
+    draw(*measured, image)
+    print(image)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from arguments import amount, count, run_script
+
 MODELS = {  # D, V
     "SmolLM2-135M": (576, 49_152),
     "Qwen2.5-7B": (3584, 152_064),
@@ -56,11 +58,11 @@ def floors(tokens: int, dim: int, vocab: int, itemsize: int = 2) -> dict[str, Fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tflops", type=float, required=True, help="measured rate of matrix products, in 10¹² FLOP/s")
-    parser.add_argument("--gb-per-s", type=float, required=True, help="measured bandwidth of a copy, in 10⁹ bytes/s")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--tflops", type=amount, required=True, help="measured rate of matrix products, in 10¹² FLOP/s")
+    parser.add_argument("--gb-per-s", type=amount, required=True, help="measured bandwidth of a copy, in 10⁹ bytes/s")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--dim", type=count)
+    parser.add_argument("--vocab", type=count)
     options = parser.parse_args()
     if (options.dim is None) != (options.vocab is None):
         parser.error("--dim and --vocab: give both or neither")
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from arguments import count, output, run_script
 from cpu import describe_machine
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -243,12 +244,12 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that is not")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=count, default=3, help="measured steps, after one that is not")
+    parser.add_argument("--epochs", type=count, default=2)
     parser.add_argument("--fp32", action="store_true", help="the plain step without autocast too")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--around", help="run the measured part while this command waits for the end of its input")
-    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--output", type=output, help="write the results here as JSON")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -333,4 +334,4 @@ def print_table(results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -69,4 +69,7 @@ if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path, help="made if it is not there; files of an earlier run are overwritten")
-    main(parser.parse_args().folder)
+    try:
+        main(parser.parse_args().folder)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")

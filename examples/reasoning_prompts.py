@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-import reasoning_gym
 import yaml
 
 
@@ -24,16 +24,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the task")
     arguments = parser.parse_args()
-    options = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+    if wrong := [item for item in arguments.set if "=" not in item]:
+        parser.error(f"--set: expected KEY=VALUE, got {wrong[0]!r}")
+    if min(arguments.train, arguments.eval) < 0 or not (wanted := arguments.train + arguments.eval):
+        parser.error("--train and --eval: expected at least one prompt")
+    if not (folder := Path(arguments.output).parent).is_dir():
+        parser.error(f"{folder}: no such folder")
 
-    wanted = arguments.train + arguments.eval
     entries: dict[str, dict] = {}
-    # A small task repeats itself: ten times as many draws as questions, and no more.
-    for entry in reasoning_gym.create_dataset(arguments.task, seed=arguments.seed, size=10 * wanted, **options):
-        entries.setdefault(entry["question"], entry)
-        if len(entries) == wanted:
-            break
-    else:
+    try:
+        import reasoning_gym
+
+        options = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+        # A small task repeats itself: ten times as many draws as questions, and no more.
+        for entry in reasoning_gym.create_dataset(arguments.task, seed=arguments.seed, size=10 * wanted, **options):
+            entries.setdefault(entry["question"], entry)
+            if len(entries) == wanted:
+                break
+    except Exception as error:  # each task checks its options in its own way
+        parser.error(f"{arguments.task}, with these options: {' '.join(str(error).split())}")
+    if len(entries) < wanted:
         parser.error(f"{arguments.task} with these options has no more than {len(entries)} questions, not {wanted}")
 
     rows = [

@@ -374,6 +374,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write-budgets", action="store_true", help="measure budgets and choose candidates anew")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if options.write_budgets and options.kernel:
         parser.error("--write-budgets replaces the figures of all kernels: leave out --kernel")
     if INTERPRETED:
@@ -385,6 +387,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     launches = distinct([*shipped(options.arch), *(launch for found in tried.values() for launch in found)])
     launches = [x for x in launches if options.kernel in x.name or options.kernel in x.kernel]
+    if not launches:
+        parser.error(f"--kernel: no kernel's name contains {options.kernel!r}")
     reports = compile_all(launches, options.jobs)
     by_launch = {specialization(report.launch): report for report in reports}
     if options.write_budgets:

@@ -373,6 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", choices=main_first, default=main_first)
     parser.add_argument("--seconds", type=float, default=600.0, help="stop before this has passed (default: 600)")
     options = parser.parse_args(arguments)
+    if min(options.tokens, options.dim, options.vocab, options.seconds) <= 0:
+        parser.error("--tokens, --dim, --vocab and --seconds must be above 0")
+    if options.output.is_dir() or not options.output.parent.is_dir():
+        parser.error(f"--output: {options.output} is no file in a folder that exists")
     if not (INTERPRETED or torch.cuda.is_available()):
         parser.error("there is no GPU here; TRITON_INTERPRET=1 shows that the tuner runs")
     device = torch.device("cpu" if INTERPRETED else "cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,33 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("benchmarks/roofline.py --tflops 0 --gb-per-s 1", "--tflops: expected a finite number above 0, got 0"),
+        ("benchmarks/roofline.py --tflops 1 --gb-per-s nan", "--gb-per-s: expected a finite number above 0, got nan"),
+        ("benchmarks/roofline.py --tflops 1 --gb-per-s 1 --dim 0 --vocab 1", "--dim: expected at least 1, got 0"),
+        ("benchmarks/plot.py nothing.json", "plot.py: [Errno 2] No such file or directory: 'nothing.json'"),
+        ("benchmarks/plot.py .", "Is a directory"),
+        ("benchmarks/plot.py README.md", "README.md: not a report of either script"),
+        ("benchmarks/plot.py x.json --output nowhere/x.png", "expected a file's name, in a folder that exists"),
+        ("examples/make_tiny_run.py README.md", "README.md: File exists"),
+        ("examples/reasoning_prompts.py chain_sum x --set 3", "--set: expected KEY=VALUE, got '3'"),
+        ("examples/reasoning_prompts.py chain_sum nowhere/x", "nowhere: no such folder"),
+        ("examples/reasoning_prompts.py nothing x", "nothing, with these options: "),
+    ],
+)
+def test_mistakes_are_one_line(words, message, monkeypatch, capsys):
+    script, *arguments = words.split()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    error = capsys.readouterr().err if end.value.code == 2 else end.value.code  # which Python would print
+    assert message in error
 
 
 @pytest.mark.slow
