@@ -86,12 +86,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, with its parents, whose names survive a power cut."""
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder, with its parents, whose names survive a power cut; returns those that were not there."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for made in missing:
         sync(made.parent)
+    return missing
 
 
 def delete_folder(path: Path) -> None:

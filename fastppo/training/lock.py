@@ -61,8 +61,7 @@ class FolderLock:
             if descriptor not in _descriptors or not _is_at(descriptor, path):  # after a fork; or a deletion
                 self._release()
         if self._release is None or not self._release.alive:
-            made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
-            make_folder(self._folder)
+            made = make_folder(self._folder)
             descriptor = _open_and_lock(self._folder)
             _descriptors.add(descriptor)
             self._release = weakref.finalize(self, _unlock, descriptor, self._folder / LOCK_FILE, made)
