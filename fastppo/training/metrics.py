@@ -140,7 +140,9 @@ def write_samples(output_dir: str | Path, name: str, rows: Sequence[Mapping[str,
 
 def read_samples(output_dir: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows that `write_samples` wrote; a reward that was not finite reads as NaN."""
-    return [row for _, row in _read_lines(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl")]
+    fields = {"prompt": str, "completion": str, "reward": float | int, "rewards": dict}
+    rows = _read_objects(Path(output_dir) / SAMPLES_FOLDER / f"{name}.jsonl", fields)
+    return [row for row in rows if all(isinstance(value, float | int) for value in row["rewards"].values())]
 
 
 def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) -> Path:
@@ -150,7 +152,7 @@ def write_alarms(output_dir: str | Path, alarms: Sequence[Mapping[str, Any]]) ->
 
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
     """The alarms that `write_alarms` wrote; [] without such a file. A value that was infinite reads as NaN."""
-    return [alarm for _, alarm in _read_lines(Path(output_dir) / ALARMS_FILE)]
+    return _read_objects(Path(output_dir) / ALARMS_FILE, {"step": int, "reason": str, "outcome": str})
 
 
 def _finite(value: Any) -> Any:
@@ -182,6 +184,12 @@ def _read_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             continue
         if isinstance(values, dict):
             yield line + b"\n", values
+
+
+def _read_objects(path: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects that have these fields of these types, and not what a hand has written instead."""
+    objects = [values for _, values in _read_lines(path)]
+    return [values for values in objects if all(isinstance(values.get(name), kind) for name, kind in fields.items())]
 
 
 def _read_rows(path: str | Path) -> Iterator[tuple[bytes, dict[str, float]]]:

@@ -21,6 +21,7 @@ from fastppo.training.metrics import (
     write_alarms,
     write_samples,
 )
+from fastppo.training.report import write_report
 
 
 def strict(line: bytes) -> dict:
@@ -211,6 +212,21 @@ def test_samples_with_nonfinite_rewards(tmp_path):
     [read] = read_samples(tmp_path, "before")
     assert math.isnan(read["reward"])
     assert math.isnan(read["rewards"]["x"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ['{"prompt": "p"}', "3", *(f'"{name}": [3]' for name in ("prompt", "completion", "reward", "rewards", "step"))],
+)
+def test_samples_and_alarms_that_no_run_has_written_are_passed_over(tmp_path, wrong):
+    row = {"prompt": "p", "completion": "c", "reward": 1.0, "rewards": {"x": 1.0}}
+    alarm = {"step": 1, "metric": "kl", "reason": "high", "outcome": "run stopped"}
+    for path in (write_samples(tmp_path, "before", [row]), write_alarms(tmp_path, [alarm])):
+        line = path.read_text().strip()
+        path.write_text(f"{line}\n{wrong if wrong[0] in '{3' else line[:-1] + ', ' + wrong + '}'}\n")
+    assert row in read_samples(tmp_path, "before")
+    assert alarm in read_alarms(tmp_path)
+    write_report(tmp_path)
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
