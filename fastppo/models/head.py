@@ -94,7 +94,8 @@ def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = T
         padding: also compare with padding on either side and without the last token.
 
     Raises:
-        ValueError: the logits by `backbone_and_head` are not the model's own, or depend on padding or on later tokens.
+        ValueError: the logits by `backbone_and_head` are not the model's own, not finite, or depend on padding or on
+            later tokens.
     """
     name = type(model).__name__
     try:
@@ -111,6 +112,8 @@ def check_head(model: nn.Module, ids: Tensor | None = None, *, padding: bool = T
             own = model(input_ids=ids, attention_mask=mask).logits.float().to(ours.device)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be split into a backbone and a head ({error})") from error
+    if not own.isfinite().all() and not ours.isfinite().all():
+        raise ValueError(f"the logits of {name} are not finite: its weights are damaged, or their dtype is too narrow")
     exact = hidden.dtype in (torch.float32, torch.float64)
     # Both come from the same products, so only the scale and the cap round differently.
     if own.shape != ours.shape or not close(ours, own, 1e-4 if exact else 3e-2):

@@ -148,6 +148,14 @@ def test_a_model_that_reads_later_tokens_is_refused():
         check_head(_random_model("bert-generation", is_decoder=False))
 
 
+def test_weights_that_are_not_finite_are_named():
+    model = _random_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits of LlamaForCausalLM are not finite"):
+        check_head(model)
+
+
 # ---- adapters
 
 
