@@ -103,7 +103,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def gemm_config(kernel: str, dtype: torch.dtype, device: torch.device, *, SOFTCAP: bool = False, **_transform) -> Gemm:
+def gemm_config(kernel: str, dtype: torch.dtype, device: torch.device, *, SOFTCAP: int = 0, **_transform) -> Gemm:
     """The entry of `configs.GEMM` for products of this dtype on this device."""
     arch, kind = architecture(device), precision(dtype)
     tuned = {} if _recording is not None else tuned_for(device).get("gemm", {}).get(kernel, {})

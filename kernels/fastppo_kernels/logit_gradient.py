@@ -149,7 +149,7 @@ def logit_gradient_kernel(
         if tl.max(((target >= column) & (target < column + BLOCK_N)).to(tl.int32), 0) > 0:
             dz += tl.where(columns[None, :] == target[:, None], (c * by)[:, None], 0.0)
     if SOFTCAP:
-        capped = tanh_of_logits(acc, bias, columns, width, inner)
+        capped = tanh_of_logits(acc, bias, columns, width, inner, SOFTCAP)
         dz *= (1.0 - capped * capped) * inner
     if column + BLOCK_N > width:
         # Without TMA the padding is stored too, and a block of the product's sum over columns may reach into it.

@@ -263,7 +263,7 @@ def target_logits(
     *,
     inner: float,
     outer: float,
-    SOFTCAP: bool,
+    SOFTCAP: int,
 ) -> torch.Tensor:
     """[N] float32: the transformed logit of each gathered row's target, for m < count; the rest is not written.
 

@@ -77,17 +77,32 @@ def logits_tile(
     return acc
 
 
+# What SOFTCAP is for a softcap far above the logits of any model; below it 1 − 2 / (e²ˣ + 1) is right to 1e-5 a logit.
+FAR = tl.constexpr(2)
+FAR_SOFTCAP = 100.0
+
+
 @triton.jit
-def tanh(x):
-    """1 − 2 / (e²ˣ + 1): right at both ends, also where e²ˣ overflows; absolute error 1e-7."""
-    return 1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+def tanh(x, SOFTCAP: tl.constexpr):
+    """1 − 2 / (e²ˣ + 1): right at both ends, also where e²ˣ overflows; absolute error 1e-7, times the softcap.
+
+    FAR: x · P(x²) / Q(x²), fitted on |x| <= 9 and above 1 at 10, so that large logits give 1; relative error 4e-7, so
+    that logits come out as they went in. It takes one MUFU operation less and ten others more.
+    """
+    if SOFTCAP != FAR:
+        return 1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+    x = tl.clamp(x, -10.0, 10.0, propagate_nan=tl.PropagateNan.ALL)
+    s = x * x
+    p = (((1.3353251e-8 * s + 2.0608364e-5) * s + 3.4955596e-3) * s + 0.13381007) * s + 1.0
+    q = (((7.776066e-7 * s + 3.285577e-4) * s + 0.02587689) * s + 0.46714324) * s + 1.0
+    return tl.clamp(x * p / q, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def transform(x, inner, outer, SOFTCAP: tl.constexpr):
     """Raw logits -> logits: outer · tanh(inner · x) with a softcap, else outer · x."""
     if SOFTCAP:
-        x = tanh(x * inner)
+        x = tanh(x * inner, SOFTCAP)
     return x * outer
 
 
@@ -115,11 +130,11 @@ def finish_logits(acc, bias, columns, vocab, inner, outer, SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def tanh_of_logits(acc, bias, columns, vocab, inner):
+def tanh_of_logits(acc, bias, columns, vocab, inner, SOFTCAP: tl.constexpr):
     """The inner part of a softcap, from raw products [M, N]."""
     if bias is not None:
         acc += load_bias(bias, columns, vocab)
-    return tanh(acc * inner)
+    return tanh(acc * inner, SOFTCAP)
 
 
 @triton.jit
@@ -130,7 +145,7 @@ def binary_exponents(acc, bias, shift, columns, vocab, inner, outer, SOFTCAP: tl
     common offset of all logits costs no more than the rounding of shift · log₂ e, the same for all of a row.
     """
     if SOFTCAP:
-        acc = tanh_of_logits(acc, bias, columns, vocab, inner)
+        acc = tanh_of_logits(acc, bias, columns, vocab, inner, SOFTCAP)
     elif bias is not None:
         acc += load_bias(bias, columns, vocab)
     return acc * (outer * LOG2E) - (shift * LOG2E)[:, None]
@@ -182,13 +197,14 @@ def logprob_and_entropy(taken, top, total, weighted, max_entropy):
     return tl.where(logprob > 0.0, 0.0, logprob), entropy, log_sum
 
 
-def steepest(transform: dict[str, float | bool]) -> float:
+def steepest(transform: dict[str, float]) -> float:
     """The greatest slope of the transform that these factors make."""
     return abs(transform["outer"] * transform["inner"])
 
 
-def transform_factors(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float | bool]:
+def transform_factors(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float]:
     """The arguments of `transform`: z = softcap · tanh(logit_scale · x / softcap) / temperature."""
     if softcap is None:
-        return {"inner": 1.0, "outer": logit_scale / temperature, "SOFTCAP": False}
-    return {"inner": logit_scale / softcap, "outer": softcap / temperature, "SOFTCAP": True}
+        return {"inner": 1.0, "outer": logit_scale / temperature, "SOFTCAP": 0}
+    kind = FAR.value if softcap > FAR_SOFTCAP else 1
+    return {"inner": logit_scale / softcap, "outer": softcap / temperature, "SOFTCAP": kind}

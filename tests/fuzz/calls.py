@@ -104,7 +104,7 @@ def random_transform(draw: Draw, call: Call) -> None:
         if not any((call.args.get(name, ZERO) == -INF).any() for name in ("bias", "ref_bias")):
             call.args["logit_scale"] *= draw.pick([1, -1])
     if draw.chance(0.3):
-        call.args["softcap"] = draw.pick([3.0, 30.0])
+        call.args["softcap"] = draw.pick([3.0, 30.0, 1e5])
 
 
 def random_targets(draw: Draw, call: Call, vocab: int, possible: Tensor) -> None:

@@ -502,6 +502,18 @@ def test_copies_of_a_weight_fit_the_budget(device, monkeypatch):
     assert max(x.nbytes for x in copied) <= 2**20
 
 
+def test_a_softcap_far_above_the_logits_leaves_them_and_one_far_below_hides_them(device):
+    hidden, weight, _ = random_head(9, 8, 40, device)
+    targets, upstream = torch.randint(0, 40, (9,), device=device), torch.randn(3, 9, device=device)
+    for softcap in (1e3, 1e10):
+        check_logprob(hidden, weight, None, targets, upstream, ONE_TILE, tolerance=5e-6, softcap=softcap)
+    hidden = hidden.requires_grad_()
+    for softcap in (1e-3, 1e3):
+        out = fastppo.linear_logprob(hidden, 1e7 * weight, targets, softcap=softcap, backend="triton")
+        (gradient,) = torch.autograd.grad(out.logprobs.sum(), hidden)
+        assert not gradient.any()  # tanh is 1 to the last bit
+
+
 @pytest.mark.parametrize("products", ["cublas", "triton"])
 def test_a_chip_without_tma(device, products, monkeypatch):
     """Descriptors that the kernel makes; tiles are then stored to the end of the rows' padding."""
