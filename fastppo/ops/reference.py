@@ -1,8 +1,9 @@
 """The naive path: every formula of the library in plain PyTorch, with full logits and ordinary autograd.
 
 It is the oracle in float64 and the baseline of every benchmark. Shapes: B sequences, T tokens, D hidden, V vocabulary.
-Everything here is differentiable and nothing is fast. Logits of position t predict the token at t: they come
-from the hidden state at t − 1, so a model's output must be shifted by one.
+Everything here is differentiable and nothing is fast. Logits and their gradients have the dtype of the hidden states
+before they are upcast, as a model's own have, so those of float16 overflow beyond 65,504. Logits of position t predict
+the token at t: they come from the hidden state at t − 1, so a model's output must be shifted by one.
 """
 
 from __future__ import annotations

@@ -198,7 +198,8 @@ def row_limits(call: Call, e: Tensor, vocab: int) -> Any:
     overflows = call.dtype == torch.float16 and bool(len(e)) and not bool((e < 10).all())
 
     def check(name: str, value: Tensor, backend: str | None) -> str | None:
-        if overflows or (value.dtype == torch.float16 and name.startswith("∂")):
+        gradient = name.startswith("∂") or call.op == "fisher_vector_product"
+        if overflows or (value.dtype == torch.float16 and gradient):
             return None
         if not name.startswith("metrics") and not torch.isfinite(value).all():
             return f"not finite: {value[~torch.isfinite(value)][0].item()}"

@@ -53,6 +53,8 @@ def check_valid(draw: Draw, call: Call) -> None:
             text = " ".join(str(error).split())[:200]
             raise Wrong(f"{backend}: a valid call raises {type(error).__name__}: {text}; {describe(call)}") from error
         for name, value in got.items():
+            if backend == "reference" and call.dtype == torch.float16 and not value.isfinite().all():
+                continue  # logits and their gradients are float16 there, too, and overflow
             problem = limits(name, value, backend)
             if problem is None and name in expected:
                 want = expected[name]
