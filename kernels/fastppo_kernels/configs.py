@@ -139,9 +139,9 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "stored_gradient": Elementwise(rows=1, block=2048, warps=8),
     "gae": Elementwise(rows=1, block=256, warps=1),
     "gae_whiten": Elementwise(rows=1, block=2048, warps=4),
-    "selective_statistics": Elementwise(rows=1, block=4096, warps=8),
+    "selective_statistics": Elementwise(rows=1, block=4096, warps=4),
     "selective_statistics_kl": Elementwise(rows=1, block=2048, warps=8),
-    "selective_gradient": Elementwise(rows=1, block=4096, warps=8),
+    "selective_gradient": Elementwise(rows=1, block=1024, warps=4),
 }
 
 # Nominal, from the maker's data sheets (A100, H100, B200: dense bfloat16, memory): only their quotient decides between

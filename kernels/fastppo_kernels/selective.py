@@ -171,6 +171,22 @@ def selective_statistics_kernel(
         tl.store(ref_log_sum + n, ref_log_total)
 
 
+@triton.jit
+def tile_gradient(
+    z, ref_z, is_target, a, b, c, k, top, log_total, center, ref_top, ref_log_total, inner, outer,
+    SOFTCAP: tl.constexpr, WITH_REFERENCE: tl.constexpr,
+):  # fmt: skip
+    """∂logits of a tile of raw logits, and of a reference's, in their own dtype."""
+    z = transform(z.to(tl.float32), inner, outer, SOFTCAP)
+    log_p = below(z - top, log_total)
+    factor = a + b * log_p
+    if WITH_REFERENCE:
+        ref_z = transform(ref_z.to(tl.float32), inner, outer, SOFTCAP)
+        factor += k * (log_p - below(ref_z - ref_top, ref_log_total) - center)
+    dz = exp(log_p) * factor + tl.where(is_target, c, 0.0)
+    return transform_gradient(dz, z, inner, outer, SOFTCAP)
+
+
 @triton.jit(do_not_specialize=["vocab", "stride", "ref_stride", "out_stride"])
 def selective_gradient_kernel(
     logits,  # [N, V]
@@ -216,16 +232,35 @@ def selective_gradient_kernel(
         store_tile(out_row, first, lane, tl.zeros((BLOCK,), dtype=tl.float32), vocab, BLOCK)
         return
     a = a - c + b * tl.load(entropy + n)
-    z = transform(load_tile(row, first, lane, vocab, BLOCK), inner, outer, SOFTCAP)
-    log_p = below(z - tl.load(row_max + n), tl.load(log_sum + n))
-    factor = a + b * log_p
+    top, log_total = tl.load(row_max + n), tl.load(log_sum + n)
+    center, ref_top, ref_log_total, ref_row = 0.0, 0.0, 0.0, row
     if ref_logits is not None:
+        center, ref_top, ref_log_total = tl.load(kl_center + n), tl.load(ref_row_max + n), tl.load(ref_log_sum + n)
         ref_row = ref_logits + n * ref_stride
-        ref_z = transform(load_tile(ref_row, first, lane, vocab, BLOCK), inner, outer, SOFTCAP)
-        log_q = below(ref_z - tl.load(ref_row_max + n), tl.load(ref_log_sum + n))
-        factor += k * (log_p - log_q - tl.load(kl_center + n))
-    dz = exp(log_p) * factor + tl.where(first + lane == target, c, 0.0)
-    store_tile(out_row, first, lane, transform_gradient(dz, z, inner, outer, SOFTCAP), vocab, BLOCK)
+    aligned = wide(row, first, vocab, BLOCK) & wide(out_row, first, vocab, BLOCK) & wide(ref_row, first, vocab, BLOCK)
+    # Twice the same, whole: a tile that came 16 bytes a thread and left one element a thread, or the reverse, would be
+    # handed from thread to thread through shared memory, and with it all that is computed in between.
+    if aligned:
+        z = tl.load(tl.multiple_of(row + first, 16) + lane)
+        ref_z = z
+        if ref_logits is not None:
+            ref_z = tl.load(tl.multiple_of(ref_row + first, 16) + lane)
+        dz = tile_gradient(
+            z, ref_z, first + lane == target, a, b, c, k, top, log_total, center, ref_top, ref_log_total, inner, outer,
+            SOFTCAP, ref_logits is not None,
+        )  # fmt: skip
+        tl.store(tl.multiple_of(out_row + first, 16) + lane, dz.to(out.dtype.element_ty))
+    else:
+        inside = (first + lane >= 0) & (first + lane < vocab)
+        z = tl.load(row + first + lane, mask=inside, other=0.0)
+        ref_z = z
+        if ref_logits is not None:
+            ref_z = tl.load(ref_row + first + lane, mask=inside, other=0.0)
+        dz = tile_gradient(
+            z, ref_z, first + lane == target, a, b, c, k, top, log_total, center, ref_top, ref_log_total, inner, outer,
+            SOFTCAP, ref_logits is not None,
+        )  # fmt: skip
+        tl.store(out_row + first + lane, dz.to(out.dtype.element_ty), mask=inside)
 
 
 def statistics(
