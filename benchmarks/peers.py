@@ -36,7 +36,8 @@ def step(x: Inputs, loss: Callable[[], Tensor]) -> Call:
 
 def weighted(x: Inputs, logprobs: Tensor, entropy: Tensor) -> Tensor:
     """A scalar that gives every token's log-probability and entropy a gradient of its own."""
-    return (x["advantages"] * logprobs.float()).sum() + ENTROPY_COEF * entropy.float().sum()
+    # Each is a product before it is summed: its gradient is then contiguous, which verl's kernel insists on.
+    return (x["advantages"] * logprobs.float()).sum() + (ENTROPY_COEF * entropy.float()).sum()
 
 
 def trl(x: Inputs) -> Call:
