@@ -47,6 +47,7 @@ def decode(
     policy: nn.Module,
     ids: Tensor,
     mask: Tensor,
+    keys: Tensor,
     *,
     eos: list[int],
     pad: int,
@@ -60,6 +61,7 @@ def decode(
         policy: a causal language model that `can_decode` accepts, with or without adapters. During the call its linear
             layers may run on prepared weights, see `_prepared_weights`.
         ids, mask: [B, P] int64, prompts padded on the left.
+        keys: [B] int64, of `sequence_keys`.
         eos: tokens that end a completion; pad: fills a row after its end.
         max_new_tokens: most tokens of a completion.
         temperature: divides the logits.
@@ -91,15 +93,13 @@ def decode(
         positions = positions[copies, -1:]
         rows = torch.arange(len(ids))  # those that have not ended
         for column in range(max_new_tokens):
-            # Ended rows consume numbers too, so no row's draws depend on where the others end.
-            numbers = random_numbers(len(ids), logits.shape[1])[rows]
-            chosen, logprobs[rows, column] = draw(logits, temperature, numbers)
+            chosen, logprobs[rows, column] = draw(logits, temperature, random_numbers(keys, column, logits.shape[1]))
             tokens[rows, column] = chosen
             going = ~torch.isin(chosen, stop)
             if column + 1 == max_new_tokens or not going.any():
                 break
             if not going.all():
-                rows, chosen, mask, positions = (x[going] for x in (rows, chosen, mask, positions))
+                rows, keys, chosen, mask, positions = (x[going] for x in (rows, keys, chosen, mask, positions))
                 cache.batch_select_indices(going.nonzero().squeeze(1))
                 progress(len(ids) - len(rows))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

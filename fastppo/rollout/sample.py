@@ -36,6 +36,7 @@ def sample(
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
+    keys: Tensor,
     config: RolloutConfig,
     *,
     device: torch.device,
@@ -49,6 +50,8 @@ def sample(
     those at sampling time, up to rounding.
 
     Args:
+        keys: of `sequence_keys`, one for every prompt. A completion depends on its prompt and key and on no other's, up
+            to the rounding of the model's products.
         with_logprobs: record the log-probabilities at sampling time.
         eos_ids: tokens that end a completion; by default the policy's own, or the tokenizer's.
         progress: is told how many completions have ended, whenever more have.
@@ -72,13 +75,13 @@ def sample(
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     known = readable_ids(backbone_of(policy), ids, prompt_mask)
-    ids, prompt_mask, known = (tensor.to(device) for tensor in (ids, prompt_mask, known))
+    ids, prompt_mask, known, keys = (tensor.to(device) for tensor in (ids, prompt_mask, known, keys))
 
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     # On a CPU most of generate()'s time is not the model's.
     sampler = decode if device.type == "cpu" and can_decode(policy) else _generate
     size, parts, done = config.generation_batch_size, [], 0
-    for batch in zip(known.split(size), prompt_mask.split(size), strict=True):
+    for batch in zip(known.split(size), prompt_mask.split(size), keys.split(size), strict=True):
         if sampler is decode:
             limits["progress"] = lambda ended, done=done: progress(done + ended)
         parts.append(sampler(policy, *batch, eos=eos, pad=pad, **limits))
@@ -104,7 +107,15 @@ def sample(
 
 
 def _generate(
-    policy: nn.Module, ids: Tensor, mask: Tensor, *, eos: list[int], pad: int, max_new_tokens: int, temperature: float
+    policy: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    keys: Tensor,
+    *,
+    eos: list[int],
+    pad: int,
+    max_new_tokens: int,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """As `decode`, on any device and of any model, by transformers' generate().
 
@@ -114,7 +125,7 @@ def _generate(
     # It reads its own pad tokens after a row's end.
     known = pad if pad < backbone_of(policy).get_input_embeddings().weight.shape[0] else 0
     generation = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=known)
-    sampler = _Draw(temperature)
+    sampler = _Draw(keys, temperature)
     head = policy.get_output_embeddings()
     # Wrappers, such as peft's and torch.compile's, forward to the model that owns it.
     before = [(m, m.generation_config) for m in policy.modules() if "generation_config" in vars(m)]
@@ -134,12 +145,13 @@ def _generate(
 class _Draw(LogitsProcessor):
     """Leave one token of each row, drawn from its logits, and record its log-probability."""
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(self, keys: Tensor, temperature: float) -> None:
+        self.keys, self.temperature = keys, temperature
         self.logprobs: list[Tensor] = []  # [b] each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens, logprobs = draw(scores, self.temperature, random_numbers(*scores.shape, scores.device))
+        numbers = random_numbers(self.keys, len(self.logprobs), scores.shape[1])
+        tokens, logprobs = draw(scores, self.temperature, numbers)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 

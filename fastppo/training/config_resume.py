@@ -17,7 +17,7 @@ MAY_CHANGE = frozenset({
     # Where and how long. A learning-rate schedule that decays to an end then decays to the new end, so a run with
     # another `total_steps` differs from one that had it from the start.
     "output_dir", "total_steps",
-    # Where and in what pieces the same numbers are computed, up to rounding and the assignment of random numbers.
+    # Where and in what pieces the same numbers are computed, up to rounding.
     "device", "backend", "model.attn_implementation", "model.gradient_checkpointing", "rollout.generation_batch_size",
     "rewards.N.batch_size", "ALGORITHM.gradient_accumulation_steps",
     # What is permitted.

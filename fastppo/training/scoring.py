@@ -18,6 +18,7 @@ from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.rollout.draw import sequence_keys
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
@@ -61,12 +62,18 @@ class Scorer:
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
 
-    def sample(self, prompts: list[Prompt], progress: Callable[[int], None] = lambda ended: None) -> Rollout:
-        """Sample one completion of each prompt; `progress` is told how many have ended."""
+    def sample(self, prompts: list[Prompt], name: str, progress: Callable[[int], None] = lambda ended: None) -> Rollout:
+        """Sample one completion of each prompt.
+
+        Args:
+            name: of this rollout in the run. Together with the run's seed it decides the random numbers.
+            progress: is told how many completions have ended.
+        """
+        keys = sequence_keys(f"{self.config.seed}/{name}", len(prompts))
         cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
         options = {"device": self.models.device, "with_logprobs": cap is not None, "progress": progress}
         with self.models.autocast():
-            return sample(self.models.policy, self.tokenizer, prompts, self.config.rollout, **options)
+            return sample(self.models.policy, self.tokenizer, prompts, keys, self.config.rollout, **options)
 
     def reward(
         self, prompts: list[Prompt], rollout: Rollout, functions: RewardFunctions | None = None, *, update: bool = True
@@ -181,9 +188,9 @@ class Scorer:
         """
         state = rng_state()
         try:
-            seed_everything(self.config.seed)
+            seed_everything(self.config.seed)  # reward functions may draw too
             phase(f"sample 0/{len(prompts)}")
-            rollout = self.sample(prompts, lambda ended: phase(f"sample {ended}/{len(prompts)}"))
+            rollout = self.sample(prompts, "evaluation", lambda ended: phase(f"sample {ended}/{len(prompts)}"))
             phase("reward")
             rewards = self.reward(prompts, rollout, update=False)
             held_out = self.reward(prompts, rollout, self.held_out, update=False).by_name if self.held_out else {}

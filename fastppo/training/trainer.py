@@ -321,7 +321,7 @@ class Trainer:
         """
         metrics: dict[str, float] = {}
         with self._phase("rollout", metrics):
-            rollout = self.scorer.sample(prompts)
+            rollout = self.scorer.sample(prompts, f"rollback {self.watch.rollbacks}/step {self.step + 1}")
         with self._phase("reward", metrics):
             rewards = self.scorer.reward(prompts, rollout)
         with self._phase("score", metrics):

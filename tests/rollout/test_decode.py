@@ -15,7 +15,7 @@ from torch import nn
 
 from fastppo.rollout import decode as decode_module
 from fastppo.rollout.decode import _prepared_weights, can_decode, decode
-from fastppo.rollout.draw import draw
+from fastppo.rollout.draw import draw, sequence_keys
 from fastppo.rollout.sample import _generate
 
 transformers = pytest.importorskip("transformers")
@@ -24,6 +24,7 @@ BFLOAT16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products on this machine"
 )
 PROMPTS = torch.arange(3, 15).view(3, 4)
+KEYS = sequence_keys("test", 16)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_cold_sampling_is_greedy_generation(model):
     free = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=-1, **plain)[:, ids.shape[1] :]
     eos = [int(free[0, 2]), int(free[3, 5])]  # they end the completions of two prompts at least
     expected = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=eos, **plain)[:, ids.shape[1] :]
-    tokens, _ = decode(model, ids, mask, eos=eos, pad=pad, max_new_tokens=longest, temperature=1e-6)
+    tokens, _ = decode(model, ids, mask, KEYS[:8], eos=eos, pad=pad, max_new_tokens=longest, temperature=1e-6)
     assert torch.equal(tokens, expected)
 
 
@@ -54,11 +55,9 @@ def test_an_end_elsewhere_changes_no_draw(model):
     """What a completion draws depends on its own past alone, not on how many others still run."""
     ids = torch.randint(3, 300, (6, 4))
     arguments = {"pad": 0, "max_new_tokens": 10, "temperature": 1.0}
-    torch.manual_seed(3)
-    free, _ = decode(model, ids, torch.ones_like(ids), eos=[-1], **arguments)
+    free, _ = decode(model, ids, torch.ones_like(ids), KEYS[:6], eos=[-1], **arguments)
     eos = int(free[0, 1])
-    torch.manual_seed(3)
-    ended, _ = decode(model, ids, torch.ones_like(ids), eos=[eos], **arguments)
+    ended, _ = decode(model, ids, torch.ones_like(ids), KEYS[:6], eos=[eos], **arguments)
     for row, tokens in enumerate(free.tolist()):
         own = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
         assert ended[row, : len(own)].tolist() == own
@@ -76,7 +75,7 @@ def test_other_architectures_are_decoded_as_by_generation(kind):
     ids = ids * mask
     plain = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": -1}
     expected = model.generate(input_ids=ids, attention_mask=mask, **plain)[:, 7:]
-    tokens, logprobs = decode(model, ids, mask, eos=[-1], pad=0, max_new_tokens=6, temperature=1e-6)
+    tokens, logprobs = decode(model, ids, mask, KEYS[:4], eos=[-1], pad=0, max_new_tokens=6, temperature=1e-6)
     assert torch.equal(tokens, expected)
     assert (logprobs == 0).all()  # cold: certain
 
@@ -96,7 +95,7 @@ def test_memory_at_a_large_vocabulary(sampler):
     model = with_lora(transformers.LlamaForCausalLM(config).bfloat16())
     ids = torch.arange(16 * 4).view(16, 4)
     arguments = {"eos": [-1], "pad": 0, "max_new_tokens": 2, "temperature": 1.0}
-    sampler(model, ids[:1], torch.ones_like(ids[:1]), **arguments)  # what libraries allocate once
+    sampler(model, ids[:1], torch.ones_like(ids[:1]), KEYS[:1], **arguments)  # what libraries allocate once
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
@@ -106,7 +105,7 @@ def test_memory_at_a_large_vocabulary(sampler):
         return int(re.search(rf"{field}:\s+(\d+)", vm.read_text()).group(1)) // 1024
 
     before = megabytes("VmRSS")
-    tokens, _ = sampler(model, ids, torch.ones_like(ids), **arguments)
+    tokens, _ = sampler(model, ids, torch.ones_like(ids), KEYS, **arguments)
     assert tokens.shape == (16, 2)
     assert megabytes("VmHWM") - before < 150
 
@@ -116,8 +115,9 @@ def autocast():
 
 
 def sample(model, count=5):
+    arguments = {"eos": [-1], "pad": 0, "max_new_tokens": count, "temperature": 1e-6}
     with autocast():
-        return decode(model, PROMPTS, torch.ones_like(PROMPTS), eos=[-1], pad=0, max_new_tokens=count, temperature=1e-6)
+        return decode(model, PROMPTS, torch.ones_like(PROMPTS), KEYS[:3], **arguments)
 
 
 def swapped(model) -> set[str]:

@@ -8,24 +8,33 @@ import pytest
 import torch
 
 from fastppo.rollout import draw as draw_module
-from fastppo.rollout.draw import draw, random_numbers
+from fastppo.rollout.draw import draw, random_numbers, sequence_keys
 
 BLOCK = draw_module._BLOCK
 
 
-@pytest.mark.parametrize("shift", [0.0, 2.0**-54], ids=["cpu", "cuda"])
-def test_random_numbers_near_zero_have_all_their_bits(monkeypatch, shift):
+def test_random_bits_are_those_of_splitmix64():
+    """The first outputs for the seed 1234567 of the authors' own code, whose counters begin at 1."""
+    own = draw_module._hash(torch.tensor([1234567]), torch.arange(1, 6))
+    assert [bits % 2**64 for bits in own.tolist()] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip
+
+
+def test_random_numbers_of_any_bits(monkeypatch):
     """A token of probability p wins if its number is below about p, so p is only as exact as numbers of that size."""
-    coarse = torch.tensor([0, 1, 2, 1000, 2**52], dtype=torch.float64) * 2.0**-53
-    fine = torch.arange(1, 65, dtype=torch.float64) / 64
-    grid = torch.stack([(coarse + shift)[:, None].expand(-1, 64), fine.expand(5, -1)])
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: grid)
-    numbers = random_numbers(5, 1)
-    for row, start in zip(numbers[:4].tolist(), coarse.tolist(), strict=False):
-        expected = [-math.log1p(-(start + 2.0**-53 * part)) for part in fine.tolist()]
-        assert row == pytest.approx(expected, rel=1e-15)
-        assert len(set(row)) == 64
-    assert torch.isfinite(numbers).all()
+    bits = [0, 1, 2, 1000, 2**52 + 1, 2**62, 2**63 - 1, -(2**63), -1]  # without their signs: also 0 and 2⁶³ − 1
+    monkeypatch.setattr(draw_module, "_hash", lambda *_: torch.tensor([bits]))
+    (numbers,) = random_numbers(torch.zeros(1, dtype=torch.long), 0, 1).tolist()
+    expected = [-math.log1p(-min((number % 2**63 + 0.5) * 2.0**-63, 1 - 2.0**-53)) for number in bits]
+    assert numbers == pytest.approx(expected, rel=1e-15)
+    assert 0 < min(numbers) < max(numbers) < 37
+
+
+def test_keys_differ_within_a_rollout_and_between_rollouts():
+    keys = torch.stack([sequence_keys(f"{seed}/step {step}", 50) for seed in range(3) for step in range(4)])
+    assert len(keys.unique()) == keys.numel()
+    assert torch.equal(sequence_keys("2/step 3", 7), keys[-1, :7])  # nor does a key depend on how many there are
 
 
 @pytest.mark.parametrize("tail", [-1.0, -20.0, -60.0])
@@ -60,12 +69,19 @@ def test_a_token_of_any_probability_is_drawn_up_to_its_exact_threshold(tail):
     assert logprobs.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
-def test_draws_follow_the_probabilities():
-    """Over three blocks, the last not full; seeded by the suite."""
-    count, vocabulary = 8_000, 2 * BLOCK + 77
+@pytest.mark.parametrize("over", ["sequences", "places", "rollouts"])
+def test_draws_follow_the_probabilities(over):
+    """Over three blocks, the last not full; seeded by the suite, as are the rollouts' names."""
+    count, vocabulary, name = 8_000, 2 * BLOCK + 77, torch.initial_seed()
     logits = 2 * torch.randn(1, vocabulary)
     logits[0, [0, BLOCK, vocabulary - 1]] = -torch.inf
-    numbers = random_numbers(count, vocabulary)
+    if over == "sequences":
+        numbers = random_numbers(sequence_keys(f"{name}", count), 3, vocabulary)
+    elif over == "places":
+        key = sequence_keys(f"{name}", 5)[4:]
+        numbers = torch.cat([random_numbers(key, place, vocabulary) for place in range(count)])
+    else:
+        numbers = random_numbers(torch.cat([sequence_keys(f"{name + i}", 1) for i in range(count)]), 0, vocabulary)
     tokens, logprobs = draw(logits.expand(count, -1), 0.8, numbers)
     probabilities = (logits[0].double() / 0.8).softmax(-1)
     expected = count * probabilities
@@ -73,7 +89,22 @@ def test_draws_follow_the_probabilities():
     assert len(found) == vocabulary
     assert (found[expected == 0] == 0).all()
     assert ((found - expected).abs() < 6 * expected.sqrt() + 6).all()
+    # Chi-square of the tokens that are expected often enough, normal to a good approximation.
+    often = expected >= 5
+    statistic = ((found - expected).square() / expected)[often].sum().item()
+    assert abs(statistic - often.sum()) < 6 * math.sqrt(2 * often.sum())
     torch.testing.assert_close(logprobs.double(), probabilities.log()[tokens], rtol=1e-6, atol=1e-7)
+
+
+def test_numbers_of_neighbours_are_independent():
+    """Of one sequence and the next, one place and the next, one slot and the next: no correlation beyond chance."""
+    keys = sequence_keys(f"{torch.initial_seed()}", 200)
+    ranks = torch.stack([random_numbers(keys, place, 300) for place in range(8)]).neg().exp() - 0.5  # [8, 200, 513]
+    variance = 1 / 12
+    assert ranks.mean().item() == pytest.approx(0, abs=6 * math.sqrt(variance / ranks.numel()))
+    for dim in range(3):
+        one, other = ranks.narrow(dim, 0, ranks.shape[dim] - 1), ranks.narrow(dim, 1, ranks.shape[dim] - 1)
+        assert (one * other).mean().item() == pytest.approx(0, abs=6 * variance / math.sqrt(one.numel()))
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
@@ -81,4 +112,4 @@ def test_what_is_not_finite_is_named(wrong):
     logits = torch.randn(3, 9)
     logits[1] = wrong
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(logits, 1.0, random_numbers(3, 9))
+        draw(logits, 1.0, random_numbers(sequence_keys("", 3), 0, 9))

@@ -9,11 +9,14 @@ from tiny import make_tiny_model
 from fastppo.models import ModelError
 from fastppo.rollout import sample as sample_module
 from fastppo.rollout.config import RolloutConfig
+from fastppo.rollout.draw import sequence_keys
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import sample
 
 transformers = pytest.importorskip("transformers")
 
+CPU = torch.device("cpu")
+KEYS = sequence_keys("test", 16)
 CONFIG = RolloutConfig(max_new_tokens=6, temperature=0.8, generation_batch_size=3)
 
 
@@ -46,7 +49,7 @@ def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, sa
     prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3)]
     prompts = [prompt for prompt in prompts for _ in range(3)]
     before = generation_configs(model)
-    rollout = sample(model, tokenizer, prompts, CONFIG, device=torch.device("cpu"), with_logprobs=True)
+    rollout = sample(model, tokenizer, prompts, KEYS[: len(prompts)], CONFIG, device=CPU, with_logprobs=True)
     assert generation_configs(model) == before
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -69,13 +72,58 @@ def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, sa
         assert rollout.mask[row].sum() == (ends[0] + 1 if ends else length)
 
 
+def test_a_completion_depends_on_its_own_prompt_and_key(policy, sampler):
+    """In one batch, in halves, one by one, shuffled, beside longer prompts; in float64, since rounding may differ."""
+    model, tokenizer = policy
+    model.double()
+    prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3, 2, 9)]
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    longer, keys = Prompt("", torch.randint(3, 300, (14,)).tolist(), {}), KEYS[: len(prompts)]
+
+    def completions(rows, batch_size=64, beside=()):
+        config = RolloutConfig(max_new_tokens=12, generation_batch_size=batch_size)
+        given = [prompts[row] for row in rows] + [longer for _ in beside]
+        options = {"device": CPU, "with_logprobs": True, "eos_ids": list(range(60))}
+        rollout = sample(model, tokenizer, given, torch.cat([keys[rows], KEYS[list(beside)]]), config, **options)
+        tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
+        whole = zip(tokens, rollout.logprobs, rollout.mask, strict=True)
+        return {
+            row: (ids[real].tolist(), logprobs[real]) for row, (ids, logprobs, real) in zip(rows, whole, strict=False)
+        }
+
+    rows = list(range(len(prompts)))
+    expected = completions(rows)
+    assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(prompts)
+    assert len({len(tokens) for tokens, _ in expected.values()}) > 1  # some end early
+    shuffled = torch.randperm(len(rows)).tolist()
+    for other in (
+        completions(rows[:4]) | completions(rows[4:]),
+        completions(rows, batch_size=1),
+        completions(shuffled),
+        completions(shuffled, batch_size=4),
+        completions(rows, beside=(13, 14)),
+    ):
+        for row, (tokens, logprobs) in expected.items():
+            assert other[row][0] == tokens
+            torch.testing.assert_close(other[row][1], logprobs, rtol=1e-6, atol=1e-6)
+
+
 def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, sampler):
     """torch.compile wraps the model, which still owns the generation config: greedy, with at most 20 tokens."""
     model, tokenizer = policy
     compiled = torch.compile(model, backend="eager")
     before = generation_configs(model)
     prompts = [Prompt("", [4, 5], {})] * 8
-    rollout = sample(compiled, tokenizer, prompts, CONFIG, device=torch.device("cpu"), with_logprobs=True, eos_ids=[])
+    rollout = sample(
+        compiled,
+        tokenizer,
+        prompts,
+        KEYS[: len(prompts)],
+        CONFIG,
+        device=CPU,
+        with_logprobs=True,
+        eos_ids=[],
+    )
     assert rollout.mask.shape == (8, 6)
     assert len(rollout.sequences.unique(dim=0)) > 1
     assert generation_configs(model) == before
@@ -87,7 +135,7 @@ def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(p
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample(model, tokenizer, [Prompt("", [4], {})], CONFIG, device=torch.device("cpu"), with_logprobs=True)
+        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, device=CPU, with_logprobs=True)
     assert generation_configs(model) == before
 
 
@@ -100,8 +148,8 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
         if added:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
             assert tokenizer.pad_token_id == model.get_input_embeddings().weight.shape[0]
-        torch.manual_seed(1)
-        rollouts.append(sample(model, tokenizer, prompts * 4, CONFIG, device=torch.device("cpu"), eos_ids=range(150)))
+        options = {"device": CPU, "eos_ids": range(150)}
+        rollouts.append(sample(model, tokenizer, prompts * 4, KEYS[:16], CONFIG, **options))
     own, added = rollouts
     assert own.ended.any()
     assert (~own.mask).any()
@@ -123,8 +171,9 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
 )
 def test_a_prompt_that_cannot_be_read_is_refused(policy, ids, message):
     model, tokenizer = policy
+    prompts = [Prompt("", [4, 5], {}), Prompt("", ids, {})]
     with pytest.raises(ModelError, match=message):
-        sample(model, tokenizer, [Prompt("", [4, 5], {}), Prompt("", ids, {})], CONFIG, device=torch.device("cpu"))
+        sample(model, tokenizer, prompts, KEYS[:2], CONFIG, device=CPU)
 
 
 @pytest.mark.parametrize("eos", [0.5, "x", {}, [2, None]])
@@ -132,15 +181,14 @@ def test_a_strange_eos_token_id_is_refused(policy, monkeypatch, eos):
     model, tokenizer = policy
     monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
     with pytest.raises(ModelError, match=r"^the model's eos_token_id: expected .*, got"):
-        sample(model, tokenizer, [Prompt("", [4], {})], CONFIG, device=torch.device("cpu"))
+        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, device=CPU)
 
 
 def test_progress_counts_the_completions_that_have_ended(policy, sampler):
-    torch.manual_seed(0)
     model, tokenizer = policy
     prompts, told = [Prompt("", [3, 4, 5], {}) for _ in range(7)], []
-    options = {"device": torch.device("cpu"), "eos_ids": list(range(3, 150)), "progress": told.append}
-    sample(model, tokenizer, prompts, CONFIG, **options)
+    options = {"device": CPU, "eos_ids": list(range(3, 150)), "progress": told.append}
+    sample(model, tokenizer, prompts, KEYS[: len(prompts)], CONFIG, **options)
     assert told == sorted(told)
     assert {3, 6, 7} <= set(told)  # batches of three
     assert told[-1] == 7

@@ -238,6 +238,6 @@ def test_evaluation_reports_weighted_rewards_lengths_and_kl(model, monkeypatch):
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_importance_sampling_cap_asks_for_the_samplers_logprobs(model, cap):
     scorer = make_scorer(model, ppo__importance_sampling_cap=cap)
-    rollout = scorer.sample(prompts(scorer))
+    rollout = scorer.sample(prompts(scorer), "test")
     assert (rollout.logprobs is not None) == (cap is not None)
     assert scorer.score(rollout, no_rewards(rollout)).rollout_logprobs is rollout.logprobs

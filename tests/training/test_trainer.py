@@ -284,7 +284,7 @@ def test_sampling_keeps_its_own_logprobs(world, tmp_path):
     out = tmp_path / "run"
     changes = {"ppo__importance_sampling_cap": 2.0, "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
     trainer = Trainer(config(world, out, **changes))
-    rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+    rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)], "test")
     experience = trainer.scorer.score(rollout, fixed_rewards(8))
     torch.testing.assert_close(experience.rollout_logprobs, experience.old_logprobs, atol=2e-4, rtol=1e-4)
     assert experience.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -305,7 +305,7 @@ def test_policy_with_other_parameters(world, tmp_path, lora):
     """`Learner.hidden(batch, parameters)`: as if they were loaded, and differentiable in both modes."""
     # SDPA's kernel on a CPU has no forward-mode derivative.
     trainer = Trainer(config(world, tmp_path / "run", model__lora=lora, model__attn_implementation="eager"))
-    rollout = trainer.scorer.sample(trainer.data.train[:4])
+    rollout = trainer.scorer.sample(trainer.data.train[:4], "test")
     batch = trainer.scorer.score(rollout, fixed_rewards(4))
     learner = trainer.learner
     start = {name: p.detach().clone() for name, p in learner.policy_parameters().items()}
@@ -349,7 +349,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_mini_batch(world, tmp_path
                 )
             )  # fmt: skip
             prompts = [p for p in trainer.data.train[:4] for _ in range(2)]
-            rollout = trainer.scorer.sample(prompts)
+            rollout = trainer.scorer.sample(prompts, "test")
             experience = trainer.scorer.score(rollout, fixed_rewards(8))
             experience.mask[0, 3:] = False  # ragged
             trainer.algorithm.estimate_advantages(experience)
@@ -380,7 +380,7 @@ def test_the_scoring_pass_is_the_first_updates_own(world, tmp_path, monkeypatch)
 
         trainer.optimizer.step = keep_gradients
         prompts = [trainer.data.train[i] for i in (0, 1, 2, 0) for _ in range(2)]
-        rollout = trainer.scorer.sample(prompts)
+        rollout = trainer.scorer.sample(prompts, "test")
         counted.clear()
         experience = trainer.scorer.score(rollout, trainer.scorer.reward(prompts, rollout))
         trainer.algorithm.estimate_advantages(experience)
@@ -403,7 +403,7 @@ def test_accumulated_metrics_are_means_over_tokens(world, tmp_path):
                     ppo__gradient_accumulation_steps=parts, rollout__max_new_tokens=40,
                 )
             )  # fmt: skip
-            rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)])
+            rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)], "test")
             experience = trainer.scorer.score(rollout, fixed_rewards(8))
             for name in ("mask", "old_logprobs", "old_values", "kl", "ref_logprobs"):
                 setattr(experience, name, getattr(experience, name)[:, :11])  # shorter than what is allowed
@@ -422,14 +422,30 @@ def test_a_models_own_sampling_defaults_change_nothing(world, tmp_path):
     """Chat models ship with top-p, penalties and the like, which sampling ignores, as scoring does."""
     trainer = Trainer(config(world, tmp_path / "run"))
     prompts = trainer.data.train[:6]
-    torch.manual_seed(0)
-    expected = trainer.scorer.sample(prompts).sequences
+    expected = trainer.scorer.sample(prompts, "test").sequences
     hostile = trainer.models.policy.generation_config
     hostile.update(top_p=0.1, top_k=1, repetition_penalty=3.0, min_p=0.9, no_repeat_ngram_size=1, num_beams=3)
     hostile.update(suppress_tokens=[1, 2, 3], temperature=0.01, typical_p=0.1, min_length=100)
-    torch.manual_seed(0)
-    assert torch.equal(trainer.scorer.sample(prompts).sequences, expected)
+    assert torch.equal(trainer.scorer.sample(prompts, "test").sequences, expected)
     assert trainer.models.policy.generation_config is hostile  # and it is saved with the model as it came
+
+
+def test_completions_depend_on_the_seed_and_the_step(world, tmp_path):
+    """Whatever a reward function or an evaluation has drawn before, and however many prompts there are."""
+    trainer = Trainer(config(world, tmp_path / "run", total_steps=2))
+    names, sample = [], trainer.scorer.sample
+    trainer.scorer.sample = lambda prompts, name, *rest: (names.append(name), sample(prompts, name, *rest))[1]
+    trainer.train()
+    assert names == ["evaluation", "rollback 0/step 1", "rollback 0/step 2", "evaluation"]
+    prompts = trainer.data.train[:4]
+    first = sample(prompts, names[1]).completions
+    torch.rand(3)
+    assert sample(prompts, names[1]).completions == first
+    assert sample(prompts[:3], names[1]).completions == first[:3]
+    assert sample(prompts, names[2]).completions != first
+    other = Trainer(config(world, tmp_path / "other", seed=1))
+    other.models.policy.load_state_dict(trainer.models.policy.state_dict())
+    assert other.scorer.sample(prompts, names[1]).completions != first
 
 
 def test_evaluation_never_changes_a_run(world, tmp_path):
