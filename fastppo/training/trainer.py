@@ -33,7 +33,7 @@ from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
 from fastppo.errors import quote
 from fastppo.extras import install_command
-from fastppo.models import ValueHead, merge_lora
+from fastppo.models import merge_lora
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.prompt import Prompt
 from fastppo.training.checkpoint import (
@@ -486,16 +486,19 @@ class Trainer:
     # Saving
 
     def save_policy(self, folder: Path) -> Path:
-        """Write the policy (adapters merged), tokenizer and critic to a folder that transformers loads."""
-        policy = self.models.policy
+        """Write the policy (adapters merged) and its tokenizer to a folder, and the critic to `<folder>-value`.
+
+        Engines such as vLLM read every `*.safetensors` of a model's folder as its weights.
+        """
+        policy, value_folder = self.models.policy, folder.with_name(f"{folder.name}-value")
         if self.config.model.lora is not None:
             policy = merge_lora(policy)
+        if self.models.value is not None:  # first, so that a policy that is there has its critic beside it
+            with naming(value_folder), atomic_folder(value_folder) as temporary:
+                self.models.value.save_pretrained(temporary)
         with naming(folder), atomic_folder(folder) as temporary:
             policy.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
-            if self.models.value is not None:
-                value_folder = temporary if isinstance(self.models.value, ValueHead) else temporary / "value"
-                self.models.value.save_pretrained(value_folder)
         return folder
 
     def _state(self) -> dict[str, Any]:

@@ -206,8 +206,14 @@ def compare(whole: Path, killed: Path) -> str | None:
     """What differs between the two folders, or None."""
     if (whole / "final").exists() != (killed / "final").exists():
         return "only one has a final policy"
-    if (whole / "final").exists() and not same(weights_of(whole), weights_of(killed)):
-        return "the final weights differ"
+    if (whole / "final").exists():
+        if not same(weights_of(whole), weights_of(killed)):
+            return "the final weights differ"
+        files = [sorted(folder.glob("final-value/*.safetensors")) for folder in (whole, killed)]
+        if [(path.name, path.read_bytes()) for path in files[0]] != [
+            (path.name, path.read_bytes()) for path in files[1]
+        ]:
+            return "the final value models differ"
     if metrics_of(whole) != metrics_of(killed):
         steps = [[row["step"] for row in metrics_of(folder)] for folder in (whole, killed)]
         return f"the metrics differ; steps {steps[0]} and {steps[1]}"

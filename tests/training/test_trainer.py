@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
 
 from fastppo.algorithms.learner import NonFiniteError
+from fastppo.models import ValueHead, ValueModel
 from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError
 from fastppo.training.data import DataError
@@ -106,8 +107,8 @@ def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
     screen = io.StringIO()
     rule = {"metric": "kl/reference", "above": -1e9}  # always broken
     settings = config(world, tmp_path / "run", report_to="tensorboard", watch={"rules": [rule]})
-    result = Trainer(settings, progress=ProgressDisplay(4, console=Console(file=screen, width=400))).train()
-    out = tmp_path / "run"
+    trainer = Trainer(settings, progress=ProgressDisplay(4, console=Console(file=screen, width=400)))
+    result, out = trainer.train(), tmp_path / "run"
     held_out = f"{metrics_of(out)[0]['eval/reward']:.4g}"
     line = next(line for line in screen.getvalue().splitlines() if line.startswith("step=3/4"))
     assert f" held_out={held_out} " in line
@@ -131,6 +132,19 @@ def test_a_run_leaves_everything_behind(world, tmp_path, monkeypatch):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # still tied
     assert AutoTokenizer.from_pretrained(out / "final").eos_token == "<|im_end|>"
     assert torch.equal(model.get_input_embeddings().weight, weights_of(out)["model.embed_tokens.weight"])
+    assert [path.name for path in (out / "final").rglob("*.safetensors")] == ["model.safetensors"]
+    head = ValueHead.from_pretrained(out / "final-value")
+    assert same(dict(head.named_parameters()), trainer.models.value_parameters())
+
+
+def test_a_separate_value_model_is_saved_beside_the_policy(world, tmp_path):
+    trainer = Trainer(config(world, tmp_path / "run", model__value_model="separate"))
+    for folder in (tmp_path / "final", tmp_path / "final"):  # the second time in the place of the first
+        assert trainer.save_policy(folder) == folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "final-value", "run"]
+    assert [path.name for path in (tmp_path / "final").rglob("*.safetensors")] == ["model.safetensors"]
+    value = ValueModel.from_pretrained(tmp_path / "final-value")
+    assert same(dict(value.named_parameters()), trainer.models.value_parameters())
 
 
 def test_a_pad_token_without_an_embedding_changes_nothing(world, tmp_path):
