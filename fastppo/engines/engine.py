@@ -24,7 +24,7 @@ carry their part of a schema, and turn flat arguments into themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -120,7 +120,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class TerminalLoss(NamedTuple):
     """A scalar loss of per-row log-probabilities, entropies and divergences."""
 
-    row_gradients: Callable[[Tensor], Upstream]  # logprobs [N] -> the loss's gradient with respect to each statistic
+    row_gradients: Callable[[Sequence[Tensor]], Upstream]  # statistics -> the loss's gradient with respect to each
     rows_together: int  # consecutive rows whose gradients depend on one another's log-probabilities
     has_entropy: bool
 

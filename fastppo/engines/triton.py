@@ -36,14 +36,14 @@ def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[lis
         if tiling.whole:
 
             def row_scalars(saved: Tensor, span: slice) -> list[Tensor | None]:
-                return [None if g is None else g[span] for g in loss.row_gradients(saved[0])[:2]]
+                return [None if g is None else g[span] for g in loss.row_gradients(saved)[:2]]
 
             saved, *gradients = triton_kernels.loss.loss_by_rows(
                 *policy, targets, row_scalars, *transform, compute_dtype, tiling.rows, budget, *needs
             )
             return list(saved), tuple(gradients)
     saved = linear_statistics(problem)
-    return saved, linear_vjp(problem, saved, loss.row_gradients(saved[0]), needs)
+    return saved, linear_vjp(problem, saved, loss.row_gradients(saved), needs)
 
 
 def fisher_vector_product(policy: Head, direction: Head, row_weights: Tensor, options: Options) -> Head:

@@ -16,7 +16,16 @@ if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
     _why_missing = "this PyTorch is built without CUDA"
 else:
     try:
-        from fastppo_kernels import fisher, gae, launch, linear, loss, scale, selective  # noqa: F401  (for the operators)
+        from fastppo_kernels import (  # noqa: F401  (for the operators)
+            clipped_loss,
+            fisher,
+            gae,
+            launch,
+            linear,
+            loss,
+            scale,
+            selective,
+        )
     except ImportError as error:
         _why_missing = f"the kernels do not load: {str(error).splitlines()[0]}"
 

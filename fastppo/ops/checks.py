@@ -284,7 +284,7 @@ def check_mask(mask: Tensor | None, like: Tensor, name: str = "mask", real: Tens
 def check_per_token(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A finite per-token quantity in `dtype`, detached, 0 on padding, whatever stood there."""
     check_shape(name, tensor, tuple(mask.shape), "one for each token")
-    values = tensor.detach().to(dtype).masked_fill(~mask, 0.0)
+    values = torch.where(mask, tensor.detach().to(dtype), 0.0)
     if looks_at_values(values) and (where := first_true(~torch.isfinite(values))) is not None:
         raise NonFiniteValue(f"{name}: expected finite values of {dtype}, got {tensor[where].item()} at {where}")
     return values

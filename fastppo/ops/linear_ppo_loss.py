@@ -13,6 +13,7 @@ Scratch memory is `scratch_bytes()` whatever N and V are, and O(ND); the gradien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from fastppo.engines.engine import (
     Options,
     Problem,
     TerminalLoss,
+    Upstream,
     empty_gradients,
     empty_statistics,
     regroup,
@@ -136,7 +138,7 @@ def linear_ppo_loss(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     real = targets != IGNORED
     tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
-    rows = open_targets(targets.masked_fill(~tokens.mask, IGNORED), hidden, head, IGNORED, slices)
+    rows = open_targets(torch.where(tokens.mask, targets, IGNORED), hidden, head, IGNORED, slices)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
     options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)
 
@@ -175,24 +177,26 @@ class _LinearPPOLoss(torch.autograd.Function):
         problem = Problem(Head(hidden, weight, bias), targets, ref, kl_kind, options)
         gradients = ()
         if any(needs) and slices is None:
-            *saved, d_hidden, d_weight, d_bias = _terminal_loss(*problem.flat(), *tokens, *loss_options, *needs)
-            gradients = (d_hidden, d_weight, d_bias)
+            out = _terminal_loss(*problem.flat(), *tokens, *loss_options, *needs)
+            loss, metrics, logprobs, entropy, *gradients = out
         else:
             saved = linear_statistics(problem, slices)
+            logprobs, entropy = saved[:2]
+            loss, metrics, upstream = tokens.evaluate(saved, loss_options, options.backend, with_gradients=any(needs))
             if any(needs):
-                upstream = tokens.row_gradients(saved[0], loss_options)
                 gradients = linear_gradients(problem, saved, upstream, needs, slices)
-        logprobs, entropy = saved[0].view(shape), saved[1].view(shape)
-        loss, metrics = tokens.loss(logprobs, entropy, saved[4].view(shape) if kl_kind else None, loss_options)
         ctx.save_for_backward(*gradients)
+        ctx.set_materialize_grads(False)  # of the outputs that have none
         ctx.needs, ctx.handed_over, ctx.backend = needs, False, options.backend
-        outputs = (logprobs.clone(), entropy.clone(), torch.stack(list(metrics.values())))
+        outputs = (logprobs.view(shape), entropy.view(shape), metrics)
         ctx.mark_non_differentiable(*outputs)
         return (loss, *outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return (None,) * 10
         if not torch.compiler.is_compiling():
             if ctx.handed_over:
                 raise RuntimeError(
@@ -211,21 +215,32 @@ class _LinearPPOLoss(torch.autograd.Function):
     schema=f"({Problem.SCHEMA}, {SampledTokens.SCHEMA}, {LossOptions.SCHEMA}, {Needs.SCHEMA}) -> Tensor[]",
 )
 def _terminal_loss(*arguments) -> list[Tensor]:
-    """The statistics of the loss's rows, then ∂hidden, ∂weight, ∂bias, empty where not needed."""
+    """The loss, its metrics' values, log-probs, entropies, then ∂hidden, ∂weight, ∂bias, empty where not needed."""
     problem, tokens, loss_options, needs = regroup(arguments, Problem, SampledTokens, LossOptions, Needs)
+    value = metrics = None
+
+    def row_gradients(saved: Sequence[Tensor]) -> Upstream:
+        # An engine that takes rows in parts asks for each: the last time all statistics are there.
+        nonlocal value, metrics
+        value, metrics, gradients = tokens.evaluate(saved, loss_options, problem.options.backend)
+        return gradients
+
     loss = TerminalLoss(
-        row_gradients=lambda logprobs: tokens.row_gradients(logprobs, loss_options),
+        row_gradients=row_gradients,
         rows_together=1 if loss_options.ratio_level == "token" else tokens.mask.shape[-1],
         has_entropy=loss_options.entropy_coef != 0.0,
     )
     saved, gradients = ENGINES[problem.options.backend].linear_loss(problem, loss, needs)
-    return [*(x.clone() for x in saved), *gradients]  # a custom operator's outputs may not share memory
+    return [value, metrics, saved[0].clone(), saved[1].clone(), *gradients]  # outputs may not share memory
 
 
 @_terminal_loss.register_fake
 def _(*arguments):
-    problem, _, _, needs = regroup(arguments, Problem, SampledTokens, LossOptions, Needs)
-    return [*empty_statistics(problem), *empty_gradients(problem.policy, needs)]
+    problem, tokens, _, needs = regroup(arguments, Problem, SampledTokens, LossOptions, Needs)
+    logprobs, entropy = empty_statistics(problem)[:2]
+    has_kl = problem.reference is not None or tokens.ref_logprobs is not None
+    metrics = logprobs.new_empty(len(reference.metric_names(has_kl=has_kl)))
+    return [logprobs.new_empty(()), metrics, logprobs, entropy, *empty_gradients(problem.policy, needs)]
 
 
 def _scale(gradient: Tensor, d_loss: Tensor, backend: str) -> Tensor:

@@ -71,6 +71,9 @@ def ppo_loss(
     if (logits is None) != (targets is None):
         raise ValueError("targets: given with logits, to pick the sampled tokens' log-probabilities, and only then")
     exact_kl = None
+    given = logits if logprobs is None else logprobs
+    if backend is not None or logits is not None:  # with logprobs it makes no difference, but must be one there is
+        backend = select("ppo_loss", given.device, given.dtype, backend)
     if logits is not None:
         check_shape("targets", targets, tuple(logits.shape[:-1]), "one for each row of logits")
         options.check(
@@ -83,23 +86,22 @@ def ppo_loss(
             "ppo_loss",
             logits,
             ref_logits,
-            targets.masked_fill(~tokens.mask, IGNORED),
+            torch.where(tokens.mask, targets, IGNORED),
             transform=LogitTransform(temperature, logit_scale, softcap),
             ignore_index=IGNORED,
             inplace_backward=inplace_backward,
             backend=backend,
         )
     else:
-        if backend is not None:  # it makes no difference here, but must be one that there is
-            select("ppo_loss", logprobs.device, logprobs.dtype, backend)
         options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=False, dims=logprobs.dim())
         if entropy_coef != 0.0 and entropy is None:
             raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
-        logprobs = logprobs.to(dtype).masked_fill(~tokens.mask, 0.0)
+        logprobs = torch.where(tokens.mask, logprobs.to(dtype), 0.0)
         if entropy is not None:
             check_shape("entropy", entropy, tuple(logprobs.shape), "like logprobs")
-            entropy = entropy.to(dtype).masked_fill(~tokens.mask, 0.0)
-    loss, metrics = tokens.loss(logprobs, entropy, exact_kl, options)
+            entropy = torch.where(tokens.mask, entropy.to(dtype), 0.0)
+    evaluate = tokens.fused_loss if logits is not None and backend == "triton" else tokens.loss
+    loss, metrics = evaluate(logprobs, entropy, exact_kl, options)
     return PPOLossOutput(loss, logprobs.detach(), None if entropy is None else entropy.detach(), metrics)

@@ -205,7 +205,7 @@ def clipped_loss(
     ratio = probability_ratio(logprobs, old_logprobs, mask, ratio_level)
     surrogate, clipped, dual_clipped = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
     per_token = surrogate
-    if kl is not None:
+    if kl is not None and kl_coef != 0.0:
         per_token = per_token + kl_coef * kl
     if entropy is not None and entropy_coef != 0.0:
         per_token = per_token - entropy_coef * entropy

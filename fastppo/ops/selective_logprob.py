@@ -89,7 +89,8 @@ def selective(
     if inplace_backward and not logits.is_contiguous():
         raise ValueError("inplace_backward: expected contiguous logits; call .contiguous() on them or leave it off")
     rows = targets.reshape(-1).long()
-    rows = rows.masked_fill(rows == ignore_index, IGNORED)
+    if ignore_index != IGNORED:
+        rows = rows.masked_fill(rows == ignore_index, IGNORED)
     flat = logits.reshape(-1, logits.shape[-1])
     backend = select(op, logits.device, logits.dtype, backend)
     if backend == "reference":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastppo_kernels import fisher, gae, linear, loss, scale, selective
+from fastppo_kernels import clipped_loss, fisher, gae, linear, loss, scale, selective
 from fastppo_kernels.tune import products_by, products_in
 
 N, D, V = 8192, 4096, 128256
@@ -106,6 +106,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
             for d in (torch.bfloat16, torch.float32)
         ),
         *((f"loss gradient {str(d).removeprefix('torch.')}", functools.partial(scale_case, d)) for d in HALF),
+        *((f"loss {level} {estimator}", functools.partial(loss_case, level, estimator)) for level, estimator in LOSSES),
         ("padded", gae_padded),
         ("packed, long", gae_packed),
     ]
@@ -121,6 +122,17 @@ def selective_case(dtype: torch.dtype) -> None:
 
 def scale_case(dtype: torch.dtype) -> None:
     scale.scale_(meta(V, D, dtype=dtype), meta())
+
+
+LOSSES = (("sequence-geometric", "k3"), ("token", "k1"), ("token", "exact"))
+
+
+def loss_case(level: str, estimator: str) -> None:
+    rows, tokens = [meta(N) for _ in range(3)], [meta(8, N // 8) for _ in range(3)]
+    loss_agg = "token-mean" if level == "token" else "seq-mean-token-mean"
+    clipped_loss.clipped_loss(
+        *rows, meta(8, N // 8, dtype=torch.bool), *tokens, 0.2, 0.2, None, level, 0.1, estimator, 0.01, loss_agg
+    )  # fmt: skip
 
 
 def gae_padded() -> None:

@@ -114,8 +114,7 @@ def loss_by_rows(
         d_logprobs, d_entropy = (None if g is None else g.float().contiguous() for g in row_scalars(out, span))
         scaled_hidden, alpha = head.hidden, None
         if d_entropy is None and softcap is None and not need_bias:
-            write_targets(stored, rows, count, here, part)
-            alpha = (d_logprobs * (-transform["outer"]) * torch.exp(-part[3]))[rows.long()]
+            alpha = write_targets(stored, rows, count, here, part, d_logprobs, transform["outer"])
             scaled_hidden = gather_rows(hidden[span], rows, count, compute_dtype, scale=alpha)
         else:
             stored_gradient(stored, rows, count, here, part, d_logprobs, d_entropy, transform)

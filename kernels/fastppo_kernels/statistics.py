@@ -226,12 +226,12 @@ def row_statistics(
     # Rows too far from their anchor, mostly none: the launches below then end at once.
     del partial
     far_rows, far_count = compact_rows(far)
-    where = far_rows.long()
     far_head = head._replace(hidden=gather_rows(head.hidden, far_rows, far_count, dtype, zeros_behind=False))
     partial = launch_statistics(far_head, far_count, shift=None, transform=transform)
-    combine_statistics(partial, None, anchors[where], targets, rows[where], far_count, out, vocab)
+    anchors, rows = anchors.index_select(0, far_rows), rows.index_select(0, far_rows)
+    combine_statistics(partial, None, anchors, targets, rows, far_count, out, vocab)
     if stored is not None:
-        maxima = out[2][rows[where].long()]
+        maxima = out[2].index_select(0, rows)
         launch_statistics(
             far_head, far_count, shift=maxima, transform=transform, stored=stored, rows=far_rows, with_partial=False
         )

@@ -1,6 +1,7 @@
 """∂loss/∂logits over the exponentials that `statistics` stored, E = exp(z − shift) [M, V]: no product.
 
-    write_targets     without entropy and softcap: E[m, target] −= S, one element a row. Then with α = −d_logprobs / S
+    write_targets     without entropy and softcap: E[m, target] −= S, one element a row. Then with α = −d_logprobs / S,
+                      times the transform's slope,
                           ∂z = α E,   ∂hidden = α ⊙ (E weight),   ∂weight = Eᵀ (α ⊙ hidden)
     stored_gradient   otherwise, in place: log p = log E − log S,  ∂z = p (a + b log p) + c [v = target], and the
                       transform's derivative, with a, b, c of `logit_gradient`
@@ -30,7 +31,7 @@ LEAST = tl.constexpr(2e-38)
 SPAN_BLOCKS = 16  # that one program takes: a row's scalars are loaded once for all of them
 
 
-@triton.jit(do_not_specialize_on_alignment=["targets", "logprobs", "log_sum"])
+@triton.jit(do_not_specialize_on_alignment=["targets", "logprobs", "log_sum", "d_logprobs"])
 def write_targets_kernel(
     stored,  # [M, V], rows `stride` apart
     rows,  # [M] int32
@@ -38,8 +39,11 @@ def write_targets_kernel(
     targets,  # [N]
     logprobs,  # [N]
     log_sum,  # [N]
+    d_logprobs,  # [N]
+    alpha,  # [M] float32
     vocab,
     stride,
+    slope,
     BLOCK: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
@@ -47,7 +51,9 @@ def write_targets_kernel(
         row = tl.load(rows + m)
         target = tl.load(targets + row)
         # E[target] − S = S (p − 1), with p at the target from its exact log-probability.
-        value = exp(tl.load(log_sum + row)) * (exp(tl.load(logprobs + row)) - 1.0)
+        normalizer = tl.load(log_sum + row)
+        value = exp(normalizer) * (exp(tl.load(logprobs + row)) - 1.0)
+        tl.store(alpha + m, -slope * tl.load(d_logprobs + row) * exp(-normalizer))
         tl.store(stored + m * stride + target, value.to(stored.dtype.element_ty), mask=target < vocab)
     else:
         for start in range(0, stride, BLOCK):
@@ -58,9 +64,19 @@ def write_targets_kernel(
 
 
 def write_targets(
-    stored: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, targets: torch.Tensor, statistics: torch.Tensor
-) -> None:
-    """E[m, target] −= S in stored [M, V], zeros behind the count; statistics [4, N], targets [N] by original row."""
+    stored: torch.Tensor,
+    rows: torch.Tensor,
+    count: torch.Tensor,
+    targets: torch.Tensor,
+    statistics: torch.Tensor,
+    d_logprobs: torch.Tensor,
+    slope: float,
+) -> torch.Tensor:
+    """E[m, target] −= S in stored [M, V], zeros behind the count; returns α [M], not written there.
+
+    By original row: statistics [4, N], targets [N], d_logprobs [N].
+    """
+    alpha = torch.empty(stored.shape[0], dtype=torch.float32, device=stored.device)
     config = ELEMENTWISE["write_targets"]
     launch(
         write_targets_kernel,
@@ -71,11 +87,15 @@ def write_targets(
         targets,
         statistics[0],
         statistics[3],
+        d_logprobs,
+        alpha,
         stored.shape[1],
         stored.stride(0),
+        slope,
         BLOCK=config.block,
         num_warps=config.warps,
     )
+    return alpha
 
 
 @triton.jit

@@ -114,9 +114,24 @@ def from_logits(n: int, vocab: int) -> None:
     selective.vjp_into(logits, logits, None, targets, saved, rows, rows, None, None, 1.0, 1.0, None)
 
 
+def clipped_loss(n: int, vocab: int) -> None:
+    clipped(n, 1, "token")
+
+
+def clipped_loss_of_sequences(n: int, vocab: int) -> None:
+    clipped(1 + n // 64, min(n, 64), "sequence")
+
+
+def clipped(sequences: int, tokens: int, level: str) -> None:
+    from fastppo_kernels.clipped_loss import clipped_loss
+
+    x, mask = meta(sequences, tokens, dtype=torch.float32), meta(sequences, tokens, dtype=torch.bool)
+    clipped_loss(x, x, None, mask, x, x, x, 0.2, 0.2, None, level, 0.1, "k3", 0.01, "token-mean")
+
+
 CALLS = [
     statistics, vjp, divergence, loss_without_entropy, loss_with_entropy, fisher, scale, advantages, packed_advantages,
-    from_logits,
+    from_logits, clipped_loss, clipped_loss_of_sequences,
 ]  # fmt: skip
 
 

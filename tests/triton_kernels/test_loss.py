@@ -297,8 +297,9 @@ def test_rounded_exponentials_cost_no_more_than_a_rounded_gradient(device, stora
             stored_gradient(stored, rows, count, targets.to(device), statistics, d_logprobs, d_entropy, transform)
             dz = stored.double().cpu()
         else:
-            write_targets(stored, rows, count, targets.to(device), statistics)
-            dz = stored.double().cpu() * (-g * (shift - lse).exp()).unsqueeze(1)
+            d_logprobs = g.float().to(device)
+            alpha = write_targets(stored, rows, count, targets.to(device), statistics, d_logprobs, 1.0)
+            dz = stored.double().cpu() * alpha.double().cpu().unsqueeze(1)
         size = p * (g.abs() + with_entropy * e.abs() * (1 + entropy)).unsqueeze(1) + want.abs()
         assert ((dz - want).abs() <= 2.5 * torch.finfo(storage).eps * size + 1e-6).all()
 

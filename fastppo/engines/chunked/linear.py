@@ -59,7 +59,7 @@ def linear_vjp(problem: Problem, saved: list[Tensor], upstream: Upstream, needs:
 
 def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[list[Tensor], Gradients]:
     saved = linear_statistics(problem)
-    return saved, linear_vjp(problem, saved, loss.row_gradients(saved[0]), needs)
+    return saved, linear_vjp(problem, saved, loss.row_gradients(saved), needs)
 
 
 class Logits:

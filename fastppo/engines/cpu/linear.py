@@ -58,7 +58,7 @@ def linear_loss(problem: Problem, loss: TerminalLoss, needs: Needs) -> tuple[lis
         return chunked.linear_loss(problem, loss, needs)
     passes = _Passes(problem, keep_logits=needs.weight)
     saved = passes.statistics()
-    return saved, passes.vjp(saved, loss.row_gradients(saved[0]), needs)
+    return saved, passes.vjp(saved, loss.row_gradients(saved), needs)
 
 
 class _Passes:
