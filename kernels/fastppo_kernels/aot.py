@@ -4,13 +4,12 @@ Three kinds of specializations are compiled, by whatever Triton this runs under,
 each entry of `configs.GEMM`, launched by `tune.runs`; what the package's public functions launch on meta tensors of
 real shapes (`aot_cases`); and the tuner's candidates (`tune.candidates`; those of sm_90 alone without --all).
 
-For each the table shows registers, spills (local memory), shared memory against the chip's limit, tensor-core and
-warp-specialization instructions, 16-byte loads, and the instructions outside of the matrix loop for each logit.
+For each the table shows registers, spills (local memory), shared memory against the chip's limit, tensor-core
+instructions, 16-byte loads, and the instructions outside of the matrix loop for each logit.
 
 Exit status 1 where compilation fails, on a spill, on shared or tensor memory over the limit, on a GEMM that asked for
-tensor cores or warp specialization and has no instruction of theirs, or that never loads 16 bytes at a time, on a copy
-whose descriptor does not fit its buffer, on a kernel that exceeds its budget in budgets.json by more than a tenth, and
-on a candidate that is not clean.
+tensor cores and has no instruction of theirs, or that never loads 16 bytes at a time, on a kernel that exceeds its
+budget in budgets.json by more than a tenth, and on a candidate that is not clean.
 
 `--write-budgets` measures the budgets anew and keeps of `tune.PROPOSALS` the candidates that compile clean, those of
 sm_90 or with --all of every chip. Run it under each Triton that budgets.json names. Compiled kernels are kept in
@@ -62,7 +61,6 @@ class Launch(NamedTuple):
         name: of an entry in configs.GEMM where it has one, else of the function.
         case: what it is compiled for: the entry's precision, a case of `aot_cases`, or "candidate".
         kernel: module:function, so that a worker process can find it.
-        specialize: whether it must come out warp-specialized.
         budget: its key in budgets.json, or "" for what is held to none.
     """
 
@@ -74,7 +72,6 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     attributes: tuple[tuple[int, str], ...]
     options: tuple[tuple[str, int], ...]
-    specialize: bool
     budget: str = ""
 
     @property
@@ -103,8 +100,6 @@ class Report(NamedTuple):
     shared_bytes: int = 0
     tensor_memory: int = 0
     tensor_core: str = "-"
-    specialized: bool = False
-    misfit: str = ""
     wide_loads: bool = False
     counts: Counts | None = None
     error: str = ""
@@ -132,10 +127,6 @@ class Report(NamedTuple):
             found.append(f"no {TENSOR_CORE[self.launch.arch]}")
         if self.launch.is_gemm and not self.wide_loads:
             found.append("no 16-byte loads")
-        if self.launch.specialize and not self.specialized:
-            found.append("no warp specialization")
-        if self.misfit:
-            found.append(f"a descriptor's block of {self.misfit}")
         return found
 
 
@@ -168,7 +159,6 @@ def specialize(arch: str, name: str, case: str, kernel, arguments: tuple, option
         tuple(constants.items()),
         tuple(attributes),
         tuple((k, v) for k, v in options.items() if k not in kernel.arg_names),
-        bool(constants.get("SPECIALIZE")),
     )
 
 
@@ -216,8 +206,7 @@ def entry(kernel: str, arch: str, precision: str, case: str = "", config: Gemm |
     """The launch of an entry of configs.GEMM, with `config` in its place where given."""
     config = config or GEMM[kernel][arch, precision]
     with tune.entry_replaced(kernel, arch, precision, config):
-        launches = recorded(arch, case or precision, lambda: tune.run_on_meta(kernel, precision), kernel)
-    return [launch._replace(specialize=config.specialize) for launch in launches]
+        return recorded(arch, case or precision, lambda: tune.run_on_meta(kernel, precision), kernel)
 
 
 def candidates(architectures: Iterable[str], of: Callable[[str, str, str], Iterable[Gemm]]) -> dict[tuple, list]:
@@ -266,24 +255,9 @@ def compile_launch(launch: Launch) -> Report:
         compiled.metadata.shared,
         compiled.metadata.tmem_size,
         next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-"),
-        "setmaxnreg" in ptx,
-        misfit(compiled.asm["ttgir"]),
         re.search(wide, ptx) is not None,
         machine_code.count(cubin) if launch.budget else None,
     )
-
-
-def misfit(ttgir: str) -> str:
-    """A TMA copy of another size than the buffer it fills or empties, or "".
-
-    Triton 3.6 makes such copies where warp specialization splits a tile whose descriptor was made on the host: they
-    go on behind the end of the buffer. Later versions refuse to compile them.
-    """
-    copy = re.compile(r"async_tma_copy_\w+_to_\w+.*tensordesc<(?:tensor<)?((?:\d+x)+).*memdesc<((?:\d+x)+)")
-    for block, buffer in copy.findall(ttgir):
-        if math.prod(map(int, block.split("x")[:-1])) != math.prod(map(int, buffer.split("x")[:-1])):
-            return f"{block[:-1]} for a buffer of {buffer[:-1]}"
-    return ""
 
 
 def over_budget(report: Report) -> list[str]:
@@ -342,8 +316,7 @@ def describe(launch: Launch) -> str:
     constants = dict(launch.constants)
     sizes = "×".join(str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if k in constants)
     options = dict(launch.options)
-    specialized = " specialized" if launch.specialize else ""
-    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}{specialized}"
+    return f"{sizes} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}"
 
 
 def table(reports: list[Report], failures: list[list[str]]) -> str:

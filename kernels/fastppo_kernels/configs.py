@@ -15,8 +15,9 @@ from typing import NamedTuple
 class Gemm(NamedTuple):
     """block_m × block_n of the output a tile, block_k of the inner size at a time; group_m row blocks share L2.
 
-    specialize: a producer warp loads while two warp groups multiply (sm_90, 4 warps). per_processor: programs a
-    processor, each of which takes tile after tile; 0 gives every tile a program of its own.
+    per_processor: programs a processor, each of which takes tile after tile; 0 gives every tile a program of its own.
+    flatten: the loads of such a program's next tile begin while the epilogue of the last one runs (in `products`,
+    and in `statistics` without bias and softcap).
     """
 
     block_m: int
@@ -25,8 +26,8 @@ class Gemm(NamedTuple):
     warps: int
     stages: int
     group_m: int = 16
-    specialize: bool = False
     per_processor: int = 1
+    flatten: bool = False
 
 
 class Elementwise(NamedTuple):
@@ -93,7 +94,7 @@ _FISHER_GRADIENT = {**_FISHER, ("sm_80", "tf32"): Gemm(64, 64, 16, warps=8, stag
 _WIDE = Gemm(128, 256, 64, warps=8, stages=3)
 _STATISTICS = {
     **_ONE,
-    ("sm_90", "half"): _WIDE,
+    ("sm_90", "half"): _WIDE._replace(flatten=True),
     ("sm_100", "half"): _WIDE,
     ("sm_100", "half capped"): Gemm(128, 128, 64, warps=8, stages=4),
 }

@@ -30,9 +30,8 @@ _recording: tuple[str, Callable] | None = None
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """kernel[grid](*arguments, **options), with multiplications and additions fused: Triton's default is changing.
 
-    A kernel that makes a descriptor of its own (SPECIALIZE, or without TMA) may need a few bytes of device memory for
-    it, which Triton asks of an allocator. That is set in a copy of the context, so that the caller's own allocator
-    stays.
+    A kernel that makes a descriptor of its own (without TMA) may need a few bytes of device memory for it, which Triton
+    asks of an allocator. That is set in a copy of the context, so that the caller's own allocator stays.
     """
     options = {"enable_fp_fusion": True, **options}
     if _recording is not None:
@@ -40,8 +39,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     elif all(grid):
         tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever holds the tensors
-            makes_descriptors = options.get("SPECIALIZE") or not options.get("TMA", True)
-            if makes_descriptors and not INTERPRETED:
+            if not (options.get("TMA", True) or INTERPRETED):
                 contextvars.copy_context().run(_launch_with_memory, kernel, grid, arguments, options)
             else:
                 kernel[grid](*arguments, **options)

@@ -70,6 +70,7 @@ def product_kernel(
     a_stride,
     TRANSPOSED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -89,7 +90,7 @@ def product_kernel(
     else:
         num_rows = tl.minimum(real_rows, num_rows)
     blocks_m, tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    for item in range(tl.program_id(0), blocks_m * tiles, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), blocks_m * tiles, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped_order(item, blocks_m, tiles, GROUP_M)
         row, column = block * BLOCK_M, tile * BLOCK_N
         m, n = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -130,6 +131,7 @@ def _triton_product(
         dz.stride(0),
         TRANSPOSED=transposed,
         ACCUMULATE=accumulate,
+        FLATTEN=config.flatten,
         **gemm_options(config, dz.dtype, dz.device),
     )
 

@@ -53,7 +53,7 @@ FAR = 60.0
 
 @triton.jit(do_not_specialize=["num_rows", "width", "first_tile", "num_tiles"])
 def statistics_kernel(
-    # operands of `described`: [M, D] and [v, D]; hidden is a pointer where the kernel is specialized
+    # operands of `described`: [M, D] and [v, D]
     hidden,
     weight,
     bias,  # [v] or None
@@ -62,7 +62,7 @@ def statistics_kernel(
     rows,
     count,
     # results: [2 or 3, num_tiles, num_rows] float32, and E [*, v], rows `stored_stride` apart; or None. `stored` is
-    # for `described` too, but a pointer where rows are scattered or the kernel is specialized
+    # for `described` too, but a pointer where rows are scattered
     partial,
     stored,
     # sizes
@@ -77,7 +77,7 @@ def statistics_kernel(
     outer,
     SOFTCAP: tl.constexpr,
     ANCHORED: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,13 +88,11 @@ def statistics_kernel(
     real_rows = tl.load(count)
     blocks_m = tl.cdiv(real_rows, BLOCK_M)
     tiles = tl.cdiv(width, BLOCK_N)
-    # Specialized, the two consumers split the block of rows between them. Only a descriptor that the kernel makes is
-    # cut along: one from the host would bring twice the rows that its buffer has room for.
-    hidden = described(hidden, num_rows, dim, dim, TMA and not SPECIALIZE, BLOCK_M, BLOCK_K)
+    hidden = described(hidden, num_rows, dim, dim, TMA, BLOCK_M, BLOCK_K)
     weight = described(weight, width, dim, dim, TMA, BLOCK_N, BLOCK_K)
     if stored is not None and rows is None:
-        stored = described(stored, num_rows, padded_width, stored_stride, TMA and not SPECIALIZE, BLOCK_M, BLOCK_N)
-    for item in tl.range(tl.program_id(0), blocks_m * tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
+        stored = described(stored, num_rows, padded_width, stored_stride, TMA, BLOCK_M, BLOCK_N)
+    for item in tl.range(tl.program_id(0), blocks_m * tiles, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped_order(item, blocks_m, tiles, GROUP_M)
         row, column = block * BLOCK_M, tile * BLOCK_N
         acc = logits_tile(hidden, weight, row, column, dim, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -104,7 +102,8 @@ def statistics_kernel(
         if ANCHORED:
             anchor = tl.load(shift + m, mask=inside, other=0.0)
             x = binary_exponents(acc, bias, anchor, columns, width, inner, outer, SOFTCAP)
-            if SPECIALIZE or column + BLOCK_N > width:  # with a branch in it, Triton does not specialize the loop
+            # Triton 3.9 has no registers for this branch where the tile is stored in a flattened loop.
+            if (FLATTEN and stored is not None) or column + BLOCK_N > width:
                 x = tl.where(columns[None, :] < width, x, VERY_NEGATIVE)
             if bias is not None:
                 # A bias of −∞ rules tokens out, and 0 · (−∞) would spoil T; a NaN stays one.
@@ -156,6 +155,7 @@ def launch_statistics(
     hidden, device = head.hidden, head.hidden.device
     kernel = "linear_statistics" if shift is None else "anchored_statistics" if stored is None else "anchored_store"
     config = gemm_config(kernel, hidden.dtype, device, **transform)
+    flatten = config.flatten and head.bias is None and not transform["SOFTCAP"]  # these take registers too
     num_rows, dim = hidden.shape
     num_tiles = sum(triton.cdiv(hi - lo, config.block_n) for lo, hi in head.spans)
     partial = None
@@ -164,7 +164,7 @@ def launch_statistics(
         partial = torch.empty(quantities, num_tiles, num_rows, dtype=torch.float32, device=device)
 
     def target(lo: int, hi: int) -> object:
-        if stored is None or config.specialize or rows is not None:
+        if stored is None or rows is not None:
             return None if stored is None else stored[:, lo:hi]
         return operand(stored[:, lo:hi], config.block_m, config.block_n)
 
@@ -174,7 +174,7 @@ def launch_statistics(
         launch(
             statistics_kernel,
             (programs(config, triton.cdiv(num_rows, config.block_m) * tiles, device),),
-            hidden if config.specialize else operand(hidden, config.block_m, config.block_k),
+            operand(hidden, config.block_m, config.block_k),
             operand(weight, config.block_n, config.block_k),
             None if head.bias is None else head.bias[lo:hi],
             shift,
@@ -191,7 +191,7 @@ def launch_statistics(
             0 if stored is None else stored.stride(0),
             **transform,
             ANCHORED=shift is not None,
-            SPECIALIZE=config.specialize,
+            FLATTEN=flatten,
             **gemm_options(config, hidden.dtype, device),
         )
         first_tile += tiles

@@ -4,7 +4,7 @@ For each kernel with a matrix product: the shipped configuration and the candida
 the shapes given; the fastest is written to the file, under the chip's name, with the ceilings that choose between
 tilings (the rate of a large product and the bandwidth of a copy). `FASTPPO_TUNED=tuned.json` then puts them in place of
 what `configs` holds. A candidate is a configuration of `PROPOSALS` that `python -m fastppo_kernels.aot` has compiled
-for this architecture without spills and, where it says so, warp-specialized; budgets.json lists them.
+for this architecture without spills; budgets.json lists them.
 
 Under TRITON_INTERPRET=1 everything runs at tiny sizes on the CPU, which proves nothing but that it runs.
 """
@@ -64,12 +64,11 @@ TINY = Sizes(32, 16, 70)
 
 # What may be worth trying, the likeliest first. Whether it compiles clean is for the ahead-of-time gate to find out.
 _ONE_PRODUCT = (
-    Gemm(128, 256, 64, warps=4, stages=3, specialize=True),
     Gemm(128, 256, 64, warps=8, stages=3),
+    Gemm(128, 256, 64, warps=8, stages=3, flatten=True),
     Gemm(128, 256, 64, warps=8, stages=4),
-    Gemm(128, 128, 64, warps=4, stages=4, specialize=True),
     Gemm(128, 128, 64, warps=8, stages=4),
-    Gemm(256, 128, 64, warps=4, stages=3, specialize=True),
+    Gemm(128, 128, 64, warps=8, stages=4, flatten=True),
     Gemm(256, 128, 64, warps=8, stages=3),
     Gemm(128, 256, 64, warps=8, stages=3, group_m=8),
     Gemm(128, 128, 64, warps=4, stages=3, per_processor=2),
@@ -79,7 +78,8 @@ _TWO_PRODUCTS = (Gemm(128, 128, 64, warps=8, stages=3), Gemm(128, 64, 64, warps=
 _TF32 = (Gemm(128, 128, 32, warps=8, stages=4), Gemm(128, 64, 32, warps=8, stages=4))
 PROPOSALS: dict[str, dict[str, tuple[Gemm, ...]]] = {
     **{kernel: {"half": _ONE_PRODUCT} for kernel in MAIN_KERNELS},
-    **{kernel: {"half": _ONE_PRODUCT[:5], "tf32": _TF32} for kernel in ("linear_statistics", "logit_gradient")},
+    "linear_statistics": {"half": _ONE_PRODUCT[:5], "tf32": _TF32},
+    "logit_gradient": {"half": tuple(config for config in _ONE_PRODUCT[:4] if not config.flatten), "tf32": _TF32},
     **{
         kernel: {"half": _TWO_PRODUCTS}
         for kernel in (
@@ -94,11 +94,9 @@ PROPOSALS: dict[str, dict[str, tuple[Gemm, ...]]] = {
 }
 
 
-def proposals(kernel: str, arch: str, precision: str) -> list[Gemm]:
-    """The entries of PROPOSALS for this kernel, not yet compiled; on other chips than Hopper none is specialized."""
-    return [
-        config for config in PROPOSALS.get(kernel, {}).get(precision, ()) if arch == "sm_90" or not config.specialize
-    ]
+def proposals(kernel: str, arch: str, precision: str) -> tuple[Gemm, ...]:
+    """The entries of PROPOSALS for this kernel, not yet compiled."""
+    return PROPOSALS.get(kernel, {}).get(precision, ())
 
 
 def candidates(kernel: str, arch: str, precision: str) -> list[Gemm]:

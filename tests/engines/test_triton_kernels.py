@@ -86,7 +86,6 @@ def a_launch(arch: str = "sm_90", case: str = "half", **changes):
         constants=(("PRECISION", "ieee"), ("BLOCK_M", 128), ("BLOCK_N", 128), ("BLOCK_K", 64)),
         attributes=(),
         options=(("num_warps", 8),),
-        specialize=False,
     )
     return launch._replace(**changes)
 
@@ -110,10 +109,6 @@ def test_the_gate_fails_on_what_it_is_there_for(arch):
     assert "tensor memory" in good._replace(tensor_memory=513).failures()[0]
     assert good._replace(tensor_core="-").failures() == [f"no {instruction}"]
     assert good._replace(error="it broke").failures() == ["it broke"]
-    specialized = good._replace(launch=good.launch._replace(specialize=True))
-    assert specialized.failures() == ["no warp specialization"]
-    assert specialized._replace(specialized=True).failures() == []
-    assert "128x64 for a buffer of 64x64" in good._replace(misfit="128x64 for a buffer of 64x64").failures()[0]
 
 
 def test_only_products_in_true_float32_may_do_without_tensor_cores():
@@ -127,25 +122,6 @@ def test_only_products_in_true_float32_may_do_without_tensor_cores():
         constants = (("PRECISION", precision), ("BLOCK_K", 16))
         report = aot.Report(a_launch(signature=signature, constants=constants), wide_loads=True)
         assert bool(report.failures()) == wanted
-
-
-def test_a_copy_of_another_size_than_its_buffer_is_found():
-    """As the Tritons print them: 3.6 writes the descriptor's block as a tensor, later ones do not."""
-    from fastppo_kernels import aot
-
-    line = (
-        "ttng.async_tma_copy_global_to_local %hidden[%m, %k] %55, %54, %true {{async_task_id = array<i32: 0>}} : "
-        "!tt.tensordesc<{}>, !ttg.memdesc<1xi64, #shared1, #smem, mutable> -> "
-        "!ttg.memdesc<{}xbf16, #shared, #smem, mutable> loc(#loc)"
-    )
-    for block in ("tensor<128x64xbf16, #shared>", "128x64xbf16, #shared"):
-        assert aot.misfit(line.format(block, "128x64")) == ""
-        assert aot.misfit(line.format(block, "1x128x64")) == ""
-        both = line.format(block, "128x64") + "\n" + line.format(block, "64x64")
-        assert aot.misfit(both) == "128x64 for a buffer of 64x64"
-        store = "ttng.async_tma_copy_local_to_global %out[%m, %n] %4 : !tt.tensordesc<{}>, !ttg.memdesc<64x64xbf16, #s>"
-        assert aot.misfit(store.format(block)) == "128x64 for a buffer of 64x64"
-        assert aot.misfit(store.format(block.replace("128", "64"))) == ""
 
 
 def test_a_kernel_over_its_budget_fails(monkeypatch):
@@ -172,7 +148,7 @@ def test_what_is_written_of_budgets_and_candidates_is_read(monkeypatch, tmp_path
     from fastppo_kernels.configs import Gemm
 
     monkeypatch.setattr(budgets, "PATH", tmp_path / "budgets.json")
-    good, bad = Gemm(128, 256, 64, warps=4, stages=3, specialize=True), Gemm(128, 256, 64, warps=8, stages=9)
+    good, bad = Gemm(128, 256, 64, warps=4, stages=3), Gemm(128, 256, 64, warps=8, stages=9)
     figures = dict.fromkeys(("registers", "shared", "tensor_core", "loop", "other", "special"), 100)
     key = ("logit_gradient", "sm_90", "half")
     budgets.write({("sm_90", "logit_gradient half"): figures}, {(*key, good): True, (*key, bad): False})

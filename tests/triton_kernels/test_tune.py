@@ -114,7 +114,7 @@ def test_trials_stop_in_time(monkeypatch):
 
 
 def test_a_configuration_as_code_is_the_configuration():
-    config = GEMM["logit_gradient"]["sm_90", "half"]._replace(group_m=5, specialize=True)
+    config = GEMM["logit_gradient"]["sm_90", "half"]._replace(group_m=5, per_processor=2)
     assert eval(f"{{{tune.as_code('logit_gradient', 'sm_90', 'half', config)}\n}}", {"Gemm": Gemm}) == {
         ("sm_90", "half"): config
     }
