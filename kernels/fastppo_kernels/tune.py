@@ -71,6 +71,7 @@ _ONE_PRODUCT = (
     Gemm(128, 128, 64, warps=8, stages=4, flatten=True),
     Gemm(256, 128, 64, warps=8, stages=3),
     Gemm(128, 256, 64, warps=8, stages=3, group_m=8),
+    Gemm(128, 256, 64, warps=8, stages=2, flatten=True),  # the products' flattened loop leaves room for no more
     Gemm(128, 128, 64, warps=4, stages=3, per_processor=2),
     Gemm(64, 256, 64, warps=4, stages=2, per_processor=2),
 )
