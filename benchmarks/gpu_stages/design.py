@@ -28,19 +28,16 @@ def products(bench: Bench) -> None:
         return
     size = bench.shape(*loss.SHAPES[name])
     x = functools.cache(lambda: inputs.head(*size, bench.dtype, bench.device))
-    shipped, found = configs.PRODUCTS, {}
+    shipped = configs.PRODUCTS
     try:
         for half in (False, True):
             for products in ("cublas", "triton"):
                 configs.PRODUCTS = products
                 label = f"{products}, {'half masked' if half else 'all tokens real'}"
                 make = loss.loss(bench, x, half=half, entropy_coef=loss.ENTROPY)
-                found[half, products] = bench.time(case, label, make, operator="linear_ppo_loss")
+                bench.time(case, label, make, operator="linear_ppo_loss")
     finally:
         configs.PRODUCTS = shipped
-    times = {p: found[False, p] for p in ("cublas", "triton") if found.get((False, p))}
-    if times:
-        bench.row(case, "winner", "ok", code=f'PRODUCTS = "{min(times, key=times.get)}"')
 
 
 def configurations(bench: Bench) -> None:

@@ -16,8 +16,8 @@ class Gemm(NamedTuple):
     """block_m × block_n of the output a tile, block_k of the inner size at a time; group_m row blocks share L2.
 
     per_processor: programs a processor, each of which takes tile after tile; 0 gives every tile a program of its own.
-    flatten: the loads of such a program's next tile begin while the epilogue of the last one runs (in `products`,
-    and in `statistics` without bias and softcap).
+    flatten: the loads of such a program's next tile begin while the epilogue of the last one runs (in `statistics`,
+    without bias and softcap).
     """
 
     block_m: int
@@ -126,9 +126,8 @@ GEMM: dict[str, dict[tuple[str, str], Gemm]] = {
 }
 
 # Who multiplies ∂logits with the weight and with the hidden states: "cublas" over all rows there are, those that do not
-# contribute as zeros, or "triton" over the contributing rows alone. Both are proved; a measurement on a chip is to
-# choose, and delete the other.
-PRODUCTS = "cublas"
+# contribute as zeros, "triton" over the contributing rows alone, or None: as `products.by_triton` decides.
+PRODUCTS = None
 
 ELEMENTWISE: dict[str, Elementwise] = {
     "compact_rows": Elementwise(rows=1, block=2048, warps=8),
@@ -138,11 +137,12 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "combine": Elementwise(rows=32, block=16, warps=4),
     "write_targets": Elementwise(rows=1, block=4096, warps=4),
     "stored_gradient": Elementwise(rows=1, block=2048, warps=8),
-    "gae": Elementwise(rows=1, block=256, warps=1),
+    "gae": Elementwise(rows=1, block=512, warps=2),
+    "gae_long": Elementwise(rows=1, block=1024, warps=4),
     "gae_whiten": Elementwise(rows=1, block=2048, warps=4),
     "selective_statistics": Elementwise(rows=1, block=4096, warps=4),
     "selective_statistics_kl": Elementwise(rows=1, block=2048, warps=8),
-    "selective_gradient": Elementwise(rows=1, block=1024, warps=4),
+    "selective_gradient": Elementwise(rows=1, block=1024, warps=2),
 }
 
 # Nominal, from the maker's data sheets (A100, H100, B200: dense bfloat16, memory): only their quotient decides between

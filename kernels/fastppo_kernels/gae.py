@@ -10,7 +10,7 @@ Bytes a token: rewards and values read in their own dtype, 1 each for mask and d
 without masks, 16 for float32). FLOPs: about 40 a token. Whitening reads and writes the advantages once more, 8.
 
 Tiling: all sequences are one stream of N tokens in memory, cut after the last token of each, so that every load is
-aligned whatever T is. A program is one warp; it walks a span of the stream from the right, BLOCK tokens at a time.
+aligned whatever T is. A program walks a span of the stream from the right, BLOCK tokens at a time.
 
     many rows, or short ones   a span is whole rows                             one launch
     few long rows, or packed   spans are of equal length, and a first pass      two launches; the inputs are read twice,
@@ -29,7 +29,6 @@ The scan runs forward. `tl.associative_scan(…, reverse=True)` over tuples is r
 (triton issue 4362, of Triton 3.0 and still open, whose reporter got right ones by flipping or by a descending range;
 issue 8412 of October 2025 reports the same, closed). So groups of 4 neighboring tokens are read in descending order,
 the 4 as one vector in ascending order, which keeps loads and stores wide, and a thread composes its 4 in registers.
-With one warp a program the scan needs no shared memory and no barrier.
 """
 
 from __future__ import annotations
@@ -42,9 +41,10 @@ from torch import Tensor
 from fastppo_kernels.configs import ELEMENTWISE
 from fastppo_kernels.launch import launch
 
-PROGRAMS = 4096  # about as many warps as a large chip has at a time, when each works alone
+PROGRAMS = 4096  # about as many as a large chip has at a time
+LONG = 1024  # tokens; rows beyond, and packed ones, are walked in blocks of more tokens by more warps
 SPANS = 1024  # of equal length; each looks through the summaries to its right until it meets the end of a sequence
-MIN_ROWS = 1024  # from here on a warp for each row, however long, keeps the chip busy
+MIN_ROWS = 1024  # from here on a program for each row, however long, keeps the chip busy
 MAX_BLOCKS = 8  # up to here a row is walked in one go, however few there are
 PIECE = 128  # summaries that a program looks at together
 
@@ -385,7 +385,7 @@ def gae(
     tokens, device = rewards.numel(), rewards.device
     advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=device) for _ in range(2))
     sequences, time = rewards.shape if offsets is None else (offsets.numel() - 1, 1)
-    config = ELEMENTWISE["gae"]
+    config = ELEMENTWISE["gae" if offsets is None and time <= LONG else "gae_long"]
     programs, span, ahead = _spans(tokens, sequences, time if offsets is None else None, config.block)
     inputs = (rewards, values, mask, dones, bootstrap, offsets)
     sizes, factors = (tokens, sequences, time, span), (gamma, lam)

@@ -29,7 +29,8 @@ TILINGS = {
 def tiling(block=None, **constants):
     with pytest.MonkeyPatch.context() as patch:
         if block is not None:
-            patch.setitem(kernels.ELEMENTWISE, "gae", kernels.ELEMENTWISE["gae"]._replace(block=block))
+            for name in ("gae", "gae_long"):
+                patch.setitem(kernels.ELEMENTWISE, name, kernels.ELEMENTWISE[name]._replace(block=block))
         for name, value in constants.items():
             patch.setattr(kernels, name, value)
         yield
