@@ -15,16 +15,16 @@ import torch
 from fastppo.engines import chunked, cpu, extension, triton, triton_kernels
 from fastppo.errors import ConfigError, quote
 
-# For each operator, its backends: the first usable one is taken. `triton` stands last, so that it serves only who names
-# it, until every check of benchmarks/gpu.py passes on a chip.
+# For each operator, its backends: the first usable one is taken, `triton` only on chips that have passed every check of
+# benchmarks/gpu.py.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("cpu", "chunked", "reference", "triton"),
-    "linear_kl": ("cpu", "chunked", "reference", "triton"),
-    "linear_ppo_loss": ("cpu", "chunked", "reference", "triton"),
-    "fisher_vector_product": ("chunked", "reference", "triton"),
-    "selective_logprob": ("cpu", "chunked", "reference", "triton"),
-    "ppo_loss": ("cpu", "chunked", "reference", "triton"),
-    "gae": ("cpu", "reference", "triton"),
+    "linear_logprob": ("triton", "cpu", "chunked", "reference"),
+    "linear_kl": ("triton", "cpu", "chunked", "reference"),
+    "linear_ppo_loss": ("triton", "cpu", "chunked", "reference"),
+    "fisher_vector_product": ("triton", "chunked", "reference"),
+    "selective_logprob": ("triton", "cpu", "chunked", "reference"),
+    "ppo_loss": ("triton", "cpu", "chunked", "reference"),
+    "gae": ("triton", "cpu", "reference"),
 }
 # Who computes what; `reference` is the formulas of `fastppo.ops.reference`, which the operators call themselves.
 ENGINES: dict[str, ModuleType] = {"chunked": chunked, "cpu": cpu, "triton": triton}
@@ -81,6 +81,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
             return wanted
         warn_once(f"FASTPPO_BACKEND={wanted} is not used: {reason}; another backend takes its place")
     for name in available:
+        if name == "triton" and not triton_kernels.is_measured(device):
+            continue
         reason = unusable(name, device, dtype)
         if reason is None:
             return name

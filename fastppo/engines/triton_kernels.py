@@ -34,3 +34,9 @@ else:
 def why_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve tensors of this device and dtype, in a line; None if they can."""
     return _why_missing or launch.unusable(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def is_measured(device: torch.device) -> bool:
+    """Whether every check of benchmarks/gpu.py has passed on this kind of chip: sm_90 (H100, H200)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -5,6 +5,8 @@ import contextvars
 import functools
 import json
 import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,16 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the kernels are for NVIDIA's chips"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    return _no_launchers()
+
+
+@functools.cache
+def _no_launchers() -> str | None:
+    """Triton compiles a piece of C around every kernel, when it is first launched."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is none: install gcc, or name one in CC"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Triton needs Python's C headers (Python.h), and there are none: install python3-dev"
     return None
 
 

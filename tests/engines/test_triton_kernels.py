@@ -90,6 +90,25 @@ def a_launch(arch: str = "sm_90", case: str = "half", **changes):
     return launch._replace(**changes)
 
 
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((9, 0), "triton"), ((8, 0), "chunked"), ((10, 0), "chunked"), ((12, 0), "chunked")]
+)
+def test_the_kernels_are_the_default_on_the_chips_that_they_were_measured_on(monkeypatch, capability, chosen):
+    monkeypatch.delenv("FASTPPO_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(dispatch.triton_kernels, "why_unusable", lambda device, dtype: None)
+    assert dispatch.select("linear_ppo_loss", torch.device("cuda"), torch.bfloat16) == chosen
+    assert dispatch.select("linear_ppo_loss", torch.device("cpu"), torch.bfloat16) != "triton"
+
+
+def test_without_a_compiler_for_their_launchers_another_backend_is_taken(monkeypatch):
+    from fastppo_kernels import launch
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    assert "install gcc" in launch._no_launchers.__wrapped__()
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_the_gate_fails_on_what_it_is_there_for(arch):
     from fastppo_kernels import aot
