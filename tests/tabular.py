@@ -152,6 +152,9 @@ class TabularModels:
     def _all(self) -> dict[str, Tensor]:
         return {"features": self.features, "head": self.weight}
 
+    def within(self, function, *, reference: bool = False):
+        return function()
+
     def policy_parameters(self) -> dict[str, Tensor]:
         return self._all() if self.trains_features else {"head": self.weight}
 

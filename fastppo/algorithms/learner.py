@@ -7,6 +7,8 @@ An algorithm reaches the models only through a `Learner`.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.ranks import Ranks
 from fastppo.errors import FastPPOError
 from fastppo.models.head import LMHead
 
@@ -53,9 +56,10 @@ class Learner:
         optimizer: over the parameters of both.
         part_weight: (micro-batch, mini-batch) -> weight of the one's loss in the other's; see `Algorithm.part_weight`.
         num_mini_batches: optimizer steps in an epoch.
-        micro_batch_size: sequences in one forward and backward pass.
+        micro_batch_size: sequences in one forward and backward pass, of all ranks together.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
         on_nonfinite: raise at a NaN or Inf, or skip what it is in.
+        ranks: divide every batch among them.
         phase: called with a short text when a new phase of the update begins.
         warn: called with a message when something is skipped.
     """
@@ -70,10 +74,11 @@ class Learner:
         micro_batch_size: int,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        ranks: Ranks | None = None,
         phase: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.models, self.optimizer = models, optimizer
+        self.models, self.optimizer, self.ranks = models, optimizer, ranks or Ranks()
         self.num_mini_batches, self.micro_batch_size = num_mini_batches, micro_batch_size
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
         self.where = ""
@@ -115,9 +120,10 @@ class Learner:
         return self.models.autocast()
 
     def micro_batches(self, experience: Experience) -> Iterator[Experience]:
-        """Parts of at most `micro_batch_size` sequences, in order."""
-        for rows in torch.arange(len(experience)).split(self.micro_batch_size):
-            yield experience.select(rows.to(self.models.device))
+        """This rank's share in parts, in order; one without a token where others have more parts."""
+        for rows, counts in self.ranks.passes(len(experience), self.micro_batch_size):
+            batch = experience.select(rows.to(self.models.device))
+            yield batch if counts else dataclasses.replace(batch, mask=torch.zeros_like(batch.mask))
 
     def descend(
         self,
@@ -184,7 +190,8 @@ class Learner:
     def snapshot(self, experience: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
         """The states [B, T, D] under the policy's own or other parameters, and the head, which is not copied."""
         outputs = [self.hidden(batch, parameters) for batch in self.micro_batches(experience)]
-        return torch.cat([hidden for hidden, _ in outputs]), outputs[0][1]
+        own = torch.cat([hidden for hidden, _ in outputs])[: len(self.ranks.share(len(experience)))]
+        return self.ranks.gather_rows(own), outputs[0][1]
 
     def evaluate(
         self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None = None, with_values: bool = False
@@ -198,17 +205,22 @@ class Learner:
 
     def accumulate(self, mini_batch: Experience, evaluate: Evaluate) -> dict[str, float]:
         """Metrics of `evaluate`, a loss, over micro-batches; where gradients are enabled, also sum up its gradients."""
-        collected: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for batch in self.micro_batches(mini_batch):
+        collected: list[tuple[str, float, float]] = []  # name, value, weight
+        for batch in self.micro_batches(mini_batch) if mini_batch.mask.any() else ():
             weight, share = self._part_weight(batch, mini_batch), batch.token_share(mini_batch)
-            if share == 0.0:
-                continue
-            loss, metrics = evaluate(batch)
+            loss, metrics = self.models.within(partial(evaluate, batch), reference=batch.ref_hidden is not None)
             if torch.is_grad_enabled():
                 (weight * loss).backward()
+            if share == 0.0:
+                continue
             for name, value in metrics.items():
-                collected[name].append((value.item(), weight if name.startswith("loss/") else share))
-        return {name: _fold(name, *zip(*pairs, strict=True)) for name, pairs in collected.items()}
+                collected.append((name, value.item(), weight if name.startswith("loss/") else share))
+        if torch.is_grad_enabled():
+            self.ranks.sum_gradients(self.parameters().values())
+        by_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, *pair in itertools.chain(*self.ranks.each(lambda: collected)):
+            by_name[name].append(pair)
+        return {name: _fold(name, *zip(*pairs, strict=True)) for name, pairs in by_name.items()}
 
     def _epochs(
         self,
@@ -255,10 +267,11 @@ class Learner:
             FloatingPointError: a loss or gradient is not finite; nothing has changed.
         """
         parameters = {name: p for name, p in self.parameters().items() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        norm = self.ranks.norm(list(gradients.values()))
         if not math.isfinite(norm.item() + sum(losses.values())):
             found = [f"{name} {value:.4g}" for name, value in (losses | {"gradient norm": norm.item()}).items()]
-            if bad := [name for name, parameter in parameters.items() if not parameter.grad.isfinite().all()]:
+            if bad := self.ranks.nonfinite(gradients):
                 found.append(f"first non-finite gradient in {bad[0]}")
             raise FloatingPointError(f"not finite ({', '.join(found)})")
         if self.max_grad_norm is not None:

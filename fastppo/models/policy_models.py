@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from fastppo.models.packing import can_pack, completion_hidden
 from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
 
+T = TypeVar("T")
+
 
 class PolicyModels:
     """Policy, reference and critic of a run.
@@ -28,12 +31,20 @@ class PolicyModels:
         device: where everything goes.
         num_values: K, how many values the critic gives a state; None for a single one without a dimension of its own;
             0 for no critic, with `value` None.
+        place: is called with each model once it is whole and nothing more is copied from it; may shard it in place.
 
     Raises:
         ModelError: a model cannot be loaded.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device, num_values: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        num_values: int | None = None,
+        place: Callable[[nn.Module], None] = lambda model: None,
+    ) -> None:
         self.config, self.device = config, device
         policy = load_causal_lm(config, device=device)
         self.context_length = context_length(policy)
@@ -52,6 +63,8 @@ class PolicyModels:
                         "share a tokenizer"
                     )
             self.value = ValueModel.from_causal_lm(source, num_values)
+        if self.value is not None:
+            place(self.value)
         self._reference: nn.Module | None = None
         if config.lora is not None:
             policy = apply_lora(policy, config.lora)
@@ -59,14 +72,32 @@ class PolicyModels:
             self._reference = copy.deepcopy(policy).eval().requires_grad_(False)
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
+            can_pack(backbone_of(self._reference))
+            place(self._reference)
         self.policy = policy
-        can_pack(backbone_of(policy))  # tried now, since under functional_call it could not be
+        can_pack(backbone_of(policy))  # tried now, since under functional_call, or sharded, it could not be
+        place(policy)
         self.has_reference = config.reference == "frozen"
         self._kept: _KeptPass | None = None
 
     def autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.autocast) if self.config.autocast else None
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def within(self, function: Callable[[], T], *, reference: bool = False) -> T:
+        """function(), which may use the policy's head, and with `reference` the reference's.
+
+        Of models that are sharded, layers gather their own parameters, but head and embeddings are only there inside.
+        """
+        models = (self.policy, self._reference) if reference else (self.policy,)
+        for model in models:
+            if hasattr(model, "within"):
+                function = partial(model.within, function)
+        return function()
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """The policy whole on every rank, for sampling."""
+        return self.policy.gathered() if hasattr(self.policy, "gathered") else contextlib.nullcontext()
 
     def hidden(
         self,

@@ -44,7 +44,9 @@ class ValueHead(nn.Module):
         """[..., D] of any float type -> [...] float32, or [..., K] with `num_values` K."""
         # Advantages are differences of values, which autocast would round to half precision.
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float()) + self.bias.float()
+            # As a DTensor, each rank has a copy.
+            weight, bias = (p.to_local() if hasattr(p, "to_local") else p for p in (self.weight, self.bias))
+            return F.linear(hidden.float(), weight.float()) + bias.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `value_head.safetensors` into the folder."""

@@ -180,6 +180,17 @@ class CheckpointConfig:
 
 
 @dataclass(config=STRICT)
+class DistributedConfig:
+    """How several processes, started by torchrun, share the models. One process heeds none of it."""
+
+    strategy: Literal["auto", "fsdp2", "replicate"] = "auto"
+    """`fsdp2` shards parameters, gradients and optimizer states; `replicate` keeps copies on every rank. `auto`
+    replicates with model.lora, and shards otherwise."""
+    cpu_offload: bool = False
+    """With fsdp2: keep the shards and the optimizer's states in the host's memory."""
+
+
+@dataclass(config=STRICT)
 class Config:
     """A whole run."""
 
@@ -216,6 +227,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def backend_name(self) -> str | None:

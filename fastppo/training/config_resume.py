@@ -18,8 +18,8 @@ MAY_CHANGE = frozenset({
     # another `total_steps` differs from one that had it from the start.
     "output_dir", "total_steps",
     # Where and in what pieces the same numbers are computed, up to rounding.
-    "device", "backend", "model.attn_implementation", "model.gradient_checkpointing", "rollout.generation_batch_size",
-    "rewards.N.batch_size", "ALGORITHM.gradient_accumulation_steps",
+    "device", "distributed", "backend", "model.attn_implementation", "model.gradient_checkpointing",
+    "rollout.generation_batch_size", "rewards.N.batch_size", "ALGORITHM.gradient_accumulation_steps",
     # What is permitted.
     "model.allow_download", "model.trust_remote_code",
     # What is saved and shown, and what is done about trouble.

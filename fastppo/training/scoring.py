@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
 from fastppo.algorithms.experience import Experience, check_finite
 from fastppo.algorithms.learner import NonFiniteError
+from fastppo.algorithms.ranks import Ranks
 from fastppo.errors import quote
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
@@ -22,8 +24,9 @@ from fastppo.rollout.draw import sequence_keys
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.config import Config
+from fastppo.training.distributed.join import join_rewards, join_rollouts, on_cpu
 from fastppo.training.health import perplexity
-from fastppo.training.rewards import RewardFunctions, RewardOutput
+from fastppo.training.rewards import RewardError, RewardFunctions, RewardOutput
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
 _SCORES = {
@@ -41,6 +44,7 @@ class Scorer:
         config: the run's configuration.
         tokenizer, models, rewards: the run's own, not copies.
         algorithm: the algorithm that `score` is for; not needed for evaluations.
+        ranks: divide the work among them; each gets all results.
         held_out: rewards that are evaluated but not optimized.
         texts: token ids of texts, whose perplexity is evaluated.
     """
@@ -53,11 +57,12 @@ class Scorer:
         rewards: RewardFunctions,
         algorithm: Algorithm | None = None,
         *,
+        ranks: Ranks | None = None,
         held_out: RewardFunctions | None = None,
         texts: list[list[int]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
-        self.held_out, self._texts = held_out, texts
+        self.ranks, self.held_out, self._texts = ranks or Ranks(), held_out, texts
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
@@ -72,8 +77,17 @@ class Scorer:
         keys = sequence_keys(f"{self.config.seed}/{name}", len(prompts))
         cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
         options = {"device": self.models.device, "with_logprobs": cap is not None, "progress": progress}
-        with self.models.autocast():
-            return sample(self.models.policy, self.tokenizer, prompts, keys, self.config.rollout, **options)
+        share = self.ranks.share(len(prompts))
+        mine = slice(share.start, max(share.stop, share.start + 1))  # one at least, so that there is a rollout
+
+        def own() -> Rollout:
+            return sample(self.models.policy, self.tokenizer, prompts[mine], keys[mine], self.config.rollout, **options)
+
+        with self.models.autocast(), self.models.gathered():
+            if self.ranks.size == 1:
+                return own()
+            parts = self.ranks.each(lambda: on_cpu(own(), len(share)))
+        return join_rollouts(parts, prompts, self.tokenizer.pad_token_id, self.models.device)
 
     def reward(
         self, prompts: list[Prompt], rollout: Rollout, functions: RewardFunctions | None = None, *, update: bool = True
@@ -81,12 +95,31 @@ class Scorer:
         """Rewards of B completions, by default those of training; `update` lets running normalizers take them in."""
         names = sorted({name for prompt in prompts for name in prompt.columns})
         tokens = rollout.sequences[:, -rollout.mask.shape[1] :].cpu()
+        share = self.ranks.share(len(prompts))
+        mine = slice(share.start, share.stop)
+        ids = [row[real].tolist() for row, real in zip(tokens[mine], rollout.mask[mine].cpu(), strict=True)]
+
+        def gather(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            def own() -> dict[str, Tensor]:
+                try:
+                    return call() if share else {}
+                except RewardError as error:
+                    if getattr(error, "row", None) is not None:
+                        error.row += share.start
+                    raise
+
+            joined = join_rewards(self.ranks.each(own))
+            if self.ranks.size > 1:  # a function may have drawn more random numbers on one rank than on others
+                set_rng_state(*self.ranks.first(rng_state))
+            return joined
+
         return (functions or self.rewards)(
-            [prompt.text for prompt in prompts],
-            rollout.completions,
-            {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
-            completion_ids=[row[real].tolist() for row, real in zip(tokens, rollout.mask.cpu(), strict=True)],
+            [prompt.text for prompt in prompts[mine]],
+            rollout.completions[mine],
+            {name: [prompt.columns.get(name) for prompt in prompts[mine]] for name in names},
+            completion_ids=ids,
             update=update,
+            gather=gather,
         )
 
     @torch.no_grad()
@@ -104,13 +137,17 @@ class Scorer:
         Raises:
             NonFiniteValue: one of them is NaN or infinite.
         """
-        all_rows = torch.arange(len(rollout.sequences)).split(self.micro_batch_size)
+        count = len(rollout.sequences)
+        passes = self.ranks.passes(count, self.micro_batch_size)
         # The update can start with this pass if all of its activations fit in memory, so if there is a single part.
-        keep = update_follows and self._update_starts_with_scored_pass and len(all_rows) == 1
+        keep = update_follows and self._update_starts_with_scored_pass and len(passes) == self.ranks.size == 1
         keep = keep and not self.config.model.gradient_checkpointing
-        parts = [self._score_part(rollout, rows, update_follows, keep) for rows in all_rows]
+        parts = self.models.within(
+            lambda: [self._score_part(rollout, rows, update_follows, keep) for rows, _ in passes], reference=True
+        )
+        own = len(self.ranks.share(count))  # after them are those of passes that do not count
         scores = {
-            name: None if value is None else torch.cat([part[name] for part in parts])
+            name: None if value is None else self.ranks.gather_rows(torch.cat([part[name] for part in parts])[:own])
             for name, value in parts[0].items()
         }
         checked = {what: scores[name] for name, what in _SCORES.items()}
@@ -212,10 +249,12 @@ class Scorer:
             options = {"pad": self.tokenizer.pad_token_id, "batch_size": self.micro_batch_size}
             options |= {"device": self.models.device, "backend": self.config.backend_name}
             with self.models.autocast():
-                metrics["eval/perplexity"] = perplexity(self.models.hidden, self._texts, **options)
+                models = {"eval/perplexity": self.models.hidden}
                 if self.models.has_reference:
-                    reference = perplexity(self.models.reference_hidden, self._texts, **options)
-                    metrics["eval/perplexity_reference"] = reference
+                    models["eval/perplexity_reference"] = self.models.reference_hidden
+                for name, hidden in models.items():
+                    measure = partial(perplexity, hidden, self._texts, **options)
+                    metrics[name] = self.models.within(measure, reference=True)
         totals, by_name = measured["reward"].tolist(), {**rewards.by_name, **held_out}
         rows = [
             {"prompt": prompt.text, "completion": completion, "reward": total}

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
@@ -49,6 +48,8 @@ from fastppo.training.config import Config, ConfigError, check_consistency, to_d
 from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler
 from fastppo.training.device import busy_machine, choose_device
+from fastppo.training.distributed import connect, open_ranks, rank_device
+from fastppo.training.distributed.silent import Silent
 from fastppo.training.files import atomic_folder, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.inputs import Inputs
@@ -120,19 +121,22 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         resume: bool = False,
     ) -> None:
-        if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
-            raise ConfigError(
-                f"WORLD_SIZE is {processes}, as torchrun sets it, but a run has one process; start it without torchrun"
-            )
         if not (rewards or config.rewards):
             raise ConfigError("rewards: at least one is required (a list of {name, function} or {name, model})")
         check_consistency(config)
         self._busy = busy_machine()  # before this run's own load counts
         load_trackers(config.report_to)
         self.config, self.progress, self._resume = config, progress, resume
-        self.device = choose_device(config.device, config.backend_name)
+        connect()
+        self.device = rank_device(choose_device(config.device, config.backend_name))
         _check_packages(config)
-        self.output_dir, self._lock = _lock_output_dir(config.output_dir)
+        self.ranks = open_ranks(config, self.device)
+        self.output_dir, self._lock = Path(config.output_dir).expanduser(), Silent()
+        if self.ranks.rank != 0:
+            self.progress = Silent()
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                self.output_dir, self._lock = _lock_output_dir(config.output_dir)
         try:
             self._build(rewards)
         except BaseException:
@@ -141,22 +145,25 @@ class Trainer:
 
     def _build(self, rewards: Sequence[Callable[..., Sequence[float]]] | None) -> None:
         """Load and build all that a run needs, and restore the checkpoint that it goes on from."""
-        config, checkpoint = self.config, self._find_checkpoint()
-        seed_everything(config.seed)
-        inputs = Inputs(config, device=self.device, rewards=rewards)
+        config = self.config
+        with self.ranks.agreed():
+            checkpoint = self._find_checkpoint()
+            seed_everything(config.seed)
+            inputs = Inputs(config, device=self.device, rewards=rewards)
         self.tokenizer, self.rewards, self.data = inputs.tokenizer, inputs.rewards, inputs.data
         self.algorithm = ALGORITHMS[config.algorithm](
             config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name
         )
         by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
         num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
-        self.models = PolicyModels(config.model, device=self.device, num_values=num_values)
+        self.models = PolicyModels(config.model, device=self.device, num_values=num_values, place=self.ranks.place)
         self.scorer = Scorer(
             config,
             self.tokenizer,
             self.models,
             self.rewards,
             self.algorithm,
+            ranks=self.ranks,
             held_out=inputs.held_out,
             texts=inputs.texts,
         )
@@ -174,12 +181,14 @@ class Trainer:
             micro_batch_size=self.scorer.micro_batch_size,
             max_grad_norm=config.optim.max_grad_norm,
             on_nonfinite=config.on_nonfinite,
+            ranks=self.ranks,
             phase=lambda text: self.progress.phase(text),
             warn=lambda text: self.progress.print(text),
         )
         self.step, self._saved_step = 0, None
         self._behind = False  # whether the checkpoint that is resumed lacks the evaluation of its step
         self._evaluated: set[int] = set()
+        self._asked, self._asked_at = None, math.inf  # the first signal that this process got, and when
         self._signal = self._stopped = None  # what ends the run before its last step
         # While a step or an evaluation runs, the state before it: what a checkpoint holds if it fails.
         self._step_start: dict[str, Any] | None = None
@@ -204,24 +213,13 @@ class Trainer:
 
     def _train(self) -> TrainResult:
         config = self.config
-        for folder in ("", SAMPLES_FOLDER, PLOTS_FOLDER, CHECKPOINTS):
-            delete_temporary(self.output_dir / folder)
-        atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         if self.progress is None:
             self.progress = ProgressDisplay(config.total_steps, start_step=self.step)
-        self.trackers = Trackers(
-            config.report_to,
-            self.output_dir,
-            project=config.project,
-            run_name=config.run_name or self.output_dir.resolve().name,
-            config=to_dict(config),
-            warn=self.progress.print,
-        )
-        with (
-            MetricsLogger(self.output_dir, resume_step=self._saved_step, trackers=self.trackers) as logger,
-            self._signals(),
-            self.progress,
-        ):
+        self.trackers = logger = Silent()
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                logger = self._open_folder()
+        with logger, self._signals(), self.progress:
             self._print_notices(logger.earlier_run)
             act, self._owed = self._decide(self._owed, logger), []
             if self.step < config.total_steps and (self.watch.alarms or (self.output_dir / ALARMS_FILE).exists()):
@@ -233,7 +231,7 @@ class Trainer:
                 first = self.step == 0 and self._saved_step is None
                 if (first and self.watch.good_steps) or (self._behind and self.step < config.total_steps):
                     self._checkpoint()  # a rollback, or the next resume, may need it before the next regular one
-                while self.step < config.total_steps and self._signal is None and self._stopped is None:
+                while self.step < config.total_steps and self._stopped is None and not self._interrupted():
                     self._run_step(logger)
                 self._check_parameters()
                 if (self._signal is not None or self._stopped is not None) and self._saved_step != self.step:
@@ -243,7 +241,9 @@ class Trainer:
                     final = self.save_policy(self.output_dir / FINAL)
                     self._evaluate_if_due(logger)
             except Exception as error:
-                if not isinstance(error, CheckpointError):
+                # What one rank alone has raised leaves the others elsewhere.
+                together = self.ranks.size == 1 or getattr(error, "agreed", False) or isinstance(error, NonFiniteError)
+                if together and not isinstance(error, CheckpointError):
                     self._save_completed_steps()
                 if isinstance(error, NonFiniteError):
                     saved = "none" if self._saved_step is None else f"step {self._saved_step}, for --resume"
@@ -251,7 +251,29 @@ class Trainer:
                 raise
             self.progress.phase("report")
         interrupted_by, stopped = (None, None) if final else (self._signal, self._stopped)
-        return TrainResult(self.step, interrupted_by, write_report(self.output_dir), final, stopped)
+        report = self.ranks.first(lambda: write_report(self.output_dir))
+        return TrainResult(self.step, interrupted_by, report, final, stopped)
+
+    def _open_folder(self) -> MetricsLogger:
+        """Clear up what a killed run has left, write the configuration, and begin to log."""
+        config = self.config
+        for folder in ("", SAMPLES_FOLDER, PLOTS_FOLDER, CHECKPOINTS):
+            delete_temporary(self.output_dir / folder)
+        atomic_write(self.output_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        self.trackers = Trackers(
+            config.report_to,
+            self.output_dir,
+            project=config.project,
+            run_name=config.run_name or self.output_dir.resolve().name,
+            config=to_dict(config),
+            warn=self.progress.print,
+        )
+        return MetricsLogger(self.output_dir, resume_step=self._saved_step, trackers=self.trackers)
+
+    def _interrupted(self) -> bool:
+        """Whether a signal ends the run, on whichever rank it came."""
+        self._signal = next(filter(None, self.ranks.each(lambda: self._asked)), None)
+        return self._signal is not None
 
     def _print_notices(self, earlier_run: Path | None) -> None:
         if self.watch.alarms:
@@ -270,12 +292,14 @@ class Trainer:
 
     def _run_step(self, logger: MetricsLogger) -> None:
         config = self.config
-        self._lock.acquire()  # somebody may have deleted its file, and a second run begun
+        with self.ranks.agreed():
+            self._lock.acquire()  # somebody may have deleted its file, and a second run begun
         began = time.perf_counter()
         self._step_start = self._state()
         metrics = self.train_step()
         metrics["time/step"] = time.perf_counter() - began
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/step"]
+        metrics = self.ranks.first(lambda: metrics)  # times differ, and rules of the watch may bound them
         metrics, act = self._log(self.step + 1, metrics, logger)
         self.step, self._step_start = self.step + 1, None
         self.progress.update(self.step, metrics)
@@ -382,7 +406,7 @@ class Trainer:
             metrics, rows = {"eval/reward": math.nan, "eval/skipped": 1.0}, []
         samples = rows[: self.config.eval.num_samples]
         if samples:
-            write_samples(self.output_dir, name, samples)
+            self.ranks.first(lambda: write_samples(self.output_dir, name, samples))
         # The row follows the samples and the alarms: it says that the evaluation was done.
         metrics, act = self._log(step, metrics, logger, over=last)
         self.trackers.samples(step, samples)
@@ -417,9 +441,10 @@ class Trainer:
         counts = {"watch/alarms": len(alarms), "watch/rollbacks": self.watch.rollbacks}
         metrics = metrics | derived | {name: count for name, count in counts.items() if count}
         act = self._decide(alarms, logger, over=over)
-        if alarms:
-            self._write_alarms()
-        logger.log(step, metrics)
+        with self.ranks.agreed():
+            if alarms:
+                self._write_alarms()
+            logger.log(step, metrics)
         return metrics, act
 
     def _decide(self, alarms: list[Alarm], logger: MetricsLogger, *, over: bool = False) -> Callable[[], bool]:
@@ -470,7 +495,8 @@ class Trainer:
         The order of prompts is unchanged; the completions sampled for them differ. If the process is killed meanwhile,
         the resumed run either repeats this rollback or starts after it.
         """
-        logger.keep_aside(checkpoint.step, self.watch.rollbacks + 1)
+        with self.ranks.agreed():
+            logger.keep_aside(checkpoint.step, self.watch.rollbacks + 1)
         before = self.watch.state_dict()
         self._restore(checkpoint)
         scale_learning_rate(self.optimizer, self.scheduler, self.watch.rolled_back(before, self.config.watch.lr_factor))
@@ -478,10 +504,12 @@ class Trainer:
         seed_everything(int.from_bytes(digest[:8], "little"))
         discard_checkpoints(self.output_dir / CHECKPOINTS, after=checkpoint.step)
         self._checkpoint()
-        logger.rewind(checkpoint.step)
+        with self.ranks.agreed():
+            logger.rewind(checkpoint.step)
 
     def _write_alarms(self) -> None:
-        write_alarms(self.output_dir, [dataclasses.asdict(alarm) for alarm in self.watch.alarms])
+        if self.ranks.rank == 0:
+            write_alarms(self.output_dir, [dataclasses.asdict(alarm) for alarm in self.watch.alarms])
 
     # Saving
 
@@ -490,16 +518,22 @@ class Trainer:
 
         Engines such as vLLM read every `*.safetensors` of a model's folder as its weights.
         """
-        policy, value_folder = self.models.policy, folder.with_name(f"{folder.name}-value")
+        policy, value = self.ranks.whole(self.models.policy), self.ranks.whole(self.models.value)
+        with self.ranks.agreed():
+            if self.ranks.rank == 0:
+                self._write_policy(folder, policy, value)
+        return folder
+
+    def _write_policy(self, folder: Path, policy: nn.Module, value: nn.Module | None) -> None:
+        value_folder = folder.with_name(f"{folder.name}-value")
         if self.config.model.lora is not None:
             policy = merge_lora(policy)
-        if self.models.value is not None:  # first, so that a policy that is there has its critic beside it
+        if value is not None:  # first, so that a policy that is there has its critic beside it
             with naming(value_folder), atomic_folder(value_folder) as temporary:
-                self.models.value.save_pretrained(temporary)
+                value.save_pretrained(temporary)
         with naming(folder), atomic_folder(folder) as temporary:
             policy.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
-        return folder
 
     def _state(self) -> dict[str, Any]:
         """A copy of all state but parameters and optimizer: {"rng": tensors, "state": JSON values}."""
@@ -517,10 +551,9 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """Raise NonFiniteError if a trained parameter is NaN or infinite: a later step could not mend it."""
-        for name, parameter in self.learner.parameters().items():
-            if not parameter.isfinite().all():
-                what = f"the parameter {name} is not finite, so nothing was saved; lower optim.learning_rate"
-                raise NonFiniteError(f"after step {self.step}: {what}")
+        if bad := self.ranks.nonfinite(self.learner.parameters()):
+            what = f"the parameter {bad[0]} is not finite, so nothing was saved; lower optim.learning_rate"
+            raise NonFiniteError(f"after step {self.step}: {what}")
 
     def _checkpoint(self) -> None:
         self.progress.phase("checkpoint")
@@ -614,11 +647,15 @@ class Trainer:
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM ends the run after the current step; the second raises KeyboardInterrupt."""
 
+        # torchrun passes on the signal that a terminal has sent to all processes already.
+        grace = 0.0 if self.ranks.size == 1 else 3.0
+
         def ask(number: int, frame: Any) -> None:
-            if self._signal is not None:
+            if self._asked is None:
+                self._asked, self._asked_at = number, time.monotonic()
+                self.progress.print("stopping after this step (once more to stop at once)")
+            elif time.monotonic() - self._asked_at >= grace:
                 raise KeyboardInterrupt
-            self._signal = number
-            self.progress.print("stopping after this step (once more to stop at once)")
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -267,7 +267,7 @@ def test_resumed_runs_give_the_same_bits(world, tmp_path, name):
     step = half.train_step
 
     def stop_after_two():
-        half._signal = signal.SIGTERM if half.step == 1 else None
+        half._asked = signal.SIGTERM if half.step == 1 else None
         return step()
 
     half.train_step = stop_after_two
@@ -536,9 +536,9 @@ def test_nonfinite_gradients_never_reach_the_parameters(world, tmp_path, policy,
     assert all(torch.equal(before[n], p) for n, p in trainer.policy_parameters.items())
 
 
-def test_one_of_several_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_one_of_several_processes_that_cannot_find_the_others_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, .* start it without torchrun"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but RANK is not set; start with torchrun"):
         Trainer(config(tmp_path / "no such folder", tmp_path / "run"), rewards=[vowels])
     assert not (tmp_path / "run").exists()
 
@@ -595,7 +595,7 @@ def test_resuming_a_finished_run_adds_nothing(world, tmp_path):
 def test_a_signal_saves_also_without_periodic_checkpoints(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "run", checkpoint__every=0))
     step = trainer.train_step
-    trainer.train_step = lambda: (setattr(trainer, "_signal", signal.SIGINT), step())[1]
+    trainer.train_step = lambda: (setattr(trainer, "_asked", signal.SIGINT), step())[1]
     assert trainer.train().interrupted_by == signal.SIGINT
     assert Trainer(config(world, tmp_path / "run", checkpoint__every=0), resume=True).step == 1
 

@@ -38,7 +38,7 @@ class PolicyFisher:
 
     Args:
         learner: its policy's parameters are θ; they are not changed.
-        batches: the sequences, in parts that fit in memory.
+        batches: the sequences, or this rank's share, in parts that fit in memory.
         method: gauss_newton costs about two forward passes and one forward and backward pass; finite_difference two
             forward and backward passes.
         temperature: of sampling; divides the logits.
@@ -59,7 +59,8 @@ class PolicyFisher:
     ) -> None:
         self.learner, self.batches, self.method = learner, batches, method
         self.temperature, self.backend = temperature, backend
-        self.num_tokens = max(sum(int(batch.mask.sum()) for batch in batches), 1)
+        tokens = learner.ranks.each(lambda: sum(int(batch.mask.sum()) for batch in batches))
+        self.num_tokens = max(sum(tokens), 1)
         self._length: float | None = None
         """‖εv‖ of the last finite difference."""
 
@@ -86,6 +87,7 @@ class PolicyFisher:
             # A tied head is a parameter itself: its gradients, direct and through the hidden states, add up.
             outputs = [(hidden, u.hidden), (head.weight, u.weight), (head.bias, u.bias)]
             self._add_gradients(total, parameters, [(o, c) for o, c in outputs if c is not None and o.requires_grad])
+        self.learner.ranks.sum_(total.values())
         return total
 
     @torch.no_grad()
@@ -150,7 +152,8 @@ class PolicyFisher:
             kl = kl_from(old, (hidden, head), batch.mask, self.temperature, self.backend).sum()
             value += kl.item() / self.num_tokens
             self._add_gradients(total, leaves, [(kl, torch.ones_like(kl))])
-        return total, value
+        self.learner.ranks.sum_(total.values())
+        return total, sum(self.learner.ranks.each(lambda: value))
 
     @cached_property
     @torch.no_grad()

@@ -132,6 +132,7 @@ class RewardFunctions:
         *,
         completion_ids: list[list[int]] | None = None,
         update: bool = True,
+        gather: Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda call: call(),
     ) -> RewardOutput:
         """Score a batch.
 
@@ -142,6 +143,8 @@ class RewardFunctions:
             completion_ids: B lists of the completions' tokens, EOS included; per-token rewards need them.
             update: update the running normalizers before they are applied, and the multipliers after. False for
                 evaluation.
+            gather: calls what calls the functions, each named, and returns their values of the whole batch, of which
+                this one may be a rank's share; so is the result.
 
         Raises:
             RewardError: a function raised, or returned something other than B finite numbers.
@@ -154,7 +157,7 @@ class RewardFunctions:
             if len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} values, but there are {len(prompts)} prompts")
         # Call every function before any normalizer is updated: a failing step changes no state.
-        raw = {reward.name: _call(reward, arguments) for reward in self.rewards}
+        raw = gather(lambda: {reward.name: _call(reward, arguments) for reward in self.rewards})
         by_token = {name: values for name, values in raw.items() if values.dim() == 2}
         for name in by_token.keys() & self._normalizers.keys():
             raise RewardError(f"reward {name!r}: normalize is for rewards of whole completions")

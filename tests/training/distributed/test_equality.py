@@ -1,0 +1,67 @@
+"""The same run on 1, 2 and 4 processes: the same parameters and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import config, make_world, start
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"),
+]
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+CASES: dict[str, dict[str, Any]] = {
+    "ppo with a critic": {
+        "model__value_model": "separate",
+        "ppo__num_mini_batches": 2,
+        "ppo__gradient_accumulation_steps": 2,
+    },
+    "ppo with adapters": {"model__lora": LORA, "ppo__num_mini_batches": 2, "ppo__kl_estimator": "exact"},
+}
+# By the composition of a micro-batch, of which there are others on more processes; or by the clock.
+NOT_EQUAL = ("value/explained_variance", "time", "tokens_per_second")
+
+
+def train(names: list[str], world: Path, out: Path) -> None:
+    from fastppo.training.trainer import Trainer
+
+    for name in names:
+        Trainer(config(world, out / name, **CASES[name])).train()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, no_report):
+    """A folder with each case's runs on 1, 2 and 4 processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_world(folder)
+    train(list(CASES), folder, folder / "1")
+    for size in (2, 4):
+        start(train, size, list(CASES), folder, folder / str(size))
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_one_process(runs, name, size):
+    one, several = (runs / str(n) / name for n in (1, size))
+    files = sorted(path.relative_to(one) for path in one.glob("final/**/*.safetensors"))
+    assert files
+    assert files == sorted(path.relative_to(several) for path in several.glob("final/**/*.safetensors"))
+    for file in files:
+        expected, given = load_file(one / file), load_file(several / file)
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, several)]
+    assert len(rows[0]) >= 3
+    for expected, given in zip(*rows, strict=True):
+        assert given.keys() == expected.keys()
+        for metric, value in expected.items():
+            if not metric.startswith(NOT_EQUAL):
+                assert math.isclose(given[metric], value, rel_tol=2e-3, abs_tol=2e-5), metric
