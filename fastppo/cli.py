@@ -10,7 +10,9 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import fastppo
@@ -60,15 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastppo.training.config_keys import explain, overview
 
             return _show(overview() if arguments.section is None else explain(arguments.section))
+        if distributed := _distributed():
+            distributed.connect()  # first, so that of all processes one tells of an error
+            if os.environ["RANK"] != "0":
+                warnings.simplefilter("ignore")
         from fastppo.training.config import load_config
 
         config = load_config(arguments.config, overrides)
         output_dir = os.path.expanduser(config.output_dir)
-        return (_train if arguments.command == "train" else _evaluate)(arguments, config)
+        status = (_train if arguments.command == "train" else _evaluate)(arguments, config)
+        if distributed:
+            distributed.disconnect()
+        return status
     except SystemExit as end:  # argparse has printed the help, the version or what is wrong
         end.code = _show("", end="") or end.code
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if distributed := _distributed():
+            distributed.tells(error)  # else the others would tell of this one's end
         return 130
     except BaseException as error:
         return _explain(error, output_dir)
@@ -130,10 +141,25 @@ def _write(stream: str, text: str) -> OSError | ValueError | None:
     return None
 
 
+def _distributed() -> ModuleType | None:
+    """`fastppo.training.distributed`, which loads torch, where this process is one of several."""
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return None
+    from fastppo.training import distributed
+
+    return distributed
+
+
 def _explain(error: BaseException, output_dir: str | None) -> int:
     """One line for what went wrong. What nobody foresaw leaves its traceback in a file."""
+    distributed = _distributed()
+    if distributed and not distributed.tells(error):
+        return 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, ConfigError):
         return _fail(2, error)
+    if distributed and distributed.lost_process(error):
+        why = one_line(str(error).partition(". ")[0], 120)
+        return _fail(1, f"another process of this run has ended ({why}); --resume goes on from the newest checkpoint")
     if isinstance(error, FastPPOError | FloatingPointError | ImportError):
         return _fail(1, error)
     if isinstance(error, OSError) or "(os error " in one_line(error):  # as safetensors, which is Rust, words it
@@ -166,9 +192,12 @@ def _train(arguments: argparse.Namespace, config) -> int:
     transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()
     trainer = Trainer(config, resume=arguments.resume)
-    if arguments.plain:
+    if arguments.plain and trainer.ranks.rank == 0:
         trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)
     result = trainer.train()
+    if trainer.ranks.rank != 0:  # the first one tells
+        failed = int(result.stopped is not None)
+        return 128 + result.interrupted_by if result.interrupted_by else failed
     policy = "" if result.final is None else f"policy: {result.final}\n"
     failed = _show(f"{policy}report: {result.report}")
     if result.stopped is not None:
@@ -180,6 +209,8 @@ def _evaluate(arguments: argparse.Namespace, config) -> int:
     from fastppo.training.evaluate import evaluate_policy
 
     metrics, rows = evaluate_policy(config, arguments.model)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     rows = rows[: arguments.samples]
     if arguments.json:
         return _show(json.dumps({"metrics": metrics, "samples": rows}))

@@ -10,12 +10,15 @@ from fastppo.models.policy_models import PolicyModels
 from fastppo.training.config import Config, build_config, to_dict
 from fastppo.training.data import DataError
 from fastppo.training.device import choose_device
+from fastppo.training.distributed import open_replicas, rank_device
 from fastppo.training.inputs import Inputs
 from fastppo.training.scoring import Scorer
 
 
 def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample a configuration's held-out prompts from a policy, score them, and measure its KL to the reference.
+
+    Of several processes each does its share with models of its own, and all return the whole.
 
     Args:
         config: configuration of the prompts, the rewards, the sampling and the reference.
@@ -30,7 +33,8 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     tree = to_dict(config)
     tree["model"]["name_or_path"] = config.model.name_or_path if model is None else model
     policy_config = build_config(tree).model
-    device = choose_device(config.device, config.backend_name)
+    device = rank_device(choose_device(config.device, config.backend_name))
+    ranks = open_replicas(device)
     inputs = Inputs(config, device=device)
     if not inputs.data.eval:
         raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
@@ -41,5 +45,6 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
         if size != expected:
             raise ModelError(f"{model}: has a vocabulary of {size}, {config.model.name_or_path} one of {expected}")
         models.policy = policy
-    scorer = Scorer(config, inputs.tokenizer, models, inputs.rewards, held_out=inputs.held_out, texts=inputs.texts)
+    options = {"ranks": ranks, "held_out": inputs.held_out, "texts": inputs.texts}
+    scorer = Scorer(config, inputs.tokenizer, models, inputs.rewards, **options)
     return scorer.evaluate(inputs.data.eval[: config.eval.num_prompts])

@@ -241,8 +241,8 @@ class Trainer:
                     final = self.save_policy(self.output_dir / FINAL)
                     self._evaluate_if_due(logger)
             except Exception as error:
-                # What one rank alone has raised leaves the others elsewhere.
-                together = self.ranks.size == 1 or getattr(error, "agreed", False) or isinstance(error, NonFiniteError)
+                # Else the others do not know of it, and are elsewhere.
+                together = self.ranks.size == 1 or hasattr(error, "rank") or isinstance(error, NonFiniteError)
                 if together and not isinstance(error, CheckpointError):
                     self._save_completed_steps()
                 if isinstance(error, NonFiniteError):

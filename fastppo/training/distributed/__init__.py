@@ -1,5 +1,13 @@
 """Several processes under torchrun: FSDP2 or replicas, and what all ranks decide together."""
 
-from fastppo.training.distributed.launch import connect, open_ranks, rank_device
+from fastppo.training.distributed.launch import (
+    connect,
+    disconnect,
+    lost_process,
+    open_ranks,
+    open_replicas,
+    rank_device,
+    tells,
+)
 
-__all__ = ["connect", "open_ranks", "rank_device"]
+__all__ = ["connect", "disconnect", "lost_process", "open_ranks", "open_replicas", "rank_device", "tells"]

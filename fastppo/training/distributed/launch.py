@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+import fastppo
 from fastppo.algorithms.ranks import Ranks
 from fastppo.errors import ConfigError, quote
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fastppo.training.config import Config
 
 _SECOND_ORDER = ("trpo", "npg", "cpi")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")  # the backends' words
 
 
 def world_size() -> int:
@@ -31,30 +33,38 @@ def connect() -> None:
         return
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(f"WORLD_SIZE is {world_size()}, but {missing[0]} is not set; start with torchrun")
-    gpus = torch.cuda.device_count()
-    if gpus > (local := int(os.environ["LOCAL_RANK"])):
+    local = int(os.environ["LOCAL_RANK"])
+    if has_gpu := local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus > local else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+
+
+def disconnect() -> None:
+    """Leave the group, after the last exchange."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_device(device: torch.device) -> torch.device:
     """This rank's device of the kind that the configuration names."""
     if world_size() == 1 or device.type != "cuda":
         return device
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.index is not None:
+        raise ConfigError(f"device: {device} is one GPU for {world_size()} processes; set device: cuda")
+    if local >= gpus:
         raise ConfigError(
-            f"device: process {local} of this host has no GPU of its own, the host has {torch.cuda.device_count()}; "
-            "start as many processes (torchrun --nproc-per-node), or set device: cpu"
+            f"device: there is no GPU for process {local} of this host, which has {gpus}; start as many processes, or "
+            "set device: cpu"
         )
     return torch.device("cuda", local)
 
 
 def open_ranks(config: Config, device: torch.device) -> Ranks:
-    """The ranks of a run, whose group they join.
+    """The ranks of a run.
 
     Raises:
-        ConfigError: the run cannot be divided among so many processes.
+        ConfigError: the run cannot be divided among so many processes, or they differ in configuration or versions.
     """
     size = world_size()
     if size == 1:
@@ -76,10 +86,72 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             "adapters (model.lora), or distributed.strategy: replicate"
         )
     if strategy == "replicate":
-        from fastppo.training.distributed.processes import Processes
+        ranks = open_replicas(device)
+    else:
+        from fastppo.training.distributed.sharded import ShardedProcesses
 
-        return Processes(device)
-    from fastppo.training.distributed.sharded import ShardedProcesses
+        autocast = config.model.autocast and getattr(torch, config.model.autocast)
+        ranks = ShardedProcesses(device, autocast=autocast, cpu_offload=config.distributed.cpu_offload)
+    _check_alike(ranks, config)
+    return ranks
 
-    autocast = config.model.autocast and getattr(torch, config.model.autocast)
-    return ShardedProcesses(device, autocast=autocast, cpu_offload=config.distributed.cpu_offload)
+
+def open_replicas(device: torch.device) -> Ranks:
+    """The ranks of a job that changes no parameters, each with the whole of every model."""
+    connect()
+    if world_size() == 1:
+        return Ranks()
+    from fastppo.training.distributed.processes import Processes
+
+    return Processes(device)
+
+
+def _check_alike(ranks: Ranks, config: Config) -> None:
+    import transformers
+
+    from fastppo.training.config import to_dict
+
+    versions = {module.__name__: module.__version__ for module in (fastppo, torch, transformers)}
+    facts = {f"version of {name}": version for name, version in versions.items()} | _flat(to_dict(config))
+    first, *others = ranks.each(lambda: facts)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if (here := other.get(name)) != (there := first.get(name)):
+                raise ConfigError(
+                    f"{name}: {quote(here)} on rank {rank}, {quote(there)} on rank 0; all ranks need one configuration "
+                    "and the same versions"
+                )
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """The values of a tree of dicts and lists by dotted keys."""
+    if not isinstance(tree, dict | list):
+        return {key: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {k: v for name, item in items for k, v in _flat(item, f"{key}.{name}".lstrip(".")).items()}
+
+
+# One message, whichever ranks fail
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to tell of an error: the one whose it is, or the first of several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    rank = getattr(error, "rank", None)
+    if rank is not None:
+        return rank == dist.get_rank()
+    try:
+        return dist.distributed_c10d._get_default_store().add("fastppo/errors", 1) == 1
+    except Exception:  # the store has ended with its process
+        return True
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an exchange failed because another process has ended."""
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and isinstance(error, RuntimeError)
+        and any(words in str(error) for words in _LOST)
+    )

@@ -40,8 +40,10 @@ class Processes(Ranks):
             error = raised
         for rank, other in enumerate(self._gather(error and _sendable(error))):
             if other is not None:
-                other = error if rank == self.rank else _from_rank(other, rank)
-                other.agreed = True  # all ranks raise it; see `fastppo.training.distributed.launch`
+                other = error if rank == self.rank else other
+                if len(other.args) == 1 and isinstance(other.args[0], str):
+                    other.args = (f"rank {rank}: {other.args[0]}",)
+                other.rank = rank  # whose it is; see `fastppo.training.distributed.tells`
                 raise other
 
     def _gather(self, value: Any) -> list[Any]:
@@ -97,9 +99,3 @@ def _sendable(error: Exception) -> Exception:
         return pickle.loads(pickle.dumps(error))
     except Exception:  # a constructor of its own, or what it refers to
         return FastPPOError(f"{type(error).__name__}: {one_line(error)}")
-
-
-def _from_rank(error: Exception, rank: int) -> Exception:
-    if len(error.args) == 1 and isinstance(error.args[0], str):
-        error.args = (f"rank {rank}: {error.args[0]}",)
-    return error
