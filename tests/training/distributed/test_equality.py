@@ -19,12 +19,61 @@ pytestmark = [
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 CASES: dict[str, dict[str, Any]] = {
+    # Fewer rows in a mini-batch than 4 processes, so some have none.
     "ppo with a critic": {
         "model__value_model": "separate",
-        "ppo__num_mini_batches": 2,
+        "ppo__num_mini_batches": 3,
         "ppo__gradient_accumulation_steps": 2,
     },
+    "ppo, untied, values on the policy's states, exact kl in the loss, evaluated": {
+        "model__name_or_path": "WORLD/untied",
+        "data__eval_size": 5,
+        "eval__perplexity": "WORLD/texts.txt",
+        "ppo__kl_in": "loss",
+        "ppo__kl_estimator": "exact",
+        "ppo__entropy_coef": 0.01,
+        "ppo__target_kl": 0.001,
+    },
+    "grpo": {
+        "ppo__adv_estimator": "grpo",
+        "ppo__kl_in": "loss",
+        "ppo__kl_estimator": "k3",
+        "ppo__entropy_coef": 0.01,
+        "ppo__loss_agg": "seq-mean-token-mean",
+        "ppo__num_mini_batches": 2,
+        "ppo__importance_sampling_cap": 2.0,
+        "ppo__reference_refresh_steps": 2,
+        "model__gradient_checkpointing": True,
+    },
+    "several rewards": {
+        "rewards": [
+            {"name": "vowels", "function": "WORLD/reward.py:vowels", "normalize": True},
+            {"name": "early", "function": "WORLD/reward.py:early", "weight": 0.1, "threshold": 1.0},
+        ],
+        "ppo__kl_controller": "adaptive",
+        "ppo__whiten_rewards": True,
+        "distributed__cpu_offload": True,
+    },
+    "reinforce": {
+        "algorithm": "reinforce",
+        "reinforce__kl_estimator": "k2",
+        "reinforce__loss_agg": "seq-mean-token-sum",
+    },
+    "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2},
     "ppo with adapters": {"model__lora": LORA, "ppo__num_mini_batches": 2, "ppo__kl_estimator": "exact"},
+    "ppo with adapters, sharded": {
+        "model__lora": LORA,
+        "model__value_model": "separate",
+        "distributed__strategy": "fsdp2",
+    },
+    "trpo": {"algorithm": "trpo", "model__lora": LORA, "trpo__gradient_accumulation_steps": 2},
+    "npg": {
+        "algorithm": "npg",
+        "model__lora": LORA,
+        "npg__fisher_method": "finite_difference",
+        "npg__fisher_fraction": 0.6,
+    },
+    "cpi": {"algorithm": "cpi", "model__lora": LORA, "model__value_model": "separate"},
 }
 # By the composition of a micro-batch, of which there are others on more processes; or by the clock.
 NOT_EQUAL = ("value/explained_variance", "time", "tokens_per_second")
@@ -34,7 +83,8 @@ def train(names: list[str], world: Path, out: Path) -> None:
     from fastppo.training.trainer import Trainer
 
     for name in names:
-        Trainer(config(world, out / name, **CASES[name])).train()
+        changes = json.loads(json.dumps(CASES[name]).replace("WORLD", str(world)))
+        Trainer(config(world, out / name, **changes)).train()
 
 
 @pytest.fixture(scope="module")
