@@ -66,15 +66,23 @@ CASES: dict[str, dict[str, Any]] = {
         "model__value_model": "separate",
         "distributed__strategy": "fsdp2",
     },
-    "trpo": {"algorithm": "trpo", "model__lora": LORA, "trpo__gradient_accumulation_steps": 2},
+    # Few iterations: each multiplies the rounding of the one before it.
+    "trpo": {
+        "algorithm": "trpo",
+        "model__lora": LORA,
+        "trpo__cg_iterations": 4,
+        "trpo__gradient_accumulation_steps": 2,
+    },
     "npg": {
         "algorithm": "npg",
         "model__lora": LORA,
+        "npg__cg_iterations": 2,
         "npg__fisher_method": "finite_difference",
         "npg__fisher_fraction": 0.6,
     },
-    "cpi": {"algorithm": "cpi", "model__lora": LORA, "model__value_model": "separate"},
+    "cpi": {"algorithm": "cpi", "model__lora": LORA, "optim__learning_rate": 1e-3, "cpi__step_size": "bound"},
 }
+ON_FOUR = ["ppo with a critic", "grpo", "trpo"]
 # By the composition of a micro-batch, of which there are others on more processes; or by the clock.
 NOT_EQUAL = ("value/explained_variance", "time", "tokens_per_second")
 
@@ -93,18 +101,20 @@ def runs(tmp_path_factory, no_report):
     folder = tmp_path_factory.mktemp("runs")
     make_world(folder)
     train(list(CASES), folder, folder / "1")
-    for size in (2, 4):
-        start(train, size, list(CASES), folder, folder / str(size))
+    start(train, 2, list(CASES), folder, folder / "2")
+    start(train, 4, ON_FOUR, folder, folder / "4")
     return folder
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in CASES), *((name, 4) for name in ON_FOUR)])
 def test_equal_to_one_process(runs, name, size):
     one, several = (runs / str(n) / name for n in (1, size))
-    files = sorted(path.relative_to(one) for path in one.glob("final/**/*.safetensors"))
+    files = sorted(path.relative_to(one) for path in one.glob("final*/**/*.safetensors"))
     assert files
-    assert files == sorted(path.relative_to(several) for path in several.glob("final/**/*.safetensors"))
+    start = load_file(runs / ("untied" if "untied" in name else "model") / "model.safetensors")
+    end = load_file(one / "final" / "model.safetensors")
+    assert max((end[key] - start[key]).abs().max() for key in start) > 1e-4
+    assert files == sorted(path.relative_to(several) for path in several.glob("final*/**/*.safetensors"))
     for file in files:
         expected, given = load_file(one / file), load_file(several / file)
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
