@@ -185,12 +185,12 @@ def _explain(error: BaseException, output_dir: str | None) -> int:
 def _train(arguments: argparse.Namespace, config) -> int:
     import transformers
 
-    from fastppo.training.allocator import keep_freed_memory
+    from fastppo.training.allocator import keep_freed_memory, return_freed_memory
     from fastppo.training.progress import ProgressDisplay
     from fastppo.training.trainer import Trainer
 
     transformers.utils.logging.disable_progress_bar()
-    keep_freed_memory()
+    return_freed_memory() if _distributed() else keep_freed_memory()
     trainer = Trainer(config, resume=arguments.resume)
     if arguments.plain and trainer.ranks.rank == 0:
         trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)

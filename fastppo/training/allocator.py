@@ -1,4 +1,4 @@
-"""Keep memory freed by a training step for the next one.
+"""Keep memory freed by a training step for the next one, or, of several processes, return it.
 
 glibc returns freed memory to the system, and the next step gets it back page by page, zeroed: for SmolLM2-135M half a
 gigabyte of activations and gradients per update.
@@ -22,6 +22,18 @@ def keep_freed_memory() -> bool:
         Whether it took effect: False if the C library is not glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _mallopt((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2 * _LARGEST))
+
+
+def return_freed_memory() -> bool:
+    """Make glibc return freed blocks of 1 MiB and more at once: those of several processes on one machine add up.
+
+    Otherwise a rank keeps what it has gathered of the others' parameters.
+    """
+    return _mallopt((_M_MMAP_THRESHOLD, 2**20))
+
+
+def _mallopt(*settings: tuple[int, int]) -> bool:
     try:
         libc = ctypes.CDLL(None)
         if not hasattr(libc, "gnu_get_libc_version"):  # the constants are glibc's
@@ -30,5 +42,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2 * _LARGEST))
     return all(mallopt(name, value) for name, value in settings)
