@@ -1,13 +1,18 @@
 """Atomic, checksummed checkpoint folders of tensors and JSON values; no pickle.
 
     root/step-000010/
-        policy.safetensors ...   one file for each group of tensors
+        policy.safetensors ...   one file for each group of tensors; of several processes, one of each with its part:
+                                 policy-0.safetensors, policy-1.safetensors ...
         state.json               step counters, data position, controllers, schedulers
         config.json              the run's configuration
         manifest.json            written last: size and sha256 of every other file, and its own sha256
 
 A checkpoint is written to a hidden folder, its files are synced to disk, and one rename gives the folder its name. A
 process killed at any instant leaves it whole or absent. Older ones are deleted only after that rename is on disk.
+
+Several processes save and load together: every rank makes the same calls in the same order, and an error of one rank is
+raised on all. torch.distributed.checkpoint plans who writes what, and who reads what on another number of ranks. Its
+own files are not used: their metadata is a pickle.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,13 +30,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
+from torch.distributed.tensor import DTensor
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from fastppo.config_fields import NonNegativeInt
@@ -75,22 +86,82 @@ class Checkpoint:
     files: frozenset[str]
     """Names of the verified files."""
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
+    def tensors(self, group: str, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
         """Read a group's tensors into CPU memory, contiguous; tied tensors are one tensor again.
 
+        Args:
+            like: where this returns, for a tensor's name, a DTensor of its shape, the tensor is sharded as that one is,
+                and each rank reads only its part.
+
         Raises:
-            CheckpointError: there is no such group, or its file cannot be read.
+            CheckpointError: there is no such group, or its files cannot be read.
         """
-        with restoring(f"{self.path}: {group}.safetensors"):
-            if f"{group}.safetensors" not in self.files:
+        tensors: dict[str, Tensor] = {}
+        on_every_rank(lambda: self._read(group, like, tensors))
+        return tensors
+
+    def _read(self, group: str, like: Callable[[str], Tensor | None], tensors: dict[str, Tensor]) -> None:
+        pattern = re.compile(re.escape(group) + r"(-\d+)?\.safetensors")
+        names = sorted(name for name in self.files if pattern.fullmatch(name))
+        parts: dict[str, dict[torch.Size, Tensor]] = {}  # of each tensor, by offset
+        tied: dict[str, str] = {}
+        with restoring(f"{self.path}: {group}.safetensors"), contextlib.ExitStack() as stack:
+            if not names:
                 raise CheckpointError("is not part of the checkpoint")
-            with safe_open(self.path / f"{group}.safetensors", framework="pt", device="cpu") as file:
-                # safetensors maps the file; the clones outlive it.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                tied = json.loads(file.metadata()["tied"])
-            if both := sorted(tied.keys() & tensors.keys()):
+            for file in (stack.enter_context(safe_open(self.path / name, "pt", "cpu")) for name in names):
+                tied |= json.loads(file.metadata()["tied"])
+                offsets = json.loads(file.metadata().get("offsets", "{}"))
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_tensor(name)  # mapped, not read
+                    parts.setdefault(name, {})[torch.Size(offsets.get(name, [0] * part.ndim))] = part
+            if both := sorted(tied.keys() & parts.keys()):
                 raise CheckpointError(f"{quote(both[0])} is stored, and tied to another tensor as well")
-            return tensors | {name: tensors[kept] for name, kept in tied.items()}
+            saved = {name: _metadata(name, parts[name]) for name in sorted(parts)}
+            for name, stored in saved.items():
+                own, dtype = like(name), stored.properties.dtype
+                if isinstance(own, DTensor) and own.shape == stored.size:
+                    tensors[name] = torch.empty_like(own, dtype=dtype, device="cpu", requires_grad=False)
+                else:
+                    tensors[name] = torch.empty(stored.size, dtype=dtype)
+            for item in create_default_local_load_plan(tensors, Metadata(saved)).items:
+                name, offset = item.storage_index.fqn, item.storage_index.offset
+                target = tensors[name].to_local() if isinstance(tensors[name], DTensor) else tensors[name]
+                source = parts[name][offset][_slices(item.storage_offsets, item.lengths)]
+                target[_slices(item.dest_offsets, item.lengths)].copy_(source)
+            tensors |= {name: tensors[kept] for name, kept in tied.items()}
+
+
+T = TypeVar("T")
+
+
+def on_every_rank(function: Callable[[], T]) -> list[T]:
+    """What `function` returns on each rank; if it fails on one, the error of the lowest such rank is raised on all."""
+    if not dist.is_initialized():
+        return [function()]
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(), None
+    except Exception as error:
+        outcome = None, error
+    outcomes = [outcome] * num_ranks()
+    dist.all_gather_object(outcomes, outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, or its error, on every rank."""
+    return on_every_rank(function if rank() == 0 else lambda: None)[0]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def save_checkpoint(
@@ -109,8 +180,9 @@ def save_checkpoint(
         root: folder of a run's checkpoints; made if missing.
         step: number of completed steps, >= 0. A checkpoint of the same step is replaced, those of later steps stay.
         tensors: group -> name -> dense tensor, which nothing may modify meanwhile. Each group becomes
-            `<group>.safetensors`. Tied tensors (same memory, shape, strides and dtype) are stored once.
-        state, config: JSON values, of which floats keep every bit, NaN and infinities included.
+            `<group>.safetensors`. Tied tensors (same memory, shape, strides and dtype) are stored once. Of a DTensor,
+            each rank writes its part. Other tensors that several ranks have under one name are the same on all.
+        state, config: JSON values, of which floats keep every bit, NaN and infinities included. Rank 0's are saved.
         keep_last: number of checkpoints to keep, this one included, >= 1. Damaged ones do not count.
         keep_for: for each of these steps, also keep the newest checkpoint of that step or before.
 
@@ -122,42 +194,39 @@ def save_checkpoint(
         TypeError: a value that JSON cannot hold; the message names it.
     """
     root = Path(root)
-    _check_json(state, "state")
-    _check_json(config, "config")
-    writers: dict[str, Callable[[Path], Any]] = {
-        "state.json": partial(Path.write_bytes, data=_json_bytes(state)),
-        "config.json": partial(Path.write_bytes, data=_json_bytes(config)),
+    tied = {group: _tied(named) for group, named in tensors.items()}
+    stored = {
+        f"{group}/{name}": tensor.detach()
+        for group, named in tensors.items()
+        for name, tensor in named.items()
+        if name not in tied[group]
     }
-    num_bytes = 0
-    for group, named in tensors.items():
-        stored, tied = _without_shared_memory(named)
-        num_bytes += sum(tensor.nbytes for tensor in stored.values())
-        writers[f"{group}.safetensors"] = partial(save_file, stored, metadata={"tied": json.dumps(tied)})
-    for device in {tensor.device for named in tensors.values() for tensor in named.values() if tensor.is_cuda}:
+    for device in {tensor.device for tensor in stored.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the writers' threads do not wait for this thread's streams
-
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(stored)
     final = root / f"step-{step:06d}"
     try:
-        make_folder(root)
-        delete_temporary(root)
-        earlier = _folders(root)
-        same_step = [path for number, path in earlier if number == step]
-        attempt = int(same_step[-1].suffix[1:] or 0) + 1 if same_step else 0
-        target = final.with_suffix(f".{attempt}") if attempt else final
-        with atomic_folder(target) as folder:
-            with ThreadPoolExecutor(max_workers=8) as pool:
-                written = pool.map(lambda name: _write(folder / name, writers[name]), writers)
-                files = dict(zip(writers, written, strict=True))
-            manifest = _manifest_bytes({"format": FORMAT, "version": VERSION, "step": step, "files": files})
-            _write(folder / _MANIFEST, partial(Path.write_bytes, data=manifest))
+        with contextlib.ExitStack() as stack:
+            earlier, target, folder = on_first_rank(lambda: _begin(root, step, stack))
+            plans = on_every_rank(planner.create_local_plan)
+            plan = on_first_rank(lambda: planner.create_global_plan(plans)[0])[rank()]
+            documents = {"state": state, "config": config}
+            parts = on_every_rank(lambda: _write_part(folder, plan, planner, tied, documents))
+            files = {name: file for part in parts for name, file in part.items()}
+            on_first_rank(lambda: _finish(folder, {"step": step, "files": files}, stack))
     except OSError as error:
+        num_bytes = sum(tensor.nbytes for tensor in stored.values())
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         space = f" (it needs {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free)" if free < num_bytes else ""
         raise CheckpointError(
             f"{root}: the checkpoint of step {step} could not be saved: {error}{space}. Older checkpoints are untouched"
         ) from error
+    if rank() > 0:
+        return final
 
+    same_step = [path for number, path in earlier if number == step]
     try:
         for path in same_step:
             delete_folder(path)
@@ -181,8 +250,9 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
     Raises:
         CheckpointError: the folder exists but cannot be listed, or all are damaged; the message says how the newest is.
     """
+    root = Path(root)
     try:
-        folders = _folders(Path(root))
+        folders = on_first_rank(lambda: _folders(root))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -195,7 +265,7 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
             except CheckpointError as error:
                 damaged.append(error)
                 continue
-            for error in damaged:
+            for error in damaged if rank() == 0 else ():
                 warnings.warn(f"skipped a damaged checkpoint: {error}", FastPPOWarning, stacklevel=2)
             return found
     if damaged:
@@ -204,46 +274,17 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint's folder and verify the checksums of all its files.
+    """Open a checkpoint's folder and verify the checksums of all its files, which the ranks share among them.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or unreadable; the message names it.
     """
-    path = Path(path)
-    try:
-        manifest = _read_manifest(path)
-        if (found := _FOLDER.fullmatch(path.name)) and int(found[1]) != manifest["step"]:
-            raise CheckpointError(f"{path}: {_MANIFEST}: step is {manifest['step']}, unlike in the folder's name")
-        files = manifest["files"]
-        for name, file in files.items():
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path}: {name} is missing")
-            if (size := (path / name).stat().st_size) != file["size"]:
-                raise CheckpointError(f"{path}: {name} has {size} bytes, {file['size']} bytes were written")
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            for name, now in zip(files, pool.map(_size_and_hash, [path / name for name in files]), strict=True):
-                if now != files[name]:
-                    raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
-        trees = []
-        for name in ("state.json", "config.json"):
-            with restoring(f"{path}: {name}"):
-                trees.append(json.loads((path / name).read_bytes()))
-            if not isinstance(trees[-1], dict):
-                raise CheckpointError(f"{path}: {name}: expected an object, got {quote(trees[-1])}")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return Checkpoint(path, manifest["step"], *trees, frozenset(files))
+    return on_every_rank(lambda: _load(Path(path)))[rank()]
 
 
 def discard_checkpoints(root: Path, *, after: int) -> None:
     """Delete the checkpoints of steps later than `after`, the latest first; CheckpointError if that fails."""
-    try:
-        for step, path in reversed(_folders(Path(root))):
-            if step > after:
-                delete_folder(path)
-        sync(Path(root))
-    except OSError as error:
-        raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
+    on_first_rank(lambda: _discard(Path(root), after))
 
 
 @contextlib.contextmanager
@@ -293,6 +334,43 @@ def check_like(saved: Any, own: Any, key: str = "") -> None:
         raise CheckpointError(f"{where}{quote(saved)} is out of range")
 
 
+def _load(path: Path) -> Checkpoint:
+    try:
+        manifest = _read_manifest(path)
+        if (found := _FOLDER.fullmatch(path.name)) and int(found[1]) != manifest["step"]:
+            raise CheckpointError(f"{path}: {_MANIFEST}: step is {manifest['step']}, unlike in the folder's name")
+        files = manifest["files"]
+        for name, file in files.items():
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path}: {name} is missing")
+            if (size := (path / name).stat().st_size) != file["size"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes, {file['size']} bytes were written")
+        own = sorted(files, key=lambda name: files[name]["size"])[rank() :: num_ranks()]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for name, now in zip(own, pool.map(_size_and_hash, [path / name for name in own]), strict=True):
+                if now != files[name]:
+                    raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
+        trees = []
+        for name in ("state.json", "config.json"):
+            with restoring(f"{path}: {name}"):
+                trees.append(json.loads((path / name).read_bytes()))
+            if not isinstance(trees[-1], dict):
+                raise CheckpointError(f"{path}: {name}: expected an object, got {quote(trees[-1])}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return Checkpoint(path, manifest["step"], *trees, frozenset(files))
+
+
+def _discard(root: Path, after: int) -> None:
+    try:
+        for step, path in reversed(_folders(root)):
+            if step > after:
+                delete_folder(path)
+        sync(root)
+    except OSError as error:
+        raise CheckpointError(f"{root}: a checkpoint after step {after} cannot be deleted ({error})") from error
+
+
 def _check_json(value: Any, name: str) -> None:
     """Raise TypeError for values that JSON refuses or silently changes (tuples, integer keys)."""
     if isinstance(value, dict):
@@ -307,19 +385,90 @@ def _check_json(value: Any, name: str) -> None:
         raise TypeError(f"{name}: {type(value).__name__} is not a JSON value (dict, list, str, int, float, bool, None)")
 
 
-def _without_shared_memory(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as `save_file` needs them, contiguous and none in another's memory; and tied name -> stored name."""
-    stored, tied, names, storages = {}, {}, {}, set()
+def _tied(named: dict[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one of these -> that one's name. DTensors count as their own."""
+    tied, names = {}, {}
     for name, tensor in named.items():
-        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and names.setdefault(memory, name) != name:
-            tied[name] = names[memory]
-            continue
-        tensor = tensor.detach().contiguous()
+        if tensor.numel() and not isinstance(tensor, DTensor):
+            memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if names.setdefault(memory, name) != name:
+                tied[name] = names[memory]
+    return tied
+
+
+def _begin(root: Path, step: int, stack: contextlib.ExitStack) -> tuple[list[tuple[int, Path]], Path, Path]:
+    """Open a hidden folder; returns the earlier checkpoints, the name that it gets when `stack` closes, and it."""
+    make_folder(root)
+    delete_temporary(root)
+    earlier = _folders(root)
+    same_step = [path for number, path in earlier if number == step]
+    target = root / f"step-{step:06d}"
+    if same_step:
+        target = target.with_suffix(f".{int(same_step[-1].suffix[1:] or 0) + 1}")
+    return earlier, target, stack.enter_context(atomic_folder(target))
+
+
+def _write_part(
+    folder: Path,
+    plan: SavePlan,
+    planner: DefaultSavePlanner,
+    tied: dict[str, dict[str, str]],
+    documents: dict[str, Any],
+) -> dict[str, _File]:
+    """Write this rank's files; returns their sizes and hashes by name. The first rank has one of every group."""
+    writers: dict[str, Callable[[Path], Any]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    offsets: dict[str, dict[str, list[int]]] = {}
+    if rank() == 0:
+        parts = {group: {} for group in tied}
+        for name, tree in documents.items():
+            _check_json(tree, name)
+            writers[f"{name}.json"] = partial(Path.write_bytes, data=_json_bytes(tree))
+    for item in plan.items:
+        group, name = item.index.fqn.split("/", 1)
+        parts.setdefault(group, {})[name] = planner.resolve_data(item)
+        if any(item.index.offset):
+            offsets.setdefault(group, {})[name] = list(item.index.offset)
+    for group, named in parts.items():
+        metadata = {"tied": json.dumps(tied[group])}
+        if group in offsets:
+            metadata["offsets"] = json.dumps(offsets[group])
+        suffix = f"-{rank()}" if num_ranks() > 1 else ""
+        writers[f"{group}{suffix}.safetensors"] = partial(save_file, _separate(named), metadata=metadata)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(writers, pool.map(lambda name: _write(folder / name, writers[name]), writers), strict=True))
+
+
+def _finish(folder: Path, manifest: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    data = _manifest_bytes({"format": FORMAT, "version": VERSION, **manifest})
+    _write(folder / _MANIFEST, partial(Path.write_bytes, data=data))
+    stack.close()
+
+
+def _separate(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `save_file` needs them: contiguous, and none in another's memory."""
+    separate, storages = {}, set()
+    for name, tensor in named.items():
+        tensor = tensor.contiguous()
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        stored[name] = tensor.clone() if storage in storages else tensor
+        separate[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    return stored, tied
+    return separate
+
+
+def _metadata(name: str, parts: dict[torch.Size, Tensor]) -> TensorStorageMetadata:
+    """The metadata of a tensor that is stored in parts, by their offsets."""
+    ends = ([start + length for start, length in zip(at, part.shape, strict=True)] for at, part in parts.items())
+    size = torch.Size(map(max, zip(*ends, strict=True)))
+    dtypes = {part.dtype for part in parts.values()}
+    if len(dtypes) > 1 or sum(part.numel() for part in parts.values()) != math.prod(size):
+        raise CheckpointError(f"the parts of {quote(name)} do not make a whole")
+    chunks = [ChunkStorageMetadata(at, part.shape) for at, part in parts.items()]
+    return TensorStorageMetadata(TensorProperties(dtype=dtypes.pop()), size, chunks)
+
+
+def _slices(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
@@ -328,6 +477,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
         write(path)
         with contextlib.suppress(OSError):  # safetensors makes files that only their owner can read
             os.chmod(path, path.parent.stat().st_mode & 0o666)
+        sync(path)  # here, since another machine's sync would not reach what this one has written
         return _size_and_hash(path)
 
 

@@ -76,6 +76,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, {"state_dict": packed, "shapes": _shapes(optimizer)}
 
 
+def parameter_of_state(optimizer: torch.optim.Optimizer, name: str) -> Tensor | None:
+    """The parameter that a state belongs to, by its name in `optimizer_tensors`; None for a name that is no state's."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = name.split(".")[1] if name.startswith("state.") else ""
+    return parameters[int(number)] if number.isdecimal() and int(number) < len(parameters) else None
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Restore what `optimizer_tensors` returned, hyperparameters included, to the bit and on the optimizer's devices.
 

@@ -41,6 +41,8 @@ from fastppo.training.checkpoint import (
     check_like,
     discard_checkpoints,
     find_checkpoint,
+    on_every_rank,
+    rank,
     restoring,
     save_checkpoint,
 )
@@ -69,6 +71,7 @@ from fastppo.training.optim import (
     build_scheduler,
     load_optimizer,
     optimizer_tensors,
+    parameter_of_state,
     scale_learning_rate,
 )
 from fastppo.training.progress import ProgressDisplay
@@ -560,11 +563,12 @@ class Trainer:
         self._check_parameters()
         state = self._step_start or self._state()
         optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
+        generators = {_rng_group(rank): each for rank, each in enumerate(on_every_rank(lambda: state["state"]["rng"]))}
         save_checkpoint(
             self.output_dir / CHECKPOINTS,
             self.step,
-            tensors={**self._saved_parameters(), "optimizer": optimizer, "rng": state["rng"]},
-            state=state["state"] | {"optimizer": optimizer_meta},
+            tensors={**self._saved_parameters(), "optimizer": optimizer, _rng_group(rank()): state["rng"]},
+            state=state["state"] | generators | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
             keep_for=self.watch.good_steps,
@@ -604,7 +608,7 @@ class Trainer:
         """Restore all state; returns alarms of an evaluation after the checkpoint, which still have to be acted on."""
         path, state = checkpoint.path, checkpoint.state
         for group, parameters in self._saved_parameters().items():
-            saved = checkpoint.tensors(group)
+            saved = checkpoint.tensors(group, parameters.get)
             with restoring(f"{path}: {group}.safetensors"), torch.no_grad():
                 if wrong := sorted(saved.keys() ^ parameters.keys()):
                     there = "is no parameter of this model" if wrong[0] in saved else "is missing"
@@ -614,7 +618,7 @@ class Trainer:
                     if was != now:
                         raise CheckpointError(f"{quote(name)} is {was[0]} {was[1]}, this model's is {now[0]} {now[1]}")
                     parameter.copy_(saved[name])
-        tensors = checkpoint.tensors("optimizer")
+        tensors = checkpoint.tensors("optimizer", partial(parameter_of_state, self.optimizer))
         with restoring(f"{path}: optimizer"):
             load_optimizer(self.optimizer, tensors, state["optimizer"])
         for name in STATEFUL:
@@ -626,9 +630,11 @@ class Trainer:
         with restoring(f"{path}: state.json: scheduler"):
             if self.scheduler.last_epoch != checkpoint.step + 1:  # would be another step's learning rate
                 raise CheckpointError(f"last_epoch is {self.scheduler.last_epoch}, expected {checkpoint.step + 1}")
-        tensors = checkpoint.tensors("rng")
-        with restoring(f"{path}: rng"):
-            set_rng_state(tensors, state["rng"])
+        group = _rng_group(rank())
+        group = group if group in state else _rng_group(0)  # a rank that the saved run did not have
+        tensors = checkpoint.tensors(group)
+        with restoring(f"{path}: {group}"):
+            set_rng_state(tensors, state[group])
         self.step = self._saved_step = checkpoint.step
         rows = [row for row in read_metrics(self.output_dir / METRICS_FILE) if row["step"] <= self.step]
         rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
@@ -666,6 +672,11 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _rng_group(rank: int) -> str:
+    """Where a checkpoint has the random-number states of a rank."""
+    return f"rng{rank or ''}"
 
 
 def _check_packages(config: Config) -> None:
