@@ -109,8 +109,9 @@ class Checkpoint:
             if not names:
                 raise CheckpointError("is not part of the checkpoint")
             for file in (stack.enter_context(safe_open(self.path / name, "pt", "cpu")) for name in names):
-                tied |= json.loads(file.metadata()["tied"])
-                offsets = json.loads(file.metadata().get("offsets", "{}"))
+                metadata = file.metadata()
+                tied |= json.loads(metadata.get("tied", "{}"))
+                offsets = json.loads(metadata.get("offsets", "{}"))
                 for name in file.keys():  # noqa: SIM118
                     part = file.get_tensor(name)  # mapped, not read
                     parts.setdefault(name, {})[torch.Size(offsets.get(name, [0] * part.ndim))] = part
@@ -180,8 +181,8 @@ def save_checkpoint(
         root: folder of a run's checkpoints; made if missing.
         step: number of completed steps, >= 0. A checkpoint of the same step is replaced, those of later steps stay.
         tensors: group -> name -> dense tensor, which nothing may modify meanwhile. Each group becomes
-            `<group>.safetensors`. Tied tensors (same memory, shape, strides and dtype) are stored once. Of a DTensor,
-            each rank writes its part. Other tensors that several ranks have under one name are the same on all.
+            `<group>.safetensors`. One process stores tied tensors (same memory, shape, strides and dtype) once. Of a
+            DTensor each rank writes its part. Other tensors that ranks have under one name are the same on all.
         state, config: JSON values, of which floats keep every bit, NaN and infinities included. Rank 0's are saved.
         keep_last: number of checkpoints to keep, this one included, >= 1. Damaged ones do not count.
         keep_for: for each of these steps, also keep the newest checkpoint of that step or before.
@@ -194,7 +195,7 @@ def save_checkpoint(
         TypeError: a value that JSON cannot hold; the message names it.
     """
     root = Path(root)
-    tied = {group: _tied(named) for group, named in tensors.items()}
+    tied = {group: _tied(named) if num_ranks() == 1 else {} for group, named in tensors.items()}
     stored = {
         f"{group}/{name}": tensor.detach()
         for group, named in tensors.items()
@@ -386,7 +387,7 @@ def _check_json(value: Any, name: str) -> None:
 
 
 def _tied(named: dict[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are another one of these -> that one's name. DTensors count as their own."""
+    """Names of tensors that are another one of these -> that one's name; DTensors, without memory to see, are not."""
     tied, names = {}, {}
     for name, tensor in named.items():
         if tensor.numel() and not isinstance(tensor, DTensor):
@@ -430,9 +431,9 @@ def _write_part(
         if any(item.index.offset):
             offsets.setdefault(group, {})[name] = list(item.index.offset)
     for group, named in parts.items():
-        metadata = {"tied": json.dumps(tied[group])}
-        if group in offsets:
-            metadata["offsets"] = json.dumps(offsets[group])
+        # Of two entries safetensors would write either one first, and the same tensors have two hashes.
+        metadata = {"offsets": offsets[group]} if group in offsets else {"tied": tied[group]}
+        metadata = {name: json.dumps(value) for name, value in metadata.items()}
         suffix = f"-{rank()}" if num_ranks() > 1 else ""
         writers[f"{group}{suffix}.safetensors"] = partial(save_file, _separate(named), metadata=metadata)
     with ThreadPoolExecutor(max_workers=8) as pool:
