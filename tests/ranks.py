@@ -52,6 +52,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
 
 def _run(rank: int, num_ranks: int, store: str, report: Any, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{num_ranks}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # which the group below does without
     if num_ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     try:

@@ -30,10 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,6 +43,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from torch.distributed.tensor import DTensor
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from fastppo.algorithms.ranks import Ranks
 from fastppo.config_fields import NonNegativeInt
 from fastppo.engines.dispatch import FastPPOWarning
 from fastppo.errors import FastPPOError, one_line, quote
@@ -51,6 +51,7 @@ from fastppo.training.files import atomic_folder, delete_folder, delete_temporar
 
 FORMAT, VERSION = "fastppo-checkpoint", 1
 _MANIFEST = "manifest.json"
+_ONE = Ranks()
 # A step saved again is `step-000010.1` until its predecessor is deleted, so that one of the two is always there.
 _FOLDER = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
 
@@ -85,6 +86,8 @@ class Checkpoint:
     config: dict[str, Any]
     files: frozenset[str]
     """Names of the verified files."""
+    ranks: Ranks
+    """Those that read it together."""
 
     def tensors(self, group: str, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
         """Read a group's tensors into CPU memory, contiguous; tied tensors are one tensor again.
@@ -97,7 +100,8 @@ class Checkpoint:
             CheckpointError: there is no such group, or its files cannot be read.
         """
         tensors: dict[str, Tensor] = {}
-        on_every_rank(lambda: self._read(group, like, tensors))
+        with self.ranks.agreed():
+            self._read(group, like, tensors)
         return tensors
 
     def _read(self, group: str, like: Callable[[str], Tensor | None], tensors: dict[str, Tensor]) -> None:
@@ -132,39 +136,6 @@ class Checkpoint:
             tensors |= {name: tensors[kept] for name, kept in tied.items()}
 
 
-T = TypeVar("T")
-
-
-def on_every_rank(function: Callable[[], T]) -> list[T]:
-    """What `function` returns on each rank; if it fails on one, the error of the lowest such rank is raised on all."""
-    if not dist.is_initialized():
-        return [function()]
-    outcome: tuple[Any, Exception | None]
-    try:
-        outcome = function(), None
-    except Exception as error:
-        outcome = None, error
-    outcomes = [outcome] * num_ranks()
-    dist.all_gather_object(outcomes, outcome)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]
-
-
-def on_first_rank(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, or its error, on every rank."""
-    return on_every_rank(function if rank() == 0 else lambda: None)[0]
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def save_checkpoint(
     root: Path,
     step: int,
@@ -174,6 +145,7 @@ def save_checkpoint(
     config: dict[str, Any],
     keep_last: int,
     keep_for: Collection[int] = (),
+    ranks: Ranks = _ONE,
 ) -> Path:
     """Write a checkpoint, then delete old ones. On return it survives a crash of the process or the machine.
 
@@ -186,6 +158,7 @@ def save_checkpoint(
         state, config: JSON values, of which floats keep every bit, NaN and infinities included. Rank 0's are saved.
         keep_last: number of checkpoints to keep, this one included, >= 1. Damaged ones do not count.
         keep_for: for each of these steps, also keep the newest checkpoint of that step or before.
+        ranks: those that write it together.
 
     Returns:
         The checkpoint's folder, `root/step-<step, six digits>`.
@@ -195,7 +168,7 @@ def save_checkpoint(
         TypeError: a value that JSON cannot hold; the message names it.
     """
     root = Path(root)
-    tied = {group: _tied(named) if num_ranks() == 1 else {} for group, named in tensors.items()}
+    tied = {group: _tied(named) if ranks.size == 1 else {} for group, named in tensors.items()}
     stored = {
         f"{group}/{name}": tensor.detach()
         for group, named in tensors.items()
@@ -209,13 +182,13 @@ def save_checkpoint(
     final = root / f"step-{step:06d}"
     try:
         with contextlib.ExitStack() as stack:
-            earlier, target, folder = on_first_rank(lambda: _begin(root, step, stack))
-            plans = on_every_rank(planner.create_local_plan)
-            plan = on_first_rank(lambda: planner.create_global_plan(plans)[0])[rank()]
+            earlier, target, folder = ranks.first(lambda: _begin(root, step, stack))
+            plans = ranks.each(planner.create_local_plan)
+            plan = ranks.first(lambda: planner.create_global_plan(plans)[0])[ranks.rank]
             documents = {"state": state, "config": config}
-            parts = on_every_rank(lambda: _write_part(folder, plan, planner, tied, documents))
+            parts = ranks.each(lambda: _write_part(folder, plan, planner, tied, documents, ranks))
             files = {name: file for part in parts for name, file in part.items()}
-            on_first_rank(lambda: _finish(folder, {"step": step, "files": files}, stack))
+            ranks.first(lambda: _finish(folder, {"step": step, "files": files}, stack))
     except OSError as error:
         num_bytes = sum(tensor.nbytes for tensor in stored.values())
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
@@ -224,7 +197,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"{root}: the checkpoint of step {step} could not be saved: {error}{space}. Older checkpoints are untouched"
         ) from error
-    if rank() > 0:
+    if ranks.rank > 0:
         return final
 
     same_step = [path for number, path in earlier if number == step]
@@ -243,7 +216,7 @@ def save_checkpoint(
     return target
 
 
-def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | None:
+def find_checkpoint(root: Path, *, until: int | None = None, ranks: Ranks = _ONE) -> Checkpoint | None:
     """Return the newest undamaged checkpoint (not after step `until`), or None if there is none at all.
 
     A FastPPOWarning tells of each damaged one that is passed over.
@@ -253,7 +226,7 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
     """
     root = Path(root)
     try:
-        folders = on_first_rank(lambda: _folders(root))
+        folders = ranks.first(lambda: _folders(root))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -262,11 +235,11 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
     for step, path in reversed(folders):
         if until is None or step <= until:
             try:
-                found = load_checkpoint(path)
+                found = load_checkpoint(path, ranks)
             except CheckpointError as error:
                 damaged.append(error)
                 continue
-            for error in damaged if rank() == 0 else ():
+            for error in damaged if ranks.rank == 0 else ():
                 warnings.warn(f"skipped a damaged checkpoint: {error}", FastPPOWarning, stacklevel=2)
             return found
     if damaged:
@@ -274,18 +247,43 @@ def find_checkpoint(root: Path, *, until: int | None = None) -> Checkpoint | Non
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint's folder and verify the checksums of all its files, which the ranks share among them.
+def load_checkpoint(path: Path, ranks: Ranks = _ONE) -> Checkpoint:
+    """Open a checkpoint's folder and verify the checksums of all its files, of which each rank reads its share.
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or unreadable; the message names it.
     """
-    return on_every_rank(lambda: _load(Path(path)))[rank()]
+    path = Path(path)
+    with ranks.agreed():
+        try:
+            manifest = _read_manifest(path)
+            if (found := _FOLDER.fullmatch(path.name)) and int(found[1]) != manifest["step"]:
+                raise CheckpointError(f"{path}: {_MANIFEST}: step is {manifest['step']}, unlike in the folder's name")
+            files = manifest["files"]
+            for name, file in files.items():
+                if not (path / name).is_file():
+                    raise CheckpointError(f"{path}: {name} is missing")
+                if (size := (path / name).stat().st_size) != file["size"]:
+                    raise CheckpointError(f"{path}: {name} has {size} bytes, {file['size']} bytes were written")
+            own = sorted(files, key=lambda name: files[name]["size"])[ranks.rank :: ranks.size]
+            with ThreadPoolExecutor(max_workers=8) as pool:
+                for name, now in zip(own, pool.map(_size_and_hash, [path / name for name in own]), strict=True):
+                    if now != files[name]:
+                        raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
+            trees = []
+            for name in ("state.json", "config.json"):
+                with restoring(f"{path}: {name}"):
+                    trees.append(json.loads((path / name).read_bytes()))
+                if not isinstance(trees[-1], dict):
+                    raise CheckpointError(f"{path}: {name}: expected an object, got {quote(trees[-1])}")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return Checkpoint(path, manifest["step"], *trees, frozenset(files), ranks)
 
 
-def discard_checkpoints(root: Path, *, after: int) -> None:
+def discard_checkpoints(root: Path, *, after: int, ranks: Ranks = _ONE) -> None:
     """Delete the checkpoints of steps later than `after`, the latest first; CheckpointError if that fails."""
-    on_first_rank(lambda: _discard(Path(root), after))
+    ranks.first(lambda: _discard(Path(root), after))
 
 
 @contextlib.contextmanager
@@ -333,33 +331,6 @@ def check_like(saved: Any, own: Any, key: str = "") -> None:
             check_like(item, value, f"{key}.{index}")
     elif isinstance(saved, int) and not -(2**63) <= saved < 2**63:
         raise CheckpointError(f"{where}{quote(saved)} is out of range")
-
-
-def _load(path: Path) -> Checkpoint:
-    try:
-        manifest = _read_manifest(path)
-        if (found := _FOLDER.fullmatch(path.name)) and int(found[1]) != manifest["step"]:
-            raise CheckpointError(f"{path}: {_MANIFEST}: step is {manifest['step']}, unlike in the folder's name")
-        files = manifest["files"]
-        for name, file in files.items():
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path}: {name} is missing")
-            if (size := (path / name).stat().st_size) != file["size"]:
-                raise CheckpointError(f"{path}: {name} has {size} bytes, {file['size']} bytes were written")
-        own = sorted(files, key=lambda name: files[name]["size"])[rank() :: num_ranks()]
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            for name, now in zip(own, pool.map(_size_and_hash, [path / name for name in own]), strict=True):
-                if now != files[name]:
-                    raise CheckpointError(f"{path}: {name} has changed since it was written (sha256 differs)")
-        trees = []
-        for name in ("state.json", "config.json"):
-            with restoring(f"{path}: {name}"):
-                trees.append(json.loads((path / name).read_bytes()))
-            if not isinstance(trees[-1], dict):
-                raise CheckpointError(f"{path}: {name}: expected an object, got {quote(trees[-1])}")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return Checkpoint(path, manifest["step"], *trees, frozenset(files))
 
 
 def _discard(root: Path, after: int) -> None:
@@ -415,12 +386,13 @@ def _write_part(
     planner: DefaultSavePlanner,
     tied: dict[str, dict[str, str]],
     documents: dict[str, Any],
+    ranks: Ranks,
 ) -> dict[str, _File]:
     """Write this rank's files; returns their sizes and hashes by name. The first rank has one of every group."""
     writers: dict[str, Callable[[Path], Any]] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     offsets: dict[str, dict[str, list[int]]] = {}
-    if rank() == 0:
+    if ranks.rank == 0:
         parts = {group: {} for group in tied}
         for name, tree in documents.items():
             _check_json(tree, name)
@@ -434,7 +406,7 @@ def _write_part(
         # Of two entries safetensors would write either one first, and the same tensors have two hashes.
         metadata = {"offsets": offsets[group]} if group in offsets else {"tied": tied[group]}
         metadata = {name: json.dumps(value) for name, value in metadata.items()}
-        suffix = f"-{rank()}" if num_ranks() > 1 else ""
+        suffix = f"-{ranks.rank}" if ranks.size > 1 else ""
         writers[f"{group}{suffix}.safetensors"] = partial(save_file, _separate(named), metadata=metadata)
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(writers, pool.map(lambda name: _write(folder / name, writers[name]), writers), strict=True))

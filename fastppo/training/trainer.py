@@ -41,8 +41,6 @@ from fastppo.training.checkpoint import (
     check_like,
     discard_checkpoints,
     find_checkpoint,
-    on_every_rank,
-    rank,
     restoring,
     save_checkpoint,
 )
@@ -149,8 +147,8 @@ class Trainer:
     def _build(self, rewards: Sequence[Callable[..., Sequence[float]]] | None) -> None:
         """Load and build all that a run needs, and restore the checkpoint that it goes on from."""
         config = self.config
+        checkpoint = self._find_checkpoint()
         with self.ranks.agreed():
-            checkpoint = self._find_checkpoint()
             seed_everything(config.seed)
             inputs = Inputs(config, device=self.device, rewards=rewards)
         self.tokenizer, self.rewards, self.data = inputs.tokenizer, inputs.rewards, inputs.data
@@ -487,7 +485,7 @@ class Trainer:
 
     def _find_good(self, step: int) -> Checkpoint | None:
         try:
-            return find_checkpoint(self.output_dir / CHECKPOINTS, until=step)
+            return find_checkpoint(self.output_dir / CHECKPOINTS, until=step, ranks=self.ranks)
         except CheckpointError as error:
             self.progress.print(str(error))
             return None
@@ -505,7 +503,7 @@ class Trainer:
         scale_learning_rate(self.optimizer, self.scheduler, self.watch.rolled_back(before, self.config.watch.lr_factor))
         digest = hashlib.sha256(f"{self.config.seed}/rollback {self.watch.rollbacks}".encode()).digest()
         seed_everything(int.from_bytes(digest[:8], "little"))
-        discard_checkpoints(self.output_dir / CHECKPOINTS, after=checkpoint.step)
+        discard_checkpoints(self.output_dir / CHECKPOINTS, after=checkpoint.step, ranks=self.ranks)
         self._checkpoint()
         with self.ranks.agreed():
             logger.rewind(checkpoint.step)
@@ -563,15 +561,18 @@ class Trainer:
         self._check_parameters()
         state = self._step_start or self._state()
         optimizer, optimizer_meta = optimizer_tensors(self.optimizer)
-        generators = {_rng_group(rank): each for rank, each in enumerate(on_every_rank(lambda: state["state"]["rng"]))}
+        generators = {
+            _rng_group(rank): each for rank, each in enumerate(self.ranks.each(lambda: state["state"]["rng"]))
+        }
         save_checkpoint(
             self.output_dir / CHECKPOINTS,
             self.step,
-            tensors={**self._saved_parameters(), "optimizer": optimizer, _rng_group(rank()): state["rng"]},
+            tensors={**self._saved_parameters(), "optimizer": optimizer, _rng_group(self.ranks.rank): state["rng"]},
             state=state["state"] | generators | {"optimizer": optimizer_meta},
             config=to_dict(self.config),
             keep_last=self.config.checkpoint.keep_last,
             keep_for=self.watch.good_steps,
+            ranks=self.ranks,
         )
         self._saved_step = self.step
 
@@ -586,14 +587,13 @@ class Trainer:
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from, if any; raises rather than mix two runs in one folder."""
         root = self.output_dir / CHECKPOINTS
-        saved = any(root.glob("step-*"))
         if not self._resume:
-            if saved or (self.output_dir / FINAL).exists():
+            if self.ranks.first(lambda: any(root.glob("step-*")) or (self.output_dir / FINAL).exists()):
                 raise CheckpointError(
                     f"{self.output_dir}: holds an earlier run; continue it with --resume, or choose another output_dir"
                 )
             return None
-        checkpoint = find_checkpoint(root)
+        checkpoint = find_checkpoint(root, ranks=self.ranks)
         if checkpoint is not None:
             with restoring(f"{checkpoint.path}: config.json"):
                 check_same_run(checkpoint.config, to_dict(self.config))
@@ -630,7 +630,7 @@ class Trainer:
         with restoring(f"{path}: state.json: scheduler"):
             if self.scheduler.last_epoch != checkpoint.step + 1:  # would be another step's learning rate
                 raise CheckpointError(f"last_epoch is {self.scheduler.last_epoch}, expected {checkpoint.step + 1}")
-        group = _rng_group(rank())
+        group = _rng_group(self.ranks.rank)
         group = group if group in state else _rng_group(0)  # a rank that the saved run did not have
         tensors = checkpoint.tensors(group)
         with restoring(f"{path}: {group}"):

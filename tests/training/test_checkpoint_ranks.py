@@ -1,6 +1,7 @@
 """Checkpoints of several processes: equal bits on any number of ranks, and whole whatever happens to one of them."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -20,10 +21,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fastppo.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, rank, save_checkpoint
+from fastppo.algorithms.ranks import Ranks
+from fastppo.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from fastppo.training.distributed.processes import Processes
 from fastppo.training.optim import load_optimizer, optimizer_tensors, parameter_of_state
 
 pytestmark = pytest.mark.slow
+
+
+def all_ranks():
+    return Processes(torch.device("cpu")) if dist.is_initialized() else Ranks()
+
+
+def rank():
+    return all_ranks().rank
+
+
+def save(root, step, tensors, state, keep_last=2):
+    save_checkpoint(root, step, tensors=tensors, state=state, config={}, keep_last=keep_last, ranks=all_ranks())
+
+
+def find(root):
+    return find_checkpoint(root, ranks=all_ranks())
 
 
 def fingerprint(tensors):
@@ -75,10 +94,10 @@ class Run:
     def save(self, root):
         tensors, meta = optimizer_tensors(self.optimizer)
         groups = {"policy": self.parameters, "optimizer": tensors}
-        save_checkpoint(root, self.step, tensors=groups, state={"optimizer": meta}, config={}, keep_last=9)
+        save(root, self.step, groups, {"optimizer": meta}, keep_last=9)
 
     def load(self, root):
-        found = find_checkpoint(root)
+        found = find(root)
         saved = found.tensors("policy", self.parameters.get)
         assert saved.keys() == self.parameters.keys()
         with torch.no_grad():
@@ -180,11 +199,11 @@ def place(tensors, dim):
 def save_tensors(root, dim):
     own = {f"rank {rank()}": torch.tensor([rank()])}
     groups = {"policy": place(build_tensors(), dim), "own": own, "empty": {}}
-    save_checkpoint(root, 1, tensors=groups, state={"rank": rank()}, config={}, keep_last=1)
+    save(root, 1, groups, {"rank": rank()})
 
 
 def load_tensors(root, dim):
-    found, target = find_checkpoint(root), place(build_tensors(), dim)
+    found, target = find(root), place(build_tensors(), dim)
     loaded = found.tensors("policy", target.get)
     assert [name for name in target if isinstance(loaded[name], DTensor) != isinstance(target[name], DTensor)] == []
     local = [{name: getattr(t, "_local_tensor", t) for name, t in each.items()} for each in (loaded, target)]
@@ -207,7 +226,7 @@ def test_tensors_of_every_kind(tmp_path):
 
 def save_small(root, step, size=1001):
     tensors = {"policy": place({"weight": torch.full((size, 3), float(step)), "plain": torch.zeros(2)}, 0)}
-    save_checkpoint(root, step, tensors=tensors, state={"step": step}, config={}, keep_last=2)
+    save(root, step, tensors, {"step": step})
 
 
 def find_small(root):
@@ -215,9 +234,9 @@ def find_small(root):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = find_checkpoint(root)
+            found = find(root)
             weight = found.tensors("policy", place({"weight": torch.empty(1001, 3), "plain": torch.zeros(2)}, 0).get)
-            assert all((weight["weight"] == found.step).full_tensor().flatten().tolist())
+            assert (weight["weight"] == found.step).full_tensor().all()
             result = found.step
         except CheckpointError as error:
             result = str(error)
@@ -283,7 +302,7 @@ def test_a_full_disk_on_one_rank(tmp_path, full):
 def save_what_json_cannot_hold(root):
     state = {"bad": {1: 2}} if rank() == 0 else {}
     with pytest.raises(TypeError, match=r"state\.bad: the key 1 is a int"):
-        save_checkpoint(root, 1, tensors={}, state=state, config={}, keep_last=1)
+        save(root, 1, {}, state)
 
 
 def test_a_bad_value_is_named_on_every_rank(tmp_path):
@@ -292,10 +311,8 @@ def test_a_bad_value_is_named_on_every_rank(tmp_path):
 
 
 def save_on(root):
-    step = 0
-    found = find_checkpoint(root)
-    while True:
-        step = (step or (found.step if found else 0)) + 1
+    found = find(root)
+    for step in itertools.count(found.step + 1 if found else 1):
         save_small(root, step)
         (root.parent / f"saved by {rank()}").write_text(f"{step}")
 
