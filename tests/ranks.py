@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["pytest", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "fastppo.training.trainer"]
-)
+_CONTEXT.set_forkserver_preload([
+    "pytest", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.optimization",
+    "transformers.convert_slow_tokenizer", "peft", "fastppo.training.trainer",
+])  # fmt: skip
+_SERVER = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
 
 
 def start_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
@@ -25,7 +27,7 @@ def start_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -
     with tempfile.NamedTemporaryFile(delete=False) as store:
         pass
     started = []
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the server, which starts here
+    with mock.patch.dict(os.environ, _SERVER):  # which starts here
         for rank in range(num_ranks):
             reader, writer = _CONTEXT.Pipe(duplex=False)
             given = (rank, num_ranks, store.name, writer, function, arguments)
