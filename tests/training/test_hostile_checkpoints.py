@@ -96,16 +96,21 @@ def in_manifest(change):
     return apply
 
 
-def in_tensors(group, change, tied=None):
+def in_tensors(group, change, tied=None, offsets=None):
     def apply(path):
         with safe_open(path / f"{group}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata())
         change(tensors)
-        save_file(tensors, path / f"{group}.safetensors", metadata | ({} if tied is None else {"tied": tied}))
+        metadata |= {name: text for name, text in (("tied", tied), ("offsets", offsets)) if text is not None}
+        save_file(tensors, path / f"{group}.safetensors", metadata)
         seal(path)
 
     return apply
+
+
+def at(offset):
+    return in_tensors("policy", lambda tensors: None, offsets=offset if "{" in offset else f'{{"{EMBED}": {offset}}}')
 
 
 def replaced(name, data):
@@ -244,6 +249,12 @@ MUTATIONS = {
         in_tensors("policy", lambda t: None, json.dumps({EMBED: "model.norm.weight"})),
         f"policy.safetensors: '{EMBED}' is stored",
     ),
+    "offsets are no JSON": (at("{"), "policy.safetensors: "),
+    **{f"offset is {o}": (at(o), "policy.safetensors: ") for o in ('"x"', "null", "[0]", "[0, 0.5]", "[[], 0]")},
+    "offset is huge": (at(f"[{2**63}, 0]"), "policy.safetensors: "),
+    "offset is large": (at(f"[{2**62}, 0]"), f"policy.safetensors: the parts of '{EMBED}'"),
+    "offset is negative": (at("[-1, 0]"), f"policy.safetensors: the parts of '{EMBED}'"),
+    "offset leaves a gap": (at("[0, 1]"), f"policy.safetensors: the parts of '{EMBED}'"),
     "moment of another shape": (in_tensors("optimizer", put("state.0.exp_avg", lambda t: t[:1])), "state.0.exp_avg"),
     "moment of integers": (in_tensors("optimizer", put("state.0.exp_avg", torch.Tensor.int)), "state.0.exp_avg"),
     "vector for a step": (in_tensors("optimizer", put("state.1.step", lambda t: t.repeat(9))), "state.1.step"),
