@@ -85,6 +85,11 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             f"distributed.strategy: {config.algorithm} needs all parameters on every rank, which fsdp2 shards; take "
             "adapters (model.lora), or distributed.strategy: replicate"
         )
+    if strategy == "fsdp2" and config.optim.name == "adamw_8bit":
+        raise ConfigError(
+            "optim.name: adamw_8bit (bitsandbytes) cannot update parameters that fsdp2 shards; set optim.name: adamw, "
+            "or distributed.strategy: replicate"
+        )
     if strategy == "replicate":
         ranks = open_replicas(device)
     else:

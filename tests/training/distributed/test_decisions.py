@@ -67,6 +67,7 @@ def refused(world, out):
 
     assert "3 prompts cannot be divided among 2 processes" in message(rollout__num_prompts=3)
     assert "trpo needs all parameters on every rank" in message(algorithm="trpo")
+    assert "adamw_8bit (bitsandbytes) cannot update" in message(optim__name="adamw_8bit")
     offload = {"distributed__cpu_offload": True, "model__lora": LORA}
     assert "cpu_offload: has no effect" in message(**offload)
     assert "seed: 5 on rank 1, 0 on rank 0" in message(seed=on_rank_1(5, 0))

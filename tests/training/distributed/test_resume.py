@@ -20,7 +20,7 @@ from fastppo.training.optim import optimizer_tensors
 pytestmark = pytest.mark.slow
 
 RUNS = {
-    "sharded": {"model__value_model": "separate"},
+    "sharded": {"model__value_model": "separate", "ppo__reference_refresh_steps": 1},
     "adapters": {"model__lora": {"r": 4}},
 }
 
