@@ -72,3 +72,20 @@ def test_on_as_many_ranks_the_run_goes_on_to_the_same_bits(world):
         stopped = run_ranks(2, go_on, world, world / "stopped", steps, [noise], RUNS["sharded"])
     assert stopped[0][1] == stopped[1][1] == straight[0][1]
     assert metrics_of(world / "stopped") == metrics_of(world / "straight")
+
+
+def roll_back(world: Path, out: Path) -> tuple[int, dict[str, str]]:
+    module.write_report = lambda folder: folder / "report.html"
+    rule = {"metric": "kl/reference", "above": 5.0, "action": "rollback"}
+    # At this learning rate one step ruins the model.
+    changes = {"optim__learning_rate": 0.3, "watch__lr_factor": 0.003, "watch__rules": [rule]}
+    trainer = module.Trainer(config(world, out, checkpoint__every=1, **changes))
+    assert trainer.train().step == 3
+    return trainer.watch.rollbacks, bits(trainer.learner.parameters())
+
+
+def test_ranks_roll_back_together(world):
+    first, second = run_ranks(2, roll_back, world, world / "rolled back")
+    assert first == second
+    assert first[0] > 0
+    assert [row["step"] for row in metrics_of(world / "rolled back")] == [1, 2, 3]
