@@ -239,7 +239,7 @@ def test_commands_parse(block, folder, monkeypatch, capsys):
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 PATH = re.compile(r"(?<![\w/.-])((?:fastppo|kernels|csrc|tests|benchmarks|docs|examples)/[\w/.-]*\w|\.ci/run)")
-SECTIONS = "model|data|rollout|reinforce|actor_critic|ppo|trpo|npg|cpi|optim|eval|checkpoint|watch"
+SECTIONS = "model|distributed|data|rollout|reinforce|actor_critic|ppo|trpo|npg|cpi|optim|eval|checkpoint|watch"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from fastppo.ops.checks import ARGUMENTS
 from fastppo.training.config import ALGORITHMS, Config, ConfigError, build_config, load_config, to_dict
 from fastppo.training.config_keys import documented_keys, explain, overview
+from fastppo.training.rewards import build_rewards
 
 BASE = {
     "model": {"name_or_path": "m"},
@@ -348,3 +350,25 @@ def test_the_examples_are_valid():
     for path in examples:
         data = load_config(path).data
         assert all((path.parents[1] / source).exists() for source in (data.train, data.eval) if source)
+
+
+def test_the_large_example_is_valid_and_can_be_divided():
+    """Without its model and prompts; its reward, whose file is named as from the repository's root, is loaded."""
+    root = Path(__file__).parents[2]
+    [path] = (root / "examples" / "large").glob("*.yaml")
+    config = load_config(path)
+    assert (config.distributed.strategy, config.model.value_model, config.model.reference) == (
+        "fsdp2",
+        "separate",
+        "frozen",
+    )
+    sequences = config.rollout.num_prompts * config.rollout.num_generations
+    for count in (config.rollout.num_prompts, config.eval.num_prompts, config.ppo.micro_batch_size(sequences)):
+        assert count % 8 == 0
+    [reward] = config.rewards
+    rewards = build_rewards([dataclasses.replace(reward, function=str(root / reward.function))])
+    rewards.check_columns({"question", "answer"})
+    completions = ["5 + 1,003 = 1,008", "**1008.0**", "$1008.", "7-1008", "no idea", "= -1008", "1008 apples, 9 pears"]
+    answers = ["5 and <<5+1003=1008>>1003 make\n#### 1,008"] * len(completions)
+    scores = rewards([""] * len(completions), completions, {"answer": answers}).total
+    assert scores.tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
