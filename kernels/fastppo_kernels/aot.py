@@ -8,8 +8,9 @@ For each the table shows registers, spills (local memory), shared memory against
 instructions, 16-byte loads, and the instructions outside of the matrix loop for each logit.
 
 Exit status 1 where compilation fails, on a spill, on shared or tensor memory over the limit, on a GEMM that asked for
-tensor cores and has no instruction of theirs, or that never loads 16 bytes at a time, on a kernel that exceeds its
-budget in budgets.json by more than a tenth, and on a candidate that is not clean.
+tensor cores and has no instruction of theirs, or that never loads 16 bytes at a time, on a kernel that computes in
+float64 and is not meant to, on a kernel that exceeds its budget in budgets.json by more than a tenth, and on a
+candidate that is not clean.
 
 `--write-budgets` measures the budgets anew and keeps of `tune.PROPOSALS` the candidates that compile clean, those of
 sm_90 or with --all of every chip. Run it under each Triton that budgets.json names. Compiled kernels are kept in
@@ -51,6 +52,8 @@ from fastppo_kernels.machine_code import Counts
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+# Elsewhere float64 comes about by accident, as in Triton 3.6 from a constant below the normal float32, and is slow.
+FLOAT64 = ("fastppo_kernels.gae:gae_moments_kernel",)
 CANDIDATES_ALWAYS = "sm_90"  # the chips that the tuner meets first
 
 
@@ -101,6 +104,7 @@ class Report(NamedTuple):
     tensor_memory: int = 0
     tensor_core: str = "-"
     wide_loads: bool = False
+    float64: bool = False
     counts: Counts | None = None
     error: str = ""
 
@@ -127,6 +131,8 @@ class Report(NamedTuple):
             found.append(f"no {TENSOR_CORE[self.launch.arch]}")
         if self.launch.is_gemm and not self.wide_loads:
             found.append("no 16-byte loads")
+        if self.float64 and self.launch.kernel not in FLOAT64:
+            found.append("computes in float64")
         return found
 
 
@@ -256,6 +262,7 @@ def compile_launch(launch: Launch) -> Report:
         compiled.metadata.tmem_size,
         next((word for word in ("tcgen05.mma", "wgmma", "mma.sync") if word in ptx), "-"),
         re.search(wide, ptx) is not None,
+        re.search(r"\.f64\b", ptx) is not None,
         machine_code.count(cubin) if launch.budget else None,
     )
 

@@ -293,3 +293,26 @@ def test_a_compiler_that_aborts_is_survived(tmp_path, monkeypatch):
     assert first.failures() == third.failures() == []
     assert first.registers > 0
     assert (first.counts, third.counts.other > 0) == (None, True)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_a_kernel_that_computes_in_float64_fails_unless_it_is_meant_to(tmp_path, monkeypatch):
+    (tmp_path / "squared.py").write_text(
+        "import triton\nimport triton.language as tl\n\n"
+        "@triton.jit\ndef kernel(x, WIDE: tl.constexpr):\n"
+        "    value = tl.load(x).to(tl.float64 if WIDE else tl.float32)\n"
+        "    tl.store(x, value * value + 1.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT / "kernels")]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from fastppo_kernels import aot
+
+    signature = (("x", "*fp32"), ("WIDE", "constexpr"))
+    launch = a_launch(kernel="squared:kernel", signature=signature, constants=())
+    launches = [launch._replace(constants=(("WIDE", wide),)) for wide in (True, False)]
+    wide, narrow = aot.compile_all(launches, jobs=1)
+    assert wide.failures() == ["computes in float64"]
+    assert narrow.failures() == []
+    monkeypatch.setattr(aot, "FLOAT64", ("squared:kernel",))
+    assert wide.failures() == []
