@@ -10,6 +10,7 @@ import platform
 import torch
 
 import fastppo
+from fastppo.engines import triton_kernels
 from fastppo.engines.cpu.products import why_slow
 from fastppo.engines.dispatch import BACKENDS, NAMES, select, unusable
 
@@ -59,6 +60,8 @@ def report() -> str:
             state = f"unusable on {device}: {reason}" if reason else f"usable on {device}"
             if name == "cpu" and not reason and (slow := why_slow()):
                 state += f", but at the speed of chunked: {slow}"
+            if name == "triton" and device.type == "cuda" and not reason and not triton_kernels.is_measured(device):
+                state += ", but by name alone: every check has passed on sm_90, and none has run on this chip"
             lines.append(f"  {name:16} {state}")
         lines += [f"    {op:18} -> {select(op, device, torch.float32)}" for op in BACKENDS]
     return "\n".join(lines)

@@ -11,9 +11,11 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastppo.cli import main
 
@@ -214,6 +216,19 @@ def test_doctor_says_when_the_cpu_backend_is_slow(capsys, monkeypatch):
     monkeypatch.setattr("fastppo.doctor.unusable", lambda name, device: None)
     assert main(["doctor"]) == 0
     assert "at the speed of chunked: this PyTorch does not export" in capsys.readouterr().out
+
+
+def test_doctor_says_why_the_kernels_are_not_the_default_on_a_chip(capsys, monkeypatch):
+    monkeypatch.delenv("FASTPPO_BACKEND", raising=False)
+    properties = types.SimpleNamespace(name="A100", total_memory=2**36, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("fastppo.engines.triton_kernels.why_unusable", lambda device, dtype: None)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "usable on cuda:0, but by name alone" in printed
+    assert "linear_ppo_loss    -> chunked" in printed.partition("cuda:0, but by name alone")[2]
 
 
 def test_doctor_and_keys(capsys):
