@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo__target_kl": 0.001,
     },
     "grpo": {
+        "data__eval_size": 3,  # so of 4 processes, one has nothing to sample
         "ppo__adv_estimator": "grpo",
         "ppo__kl_in": "loss",
         "ppo__kl_estimator": "k3",
