@@ -150,7 +150,6 @@ def a_signal(world, out):
     from fastppo.training.trainer import Trainer
 
     trainer = Trainer(config(world, out, model__lora=LORA), rewards=[lengths])
-    trainer._checkpoint = lambda: None
     step = trainer.train_step
 
     def interrupted():
@@ -169,7 +168,6 @@ def a_rule(world, out):
 
     rule = {"metric": "time/rollout", "above": 1e6, "action": "stop"}
     trainer = Trainer(config(world, out, model__lora=LORA, watch={"rules": [rule]}), rewards=[lengths])
-    trainer._checkpoint = lambda: None
     update = trainer._rollout_and_update
     trainer._rollout_and_update = lambda prompts: update(prompts) | {"time/rollout": on_rank_1(0.0, 1e7)}
     assert trainer.train().step == 1
