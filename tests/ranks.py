@@ -38,11 +38,11 @@ def start_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -
     return started
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
     """What `function(*arguments)` returns on each rank. One rank alone is a process without a group."""
     started = start_ranks(num_ranks, function, *arguments)
     try:
-        reports = [reader.recv() if reader.poll(60) else (None, "no answer") for _, reader in started]
+        reports = [reader.recv() if reader.poll(seconds) else (None, "no answer") for _, reader in started]
     finally:
         for process, _ in started:
             process.join(timeout=5)

@@ -1,15 +1,13 @@
-"""Start gloo processes for tests, as torchrun would, and run training in them."""
+"""A tiny world to train in on several ranks, and runs of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from ranks import run_ranks
 from tiny import build_changed_config, make_tiny_model
 
 REWARDS = """
@@ -53,18 +51,11 @@ def config(world: Path, out: Path, **changes: Any):
 
 def start(function: Callable[..., None], size: int, *arguments: Any) -> None:
     """Call function(*arguments) in `size` processes at once; raises what one of them raises."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (size, port, function, arguments), nprocs=size)
+    run_ranks(size, _without_report, function, arguments, seconds=400)
 
 
-def _process(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in (environment | {"MASTER_PORT": port}).items()}
+def _without_report(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     from fastppo.training import trainer
 
     trainer.write_report = lambda folder: folder / "report.html"  # its plots take most of a tiny run's time
     function(*arguments)
-    torch.distributed.destroy_process_group()
