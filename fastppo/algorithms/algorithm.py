@@ -81,6 +81,7 @@ class Algorithm:
         check_finite("advantages", experience.advantages, mask)
         if experience.returns is not None:
             check_finite("targets of the critic", experience.returns, mask)
+            metrics |= _explained_variance(experience) if mask.any() else {}
         return metrics
 
     def _check(self, experience: Experience) -> None:
@@ -211,18 +212,13 @@ class Algorithm:
             batch: b sequences with returns.
             values: [b, T] or [b, T, K], current.
         """
-        columns = [x.unbind(2) if values.dim() == 3 else (x,) for x in (values, batch.returns, batch.old_values)]
+        columns = [_by_objective(x) for x in (values, batch.returns, batch.old_values)]
         config = self.config
         options = {"mask": batch.mask, "cliprange_value": config.cliprange_value, "loss_agg": config.loss_agg}
         critics = [value_loss(v, r, old_values=old, **options) for v, r, old in zip(*columns, strict=True)]
         loss = sum(critic.loss for critic in critics) / len(critics)
-        metrics = {"loss/value": loss.detach()}
-        for name in ("clip_fraction", "explained_variance"):
-            metrics[f"value/{name}"] = sum(critic.metrics[name] for critic in critics) / len(critics)
-        if len(critics) > 1:
-            for name, critic in zip(batch.objectives, critics, strict=True):
-                metrics[f"value/explained_variance/{name}"] = critic.metrics["explained_variance"]
-        return StepOutput(loss, metrics)
+        clip_fraction = sum(critic.metrics["clip_fraction"] for critic in critics) / len(critics)
+        return StepOutput(loss, {"loss/value": loss.detach(), "value/clip_fraction": clip_fraction})
 
     def part_weight(self, part: Experience, whole: Experience, max_new_tokens: int) -> float:
         """Weight of a micro-batch's loss in that of its mini-batch, so that the gradients add up to the mini-batch's.
@@ -296,6 +292,22 @@ def policy_metrics(policy: PPOLossOutput) -> dict[str, Tensor]:
     """Metrics of `linear_ppo_loss`, by the names they are logged under, that mean the same with and without a clip."""
     reported = ("entropy", "approx_kl", "ratio_mean", "ratio_min", "ratio_max")
     return {"loss/policy": policy.metrics["policy_loss"]} | {f"policy/{n}": policy.metrics[n] for n in reported}
+
+
+def _by_objective(values: Tensor) -> tuple[Tensor, ...]:
+    """Each objective's [b, T] of [b, T, K], or the only one."""
+    return values.unbind(2) if values.dim() == 3 else (values,)
+
+
+def _explained_variance(experience: Experience) -> dict[str, Tensor]:
+    """That of the scored values, over the whole batch: those of its parts do not average to it."""
+    columns = zip(_by_objective(experience.old_values), _by_objective(experience.returns), strict=True)
+    options = {"mask": experience.mask, "cliprange_value": None}
+    each = [value_loss(values, returns, **options).metrics["explained_variance"] for values, returns in columns]
+    metrics = {"value/explained_variance": sum(each) / len(each)}
+    if len(each) > 1:
+        metrics |= {f"value/explained_variance/{name}": x for name, x in zip(experience.objectives, each, strict=True)}
+    return metrics
 
 
 def _add_at_end(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ def test_normalized_objectives_do_not_drown_each_other(estimator):
 
     def advantages(scale, aggregation):
         options = {"adv_estimator": estimator, "multi_objective_aggregation": aggregation, "kl_coef": 0.0}
-        algorithm, learner = make_learner(models, make_config("ppo", 24, 3, groups_of=4, **options))
+        algorithm, _ = make_learner(models, make_config("ppo", 24, 3, groups_of=4, **options))
         experience = models.experience(rows, groups_of=4)
         if estimator == "gae" and aggregation == "sum_then_normalize":
             experience.old_values = experience.old_values[..., 0]
@@ -344,8 +344,7 @@ def test_normalized_objectives_do_not_drown_each_other(estimator):
             assert {"advantage/std/a", "advantage/std/b"} <= metrics.keys()
             if estimator == "gae":
                 assert experience.returns.shape == (24, 3, 2)
-                losses = learner.accumulate(experience, partial(learner.evaluate, algorithm.loss, with_values=True))
-                assert {"value/explained_variance/a", "value/explained_variance/b"} <= losses.keys()
+                assert {"value/explained_variance/a", "value/explained_variance/b"} <= metrics.keys()
         return experience.advantages
 
     same = [advantages(scale, "normalize_then_sum") for scale in (1.0, 1000.0)]
