@@ -78,6 +78,10 @@ class Ranks:
         bad = self.each(lambda: [name for name, tensor in tensors.items() if not self.local(tensor).isfinite().all()])
         return [name for name in tensors if any(name in names for names in bad)]
 
+    def orphaned(self) -> bool:
+        """Whether the launcher has ended, which would end the others if one fails."""
+        return False
+
     # Models
 
     def place(self, model: nn.Module) -> None:

@@ -272,8 +272,9 @@ class Trainer:
         return MetricsLogger(self.output_dir, resume_step=self._saved_step, trackers=self.trackers)
 
     def _interrupted(self) -> bool:
-        """Whether a signal ends the run, on whichever rank it came."""
-        self._signal = next(filter(None, self.ranks.each(lambda: self._asked)), None)
+        """Whether a signal, or the end of torchrun, ends the run, on whichever rank it came."""
+        orphaned = signal.SIGTERM if self.ranks.orphaned() else None
+        self._signal = next(filter(None, self.ranks.each(lambda: self._asked or orphaned)), None)
         return self._signal is not None
 
     def _print_notices(self, earlier_run: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ class Processes(Ranks):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
+        self._launcher = os.getppid()
 
     def each(self, function: Callable[[], T]) -> list[T]:
         with self.agreed():
@@ -78,6 +80,9 @@ class Processes(Ranks):
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def orphaned(self) -> bool:
+        return os.getppid() != self._launcher
 
     # Models
 

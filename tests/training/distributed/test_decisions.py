@@ -27,7 +27,17 @@ def test_two_processes_decide_alike(tmp_path):
 
 
 def check_all(world: Path) -> None:
-    for check in (refused, a_nan_reward, a_nan_gradient, a_failing_reward, a_full_disk, a_signal, a_rule, a_draw):
+    for check in (
+        refused,
+        a_nan_reward,
+        a_nan_gradient,
+        a_failing_reward,
+        a_full_disk,
+        a_signal,
+        an_orphan,
+        a_rule,
+        a_draw,
+    ):
         check(world, world / check.__name__)
 
 
@@ -160,6 +170,22 @@ def a_signal(world, out):
     trainer.train_step = interrupted
     result = trainer.train()
     assert (result.step, result.interrupted_by, result.final) == (2, signal.SIGINT, None)
+
+
+def an_orphan(world, out):
+    """torchrun has ended: nobody would end the ranks any more."""
+    from fastppo.training.trainer import Trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def reward(completions):
+            on_rank_1(lambda: patch.setattr(os, "getppid", lambda: 1), lambda: None)()
+            return lengths(completions)
+
+        trainer = Trainer(config(world, out, model__lora=LORA), rewards=[reward])
+        result = trainer.train()
+    assert (result.step, result.interrupted_by, result.final) == (1, signal.SIGTERM, None)
+    assert (out / "checkpoints" / "step-000001").exists()
 
 
 def a_rule(world, out):
