@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import logging
@@ -31,6 +32,7 @@ Policy optimization of language models on one machine.
 """
 _OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator", "not enough memory")  # PyTorch's words
 _LESS = "rollout.generation_batch_size, gradient_accumulation_steps, rollout.max_new_tokens"
+_DISTRIBUTED = "fastppo.training.distributed"
 _OVERRIDES = "Any key of the configuration can be given as --section.key value; `fastppo keys` lists them."
 
 
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end.code = _show("", end="") or end.code
         raise
     except KeyboardInterrupt as error:
-        if distributed := _distributed():
+        if distributed := sys.modules.get(_DISTRIBUTED):
             distributed.tells(error)  # else the others would tell of this one's end
         return 130
     except BaseException as error:
@@ -143,16 +145,13 @@ def _write(stream: str, text: str) -> OSError | ValueError | None:
 
 def _distributed() -> ModuleType | None:
     """`fastppo.training.distributed`, which loads torch, where this process is one of several."""
-    if (os.environ.get("WORLD_SIZE") or "1") == "1":
-        return None
-    from fastppo.training import distributed
-
-    return distributed
+    several = (os.environ.get("WORLD_SIZE") or "1") != "1"
+    return importlib.import_module(_DISTRIBUTED) if several else None
 
 
 def _explain(error: BaseException, output_dir: str | None) -> int:
     """One line for what went wrong. What nobody foresaw leaves its traceback in a file."""
-    distributed = _distributed()
+    distributed = sys.modules.get(_DISTRIBUTED)  # if loaded: what failed may have been the import of torch
     if distributed and not distributed.tells(error):
         return 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, ConfigError):

@@ -173,6 +173,18 @@ def test_ctrl_c(tiny, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [("KeyboardInterrupt", 130, ""), ("ImportError('its library is broken')", 1, "fastppo: its library is broken\n")],
+)
+def test_one_of_several_processes_fails_while_it_imports_torch(tmp_path, error, status, message):
+    (tmp_path / "torch.py").write_text(f"raise {error}")  # and again if what handles the error imports it
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "fastppo", "train", "config.yaml"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, message)
+
+
 def raising(error):
     def function(*_):
         raise error
