@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,9 @@ class Ranks:
     def orphaned(self) -> bool:
         """Whether the launcher has ended, which would end the others if one fails."""
         return False
+
+    def check_equal(self, facts: dict[str, Any], needed: str) -> None:
+        """Raise ConfigError, which ends with `needed`, if ranks have other values under a name, or other names."""
 
     # Models
 

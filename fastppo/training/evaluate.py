@@ -36,6 +36,7 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     device = rank_device(choose_device(config.device, config.backend_name))
     ranks = open_replicas(device)
     inputs = Inputs(config, device=device)
+    ranks.check_equal(inputs.facts(), "all ranks must read the same")
     if not inputs.data.eval:
         raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
     models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,3 +60,16 @@ class Inputs:
         ):
             if functions is not None and prompts:
                 functions.check_columns({name for prompt in prompts for name in prompt.columns})
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks of a run must have in common."""
+        digests = {"prompts": hashlib.sha256(), "texts for the perplexity": hashlib.sha256()}
+        for prompt in self.data.train + self.data.eval:
+            digests["prompts"].update(repr((prompt.text, prompt.input_ids)).encode())
+        for text in self.texts or ():
+            digests["texts for the perplexity"].update(repr(text).encode())
+        counts = f"{len(self.data.train)} and {len(self.data.eval)} held out"
+        names = ", ".join(reward.name for reward in self.rewards.rewards)
+        return {"number of prompts": counts, "rewards": names} | {
+            f"sha256 of the {name}": digest.hexdigest()[:16] for name, digest in digests.items()
+        }

@@ -132,6 +132,7 @@ class Trainer:
         self.device = rank_device(choose_device(config.device, config.backend_name))
         _check_packages(config)
         self.ranks = open_ranks(config, self.device)
+        self.ranks.check_equal({"resume": resume}, "give it to all processes or to none")
         self.output_dir, self._lock = Path(config.output_dir).expanduser(), Silent()
         if self.ranks.rank != 0:
             self.progress = Silent()
@@ -151,6 +152,7 @@ class Trainer:
         with self.ranks.agreed():
             seed_everything(config.seed)
             inputs = Inputs(config, device=self.device, rewards=rewards)
+        self.ranks.check_equal(inputs.facts(), "all ranks must read the same")
         self.tokenizer, self.rewards, self.data = inputs.tokenizer, inputs.rewards, inputs.data
         self.algorithm = ALGORITHMS[config.algorithm](
             config.algorithm_config, temperature=config.rollout.temperature, backend=config.backend_name

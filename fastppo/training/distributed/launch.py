@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import fastppo
 from fastppo.algorithms.ranks import Ranks
-from fastppo.errors import ConfigError, quote
+from fastppo.errors import ConfigError, one_line, quote
 
 if TYPE_CHECKING:
     from fastppo.training.config import Config
@@ -33,10 +33,13 @@ def connect() -> None:
         return
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(f"WORLD_SIZE is {world_size()}, but {missing[0]} is not set; start with torchrun")
-    local = int(os.environ["LOCAL_RANK"])
-    if has_gpu := local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    try:
+        local = int(os.environ["LOCAL_RANK"])
+        if has_gpu := local < torch.cuda.device_count():
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    except (ValueError, RuntimeError) as error:  # no number, a port in use, a process that is missing
+        raise ConfigError(f"the processes cannot connect ({one_line(error, 200)}); start them with torchrun") from error
 
 
 def disconnect() -> None:
@@ -118,14 +121,7 @@ def _check_alike(ranks: Ranks, config: Config) -> None:
 
     versions = {module.__name__: module.__version__ for module in (fastppo, torch, transformers)}
     facts = {f"version of {name}": version for name, version in versions.items()} | _flat(to_dict(config))
-    first, *others = ranks.each(lambda: facts)
-    for rank, other in enumerate(others, 1):
-        for name in first | other:
-            if (here := other.get(name)) != (there := first.get(name)):
-                raise ConfigError(
-                    f"{name}: {quote(here)} on rank {rank}, {quote(there)} on rank 0; all ranks need one configuration "
-                    "and the same versions"
-                )
+    ranks.check_equal(facts, "all ranks need one configuration and the same versions")
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastppo.algorithms.ranks import Ranks, T
-from fastppo.errors import FastPPOError, one_line
+from fastppo.errors import ConfigError, FastPPOError, one_line, quote
 
 
 class Processes(Ranks):
@@ -84,18 +84,38 @@ class Processes(Ranks):
     def orphaned(self) -> bool:
         return os.getppid() != self._launcher
 
+    def check_equal(self, facts: dict[str, Any], needed: str) -> None:
+        first, *others = self.each(lambda: facts)
+        for rank, other in enumerate(others, 1):
+            for name in first | other:
+                if (here := other.get(name)) != (there := first.get(name)):
+                    raise ConfigError(f"{name}: {quote(here)} on rank {rank}, {quote(there)} on rank 0; {needed}")
+
     # Models
 
     @torch.no_grad()
     def place(self, model: nn.Module) -> None:
+        self._check_same(model)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter, 0)  # adapters are random, and devices differ in their random numbers
+
+    def _check_same(self, model: nn.Module) -> None:
+        """Check that all ranks have read the same weights, of which they would make one model."""
+        named = dict(model.named_parameters())
+        read = {name: p for name, p in named.items() if not p.requires_grad} or named  # not the adapters
+        kind = type(model).__name__
+        facts = {f"{kind}, {name}": f"{p.dtype} {[*p.shape]}, sum {_sum_of_bytes(p)}" for name, p in read.items()}
+        self.check_equal(facts, "all ranks need the same model")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks have different parts of the tensor, rather than copies."""
     return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+
+
+def _sum_of_bytes(tensor: Tensor) -> int:
+    return int(tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
 
 
 def _sendable(error: Exception) -> Exception:

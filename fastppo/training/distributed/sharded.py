@@ -49,6 +49,7 @@ class ShardedProcesses(Processes):
         self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def place(self, model: nn.Module) -> None:
+        self._check_same(model)
         self._skeletons[model] = copy.deepcopy(model, {id(p): _meta(p) for p in model.parameters()})
         head = model.head if isinstance(model, ValueModel) else model if isinstance(model, ValueHead) else None
         if model is not head:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import config, make_world, start
-from tiny import metrics_of
+from tiny import make_tiny_model, metrics_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,6 +22,8 @@ LORA = {"r": 4}
 
 
 def test_two_processes_decide_alike(tmp_path):
+    make_tiny_model(tmp_path / "elsewhere" / "model", seed=1)
+    (tmp_path / "elsewhere" / "prompts.jsonl").write_text('{"prompt": "Another"}\n' * 40)
     # In one go: most of the time goes into starting processes.
     start(check_all, 2, make_world(tmp_path))
 
@@ -29,6 +31,7 @@ def test_two_processes_decide_alike(tmp_path):
 def check_all(world: Path) -> None:
     for check in (
         refused,
+        other_files,
         a_nan_reward,
         a_nan_gradient,
         a_failing_reward,
@@ -47,6 +50,10 @@ def on_rank_1(value: Any, otherwise: Any) -> Any:
 
 def lengths(completions):
     return [float(len(text)) for text in completions]
+
+
+def vowels(completions):
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
 
 
 def error_of(function: Callable[[], Any], kind: type[Exception]) -> str:
@@ -84,6 +91,25 @@ def refused(world, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharded, "causal_of", lambda model: None)  # an architecture that names no layers
         assert "has no decoder layers" in message()
+    assert not out.exists()
+
+
+def other_files(world, out):
+    """Under the same names, as on machines that share no folder."""
+    from fastppo.training.config import ConfigError
+    from fastppo.training.trainer import Trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(on_rank_1(world / "elsewhere", world))
+        for changes in ({}, {"model__lora": LORA}):
+            settings = config(world, out, model__name_or_path="./model", **changes)
+            assert "all ranks need the same model" in error_of(lambda settings=settings: Trainer(settings), ConfigError)
+        settings = config(world, out, data__train="prompts.jsonl")
+        assert "sha256 of the prompts: '" in error_of(lambda: Trainer(settings), ConfigError)
+    message = error_of(lambda: Trainer(config(world, out), resume=on_rank_1(True, False)), ConfigError)
+    assert message.startswith("resume: True on rank 1, False on rank 0")
+    message = error_of(lambda: Trainer(config(world, out), rewards=[on_rank_1(lengths, vowels)]), ConfigError)
+    assert message.startswith("rewards: 'lengths' on rank 1, 'vowels' on rank 0")
     assert not out.exists()
 
 
