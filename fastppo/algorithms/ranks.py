@@ -87,8 +87,12 @@ class Ranks:
 
     # Models
 
+    def load(self, load: Callable[..., nn.Module]) -> nn.Module:
+        """load(), or its model without weights on a rank that `place` gives its share."""
+        return load()
+
     def place(self, model: nn.Module) -> None:
-        """Shard or equalize a model that is whole on every rank, in place."""
+        """Shard or equalize a loaded model, in place."""
 
     def whole(self, model: nn.Module | None) -> nn.Module | None:
         """The model, on rank 0 whole and not to be trained; on others, None if it is sharded."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -21,7 +22,7 @@ from torch import nn
 
 from fastppo.errors import one_line, quote
 from fastppo.extras import install_command
-from fastppo.models.head import check_head
+from fastppo.models.head import backbone_of, check_head
 from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from fastppo.models.config import LoraConfig, ModelConfig
 
 
-def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_causal_lm(
+    config: ModelConfig, *, device: torch.device | str = "cpu", on: torch.device | str | None = None
+) -> PreTrainedModel:
     """Load a causal language model, ready to be trained or frozen: in eval mode, dropout off, its head checked.
 
     With ``gradient_checkpointing`` a trainer must switch to ``train()`` for the update, since transformers checkpoints
@@ -38,7 +41,8 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
 
     Args:
         config: the model section of the configuration; `apply_lora` adds its adapters.
-        device: where the parameters go.
+        device: what computes with the model.
+        on: where the parameters go, if not to the device yet.
 
     Raises:
         ModelError: the model is absent, incomplete, quantized, of an unknown kind, or computes its logits in an unknown
@@ -46,8 +50,12 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
     """
     from transformers import AutoModelForCausalLM
 
+    from fastppo.models.packing import can_pack
+
     source = resolve(config.name_or_path, allow_download=config.allow_download)
-    model = load_model(AutoModelForCausalLM, source, config, torch.device(device))
+    device, on = torch.device(device), torch.device(on or device)
+    here = config if on.type == device.type else dataclasses.replace(config, attn_implementation="auto")
+    model = load_model(AutoModelForCausalLM, source, here, on)
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"{config.name_or_path}: its weights are quantized, which are not trained here; name a float32 or bfloat16 "
@@ -55,8 +63,11 @@ def load_causal_lm(config: ModelConfig, *, device: torch.device | str = "cpu") -
         )
     try:
         check_head(model)
-    except ValueError as error:
-        raise ModelError(f"{config.name_or_path}: {error}") from None
+        if here is not config:
+            _set_attention(model, config, device)
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"{config.name_or_path}: {one_line(error, 300)}") from None
+    can_pack(backbone_of(model), device)  # tried now, since sharded, or under functional_call, it could not be
     return model
 
 
@@ -98,13 +109,8 @@ def load_model(auto_class: Any, source: ModelSource, config: ModelConfig, device
     if not auto:
         arguments["attn_implementation"] = config.attn_implementation
     model = load_pretrained(auto_class, source, config, **arguments)
-    if auto and _flash_attention_fits(model, config, device):
-        model.set_attn_implementation("flash_attention_2")
-    # transformers itself chooses SDPA if the architecture supports it, else eager.
-    elif auto and device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
-        from fastppo.models import attention
-
-        model.set_attn_implementation(attention.NAME)
+    if auto:
+        _set_attention(model, config, device)
     disable_dropout(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -200,6 +206,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(f"model.gradient_checkpointing: {_why(error)}") from None
+    if getattr(model, "_require_grads_hooks", None):  # for the reentrant kind, and they cannot be pickled
+        model.disable_input_require_grads()
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -296,6 +304,22 @@ def _faster_gguf(path: Path) -> Iterator[None]:
         mock.patch.object(loader, "tqdm", lambda items, **_: items),  # a progress bar that no setting turns off
     ):
         yield
+
+
+def _set_attention(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> None:
+    """Compute attention as configured, or as suits the device."""
+    from fastppo.models.attention import NAME
+
+    # transformers itself chooses SDPA if the architecture supports it, else eager.
+    chosen = model.config.get_text_config()._attn_implementation
+    if config.attn_implementation != "auto":
+        model.set_attn_implementation(config.attn_implementation)
+    elif _flash_attention_fits(model, config, device):
+        model.set_attn_implementation("flash_attention_2")
+    elif chosen == "sdpa" and device.type == "cpu":
+        model.set_attn_implementation(NAME)
+    elif chosen == NAME and device.type != "cpu":
+        model.set_attn_implementation("sdpa")
 
 
 def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:

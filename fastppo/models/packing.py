@@ -13,7 +13,6 @@ fastppo.models.attention do) and a model that mixes tokens only by attention ove
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -159,25 +158,27 @@ def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, packed.states.flatten()).unflatten(0, packed.states.shape)
 
 
-_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def can_pack(backbone: nn.Module) -> bool:
+def can_pack(backbone: nn.Module, device: torch.device | None = None) -> bool:
     """Whether packed sequences give this model's hidden states, tried once on a few tokens.
 
     Only on a CPU, since on a GPU the fused kernels without a dense mask are faster. Only for float32 parameters: in
     half precision the rounding of a deep model is as large as the effect of a wrong mask.
+
+    Args:
+        backbone: it and its copies remember the answer.
+        device: what will compute with it, if it is elsewhere now.
     """
-    if backbone not in _tried:
+    if not hasattr(backbone, "fastppo_can_pack"):
+        device = device or next(backbone.parameters()).device
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            _tried[backbone] = _try_to_pack(backbone)
-    return _tried[backbone]
+            backbone.fastppo_can_pack = device.type == "cpu" and _try_to_pack(backbone)
+    return backbone.fastppo_can_pack
 
 
 def _try_to_pack(backbone: nn.Module) -> bool:
     config, parameter = backbone.config, next(backbone.parameters())
     if (
-        (parameter.device.type, parameter.dtype) != ("cpu", torch.float32)
+        parameter.dtype != torch.float32
         or config._attn_implementation not in _DENSE
         or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
         or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))

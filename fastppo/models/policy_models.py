@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastppo.models.config import ModelConfig
-from fastppo.models.head import LMHead, backbone_and_head, backbone_of
+from fastppo.models.head import LMHead, backbone_and_head
 from fastppo.models.load import apply_lora, context_length, load_causal_lm
-from fastppo.models.packing import can_pack, completion_hidden
+from fastppo.models.packing import completion_hidden
 from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
 
@@ -31,6 +31,8 @@ class PolicyModels:
         device: where everything goes.
         num_values: K, how many values the critic gives a state; None for a single one without a dimension of its own;
             0 for no critic, with `value` None.
+        load: is called with each function that reads a model's weights, and returns its model; on a process that gets
+            its share from another by `place`, parameters may be on the meta device.
         place: is called with each model once it is whole and nothing more is copied from it; may shard it in place.
 
     Raises:
@@ -43,10 +45,11 @@ class PolicyModels:
         *,
         device: torch.device,
         num_values: int | None = None,
+        load: Callable[[Callable[..., nn.Module]], nn.Module] = lambda load: load(),
         place: Callable[[nn.Module], None] = lambda model: None,
     ) -> None:
         self.config, self.device = config, device
-        policy = load_causal_lm(config, device=device)
+        policy = load(partial(load_causal_lm, config, device=device))
         self.context_length = context_length(policy)
         self.value: ValueHead | ValueModel | None = None
         if num_values != 0 and config.value_model == "shared":
@@ -55,14 +58,14 @@ class PolicyModels:
             source = policy
             if config.value_name_or_path is not None:
                 value_config = dataclasses.replace(config, name_or_path=config.value_name_or_path)
-                source = load_causal_lm(value_config, device=device)
+                source = load(partial(load_causal_lm, value_config, device=device))
                 reads, writes = (len(m.get_input_embeddings().weight) for m in (source, policy))
                 if reads < writes:
                     raise ModelError(
                         f"model.value_name_or_path: it reads {reads} tokens, the policy writes {writes}; they must "
                         "share a tokenizer"
                     )
-            self.value = ValueModel.from_causal_lm(source, num_values)
+            self.value = ValueModel.from_causal_lm(source, num_values, take=source is not policy)
         if self.value is not None:
             place(self.value)
         self._reference: nn.Module | None = None
@@ -72,10 +75,8 @@ class PolicyModels:
             self._reference = copy.deepcopy(policy).eval().requires_grad_(False)
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
-            can_pack(backbone_of(self._reference))
             place(self._reference)
         self.policy = policy
-        can_pack(backbone_of(policy))  # tried now, since under functional_call, or sharded, it could not be
         place(policy)
         self.has_reference = config.reference == "frozen"
         self._kept: _KeptPass | None = None
@@ -239,7 +240,6 @@ class _CompletionHidden(nn.Module):
 def _round_products(reference: nn.Module, dtype: torch.dtype) -> None:
     """Round the weights of a frozen backbone's linear layers once, as autocast would at every product."""
     backbone, head = backbone_and_head(reference)
-    can_pack(backbone)  # tried without autocast, so before the dtypes differ
     for module in backbone.modules():
         if type(module) is nn.Linear and module.weight is not head.weight:
             module.to(dtype)

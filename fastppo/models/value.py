@@ -76,13 +76,17 @@ class ValueModel(nn.Module):
         self.head = head
 
     @classmethod
-    def from_causal_lm(cls, model: nn.Module, num_values: int | None = None) -> ValueModel:
-        """Copy a language model's backbone and add a `ValueHead`; raises ModelError if the model has adapters."""
+    def from_causal_lm(cls, model: nn.Module, num_values: int | None = None, *, take: bool = False) -> ValueModel:
+        """Copy a language model's backbone, or take it, and add a `ValueHead`.
+
+        Raises:
+            ModelError: the model has adapters.
+        """
         if hasattr(model, "disable_adapter"):
             raise ModelError("make the value model before the policy gets its adapters")
         backbone, lm_head = backbone_and_head(model)
         value_head = ValueHead(lm_head.weight.shape[1], num_values).to(lm_head.weight.device)
-        return cls(copy.deepcopy(backbone).requires_grad_(True), value_head).eval()
+        return cls((backbone if take else copy.deepcopy(backbone)).requires_grad_(True), value_head).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [B, T] or [B, T, K] float32 after each token, finite at padding; arguments as for `token_hidden`."""

@@ -159,7 +159,8 @@ class Trainer:
         )
         by_objective = config.algorithm_config.multi_objective_aggregation == "normalize_then_sum"
         num_values = (len(self.rewards.rewards) if by_objective else None) if self.algorithm.needs_values else 0
-        self.models = PolicyModels(config.model, device=self.device, num_values=num_values, place=self.ranks.place)
+        load, place = self.ranks.load, self.ranks.place
+        self.models = PolicyModels(config.model, device=self.device, num_values=num_values, load=load, place=place)
         self.scorer = Scorer(
             config,
             self.tokenizer,
