@@ -49,7 +49,6 @@ from fastppo.training.config_resume import check_same_run
 from fastppo.training.data import PromptSampler
 from fastppo.training.device import busy_machine, choose_device
 from fastppo.training.distributed import connect, open_ranks, rank_device
-from fastppo.training.distributed.silent import Silent
 from fastppo.training.files import atomic_folder, atomic_write, delete_temporary, naming
 from fastppo.training.health import advantage_health, length_health, text_health
 from fastppo.training.inputs import Inputs
@@ -76,6 +75,7 @@ from fastppo.training.progress import ProgressDisplay
 from fastppo.training.report import PLOTS_FOLDER, write_report
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 from fastppo.training.scoring import Scorer, with_prompt
+from fastppo.training.silent import Silent
 from fastppo.training.trackers import Trackers, load_trackers
 from fastppo.training.watch import Alarm, Watch, most_severe
 

@@ -105,17 +105,14 @@ class Processes(Ranks):
         named = dict(model.named_parameters())
         read = {name: p for name, p in named.items() if not p.requires_grad} or named  # not the adapters
         kind = type(model).__name__
-        facts = {f"{kind}, {name}": f"{p.dtype} {[*p.shape]}, sum {_sum_of_bytes(p)}" for name, p in read.items()}
+        sums = {name: int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for name, p in read.items()}
+        facts = {f"{kind}, {name}": f"{p.dtype} {[*p.shape]}, sum {sums[name]}" for name, p in read.items()}
         self.check_equal(facts, "all ranks need the same model")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks have different parts of the tensor, rather than copies."""
     return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
-
-
-def _sum_of_bytes(tensor: Tensor) -> int:
-    return int(tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
 
 
 def _sendable(error: Exception) -> Exception:

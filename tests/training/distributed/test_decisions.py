@@ -101,7 +101,7 @@ def other_files(world, out):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(on_rank_1(world / "elsewhere", world))
-        for changes in ({}, {"model__lora": LORA}):
+        for changes in ({"distributed__strategy": "replicate"}, {"model__lora": LORA}):
             settings = config(world, out, model__name_or_path="./model", **changes)
             assert "all ranks need the same model" in error_of(lambda settings=settings: Trainer(settings), ConfigError)
         settings = config(world, out, data__train="prompts.jsonl")
