@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -34,14 +35,15 @@ CASES_PER_PROCESS = 300  # what a process caches and leaks stays bounded
 class Worker:
     """A process that runs one case after another."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, processes: int = 1) -> None:
         self.target, self.process, self.cases = target, None, 0
+        self.options = ["--processes", str(processes)] if target == "kills" and processes > 1 else []
 
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="fastppo-fuzz-", ignore_cleanup_errors=True)
         paths = [ROOT, ROOT / "kernels", ROOT / "tests"]
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--serve", self.target],
+            [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--serve", self.target, *self.options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=open(Path(self.folder.name) / "stderr", "w"),  # noqa: SIM115
@@ -97,11 +99,12 @@ class Worker:
         self.close()
 
 
-def serve(target: str) -> None:
+def serve(target: str, processes: int) -> None:
     """In the worker's process: answer each number on stdin by a line of JSON."""
     numbers, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")  # a reward's `exit()` closes sys.stdin
     os.dup2(2, 1)  # what a case prints does not mix with the answers
     run = importlib.import_module(f"tests.fuzz.{target}").run
+    run = functools.partial(run, processes=processes) if target == "kills" else run
 
     def answer(value: str | None) -> None:
         print(json.dumps(value), file=answers, flush=True)
@@ -121,15 +124,18 @@ def fuzz(
     *,
     seconds: float,
     seed: int,
+    processes: int = 1,
     max_cases: float = float("inf"),
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> list[str]:
     """Run cases of the targets for so many seconds, each target for an equal share, and at most `max_cases` of each.
 
+    The runs that are killed have so many `processes`.
+
     Returns the findings; each ends with the command that runs its case again.
     """
     say(f"seed {seed}")
-    workers = {target: Worker(target) for target in targets}
+    workers = {target: Worker(target, processes) for target in targets}
     used, count = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0)
     findings, kinds = [], collections.Counter()
     try:
@@ -144,7 +150,8 @@ def fuzz(
             used[target] += time.monotonic() - began
             count[target] += 1
             if finding:
-                findings.append(f"{target}: {finding}\n    python -m tests.fuzz --only {target} --case {case}")
+                again = " ".join([f"python -m tests.fuzz --only {target} --case {case}", *workers[target].options])
+                findings.append(f"{target}: {finding}\n    {again}")
                 kind = target + re.sub(r"[-+]?\d[\d.e+-]*|'[^']*'", "#", finding)[:90]
                 kinds[kind] += 1
                 if kinds[kind] <= 3:
