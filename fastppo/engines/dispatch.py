@@ -81,10 +81,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
             return wanted
         warn_once(f"FASTPPO_BACKEND={wanted} is not used: {reason}; another backend takes its place")
     for name in available:
-        if name == "triton" and not triton_kernels.is_measured(device):
-            continue
         reason = unusable(name, device, dtype)
-        if reason is None:
+        if reason is None and (name != "triton" or triton_kernels.is_measured(device)):
             return name
         if name == "cpu" and device.type == "cpu":
             warn_once(f"fastppo's C++ extension is not used, {op} runs more slowly: {reason}")
