@@ -134,6 +134,7 @@ class TabularModels:
     """
 
     device = torch.device("cpu")
+    critic_apart = False
 
     def __init__(self, tree: Tree, *, features: int | None = None, with_values: bool | int = True) -> None:
         self.tree = tree
@@ -172,7 +173,9 @@ class TabularModels:
         own = self._all() | (parameters or {})
         return own["features"][self.tree.states(sequences)], LMHead(own["head"], None, 1.0, None)
 
-    def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def values(
+        self, hidden: Tensor | None, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    ) -> Tensor | None:
         return None if self.value is None else self.value[self.tree.states(sequences)]
 
     def reference_logits(self) -> Tensor:

@@ -155,22 +155,30 @@ class Algorithm:
         return learner.descend(experience, self.loss, num_epochs=1)
 
     def loss(
-        self, batch: Experience, hidden: Tensor, head: LMHead, values: Tensor | None, ref_head: LMHead | None
+        self,
+        batch: Experience,
+        hidden: Tensor | None,
+        head: LMHead | None,
+        values: Tensor | None,
+        ref_head: LMHead | None,
     ) -> StepOutput:
         """`policy_loss` + vf_coef · `value_loss`, of a micro-batch of b sequences under the current parameters.
 
         Args:
             batch: with advantages, and with returns where there is a critic.
-            hidden: [b, T, D], the states that predict `batch.targets`.
-            head: the policy's head.
-            values: [b, T], current; None without a critic.
+            hidden: [b, T, D], the states that predict `batch.targets`; None for the critic's term alone.
+            head: the policy's head, where `hidden` is given.
+            values: [b, T], current; None for the policy's term alone.
             ref_head: the reference's head where the loss has an exact KL, else None.
         """
-        policy = self.policy_loss(batch, hidden, head, ref_head)
+        policy = None if hidden is None else self.policy_loss(batch, hidden, head, ref_head)
         if values is None:
             return policy
         critic = self.value_loss(batch, values)
-        return StepOutput(policy.loss + self.config.vf_coef * critic.loss, policy.metrics | critic.metrics)
+        critic = critic._replace(loss=self.config.vf_coef * critic.loss)
+        if policy is None:
+            return critic
+        return StepOutput(policy.loss + critic.loss, policy.metrics | critic.metrics)
 
     def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
         """−r A, with r = π(a|s) / π_old(a|s); entropy bonus and KL penalty as configured.

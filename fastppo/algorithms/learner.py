@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.ranks import Ranks
+from fastppo.algorithms.ranks import Ranks, T
 from fastppo.errors import FastPPOError
 from fastppo.models.head import LMHead
 
@@ -43,7 +43,7 @@ class StepOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-Loss = Callable[[Experience, Tensor, LMHead, "Tensor | None", "LMHead | None"], StepOutput]
+Loss = Callable[[Experience, "Tensor | None", "LMHead | None", "Tensor | None", "LMHead | None"], StepOutput]
 """loss(batch, hidden [b, T, D], head, values [b, T] or None, ref_head or None); see `Algorithm.loss`."""
 Evaluate = Callable[[Experience], StepOutput]
 
@@ -138,7 +138,7 @@ class Learner:
 
         Args:
             experience: B sequences with advantages.
-            loss: called on micro-batches.
+            loss: called on micro-batches; for policy and critic by turns if these train nothing in common.
             num_epochs: passes over the sequences, each in a new order.
             target_kl: stop before an optimizer step whose policy/approx_kl exceeds this (nats a token).
             with_values: call the loss with the critic's values; False gives it None and moves the policy alone.
@@ -150,8 +150,11 @@ class Learner:
         Raises:
             NonFiniteError: a loss or gradient is not finite, with `on_nonfinite="stop"`.
         """
-        evaluate = partial(self.evaluate, loss, with_values=with_values)
-        return self._epochs(experience, evaluate, num_epochs, "policy/skipped_steps", target_kl)
+        passes = [partial(self.evaluate, loss, with_values=with_values)]
+        if with_values and self.models.critic_apart:
+            # By themselves, so that the activations of only one of them are there at a time.
+            passes = [partial(self.evaluate, loss), partial(self._evaluate_critic, loss)]
+        return self._epochs(experience, passes, num_epochs, "policy/skipped_steps", target_kl)
 
     def descend_values(
         self, experience: Experience, loss: Callable[[Experience, Tensor], StepOutput], *, num_epochs: int
@@ -162,12 +165,11 @@ class Learner:
         """
 
         def evaluate(batch: Experience) -> StepOutput:
-            with self.autocast():
-                with torch.no_grad():
-                    hidden, _ = self.hidden(batch)
-                return loss(batch, self.models.values(hidden, batch.sequences, batch.attention_mask))
+            with torch.no_grad():
+                hidden = None if self.models.critic_apart else self._within(batch, lambda: self.hidden(batch)[0])
+            return loss(batch, self._values(batch, hidden))
 
-        return self._epochs(experience, evaluate, num_epochs, "value/skipped_steps")
+        return self._epochs(experience, [evaluate], num_epochs, "value/skipped_steps")
 
     def gradient(self, experience: Experience, loss: Loss) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The gradient of a loss by the names of the policy's parameters, and the metrics. `values` is None."""
@@ -197,18 +199,35 @@ class Learner:
         self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None = None, with_values: bool = False
     ) -> StepOutput:
         """A loss on one micro-batch, under the policy's own or other parameters."""
-        with self.autocast():
-            hidden, head = self.hidden(batch, parameters)
-            values = self.models.values(hidden, batch.sequences, batch.attention_mask) if with_values else None
-            ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
-            return loss(batch, hidden, head, values, ref_head)
 
-    def accumulate(self, mini_batch: Experience, evaluate: Evaluate) -> dict[str, float]:
-        """Metrics of `evaluate`, a loss, over micro-batches; where gradients are enabled, also sum up its gradients."""
+        def evaluate() -> StepOutput:
+            with self.autocast():
+                hidden, head = self.hidden(batch, parameters)
+                values = self._values(batch, hidden) if with_values else None
+                ref_head = self.models.reference_head() if batch.ref_hidden is not None else None
+                return loss(batch, hidden, head, values, ref_head)
+
+        return self._within(batch, evaluate)
+
+    def _evaluate_critic(self, loss: Loss, batch: Experience) -> StepOutput:
+        with self.autocast():
+            return loss(batch, None, None, self._values(batch), None)
+
+    def _values(self, batch: Experience, hidden: Tensor | None = None) -> Tensor | None:
+        """The critic's values of a micro-batch; `hidden` are the policy's states, which a shared backbone needs."""
+        with self.autocast():
+            return self.models.values(hidden, batch.sequences, batch.attention_mask, batch.mask.shape[1])
+
+    def _within(self, batch: Experience, function: Callable[[], T]) -> T:
+        return self.models.within(function, reference=batch.ref_hidden is not None)
+
+    def accumulate(self, mini_batch: Experience, *passes: Evaluate) -> dict[str, float]:
+        """Metrics of losses over micro-batches; where gradients are enabled, also sum up their gradients."""
         collected: list[tuple[str, float, float]] = []  # name, value, weight
-        for batch in self.micro_batches(mini_batch) if mini_batch.mask.any() else ():
+        batches = self.micro_batches(mini_batch) if mini_batch.mask.any() else ()
+        for evaluate, batch in itertools.product(passes, batches):
             weight, share = self._part_weight(batch, mini_batch), batch.token_share(mini_batch)
-            loss, metrics = self.models.within(partial(evaluate, batch), reference=batch.ref_hidden is not None)
+            loss, metrics = evaluate(batch)
             if torch.is_grad_enabled():
                 (weight * loss).backward()
             if share == 0.0:
@@ -225,7 +244,7 @@ class Learner:
     def _epochs(
         self,
         experience: Experience,
-        evaluate: Evaluate,
+        passes: Sequence[Evaluate],
         num_epochs: int,
         skipped_steps: str,
         target_kl: float | None = None,
@@ -235,7 +254,7 @@ class Learner:
         with self.models.training():
             for epoch, mini_batch in self._mini_batches(experience, num_epochs):
                 try:
-                    metrics = self.accumulate(mini_batch, evaluate)
+                    metrics = self.accumulate(mini_batch, *passes)
                     for name, value in metrics.items():
                         history[name].append(value)
                     losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}

@@ -222,7 +222,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         except ImportError:
             raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
         try:
-            adapters = peft.LoraConfig(task_type="CAUSAL_LM", **vars(lora))
+            adapters = peft.LoraConfig(
+                r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+            )
             adapted = peft.get_peft_model(model, adapters).eval()
             check_head(adapted, padding=False)  # peft also wraps layers that do not return a tensor
             return adapted

@@ -140,13 +140,25 @@ class PolicyModels:
         """Free the pass that `hidden_before_update` kept, where no update follows after all."""
         self._kept = None
 
-    def values(self, hidden: Tensor, sequences: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Values [B, T] or [B, T, K] float32 before each completion token, from the policy's states `hidden` there."""
+    @property
+    def critic_apart(self) -> bool:
+        """Whether there is a critic that trains nothing of the policy's, so that it can have passes of its own."""
+        return self.value is not None and not isinstance(self.value, ValueHead)
+
+    def values(
+        self, hidden: Tensor | None, sequences: Tensor, attention_mask: Tensor, num_completion: int
+    ) -> Tensor | None:
+        """Values [B, T] or [B, T, K] float32 before each completion token; None without a critic.
+
+        Args:
+            hidden: [B, T, D], the policy's states there; None will do for a critic that is `critic_apart`.
+            sequences, attention_mask, num_completion: as for `completion_hidden`.
+        """
         if self.value is None:
             return None
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
-        return self.value(sequences, attention_mask)[:, -hidden.shape[1] - 1 : -1]
+        return self.value(sequences, attention_mask)[:, -num_completion - 1 : -1]
 
     @torch.no_grad()
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:

@@ -81,6 +81,15 @@ class DataConfig:
 
 
 @dataclass(config=STRICT)
+class BatchConfig:
+    """How many tokens a forward or backward pass of a model takes. It changes memory and speed, not the result."""
+
+    max_tokens: PositiveInt | None = None
+    """Most tokens, prompts included, of the sequences in one pass of one process. Sequences are sorted by length and
+    packed without padding where the model allows it. null counts sequences: `gradient_accumulation_steps` passes."""
+
+
+@dataclass(config=STRICT)
 class RewardConfig:
     """A named, weighted reward: a Python function or a sequence-classification model."""
 
@@ -106,7 +115,8 @@ class RewardConfig:
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`paged_...` lets the states move to the host's memory when the GPU's is full."""
     learning_rate: PositiveFloat = 1e-5
     value_learning_rate: PositiveFloat | None = None
     """Learning rate of the value head or value model. Default: `learning_rate`."""
@@ -215,6 +225,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     algorithm: Algorithm = "ppo"
     """The learning algorithm. The section of the same name holds its options."""
     reinforce: algorithms.ReinforceConfig = field(default_factory=algorithms.ReinforceConfig)

@@ -19,11 +19,13 @@ MAY_CHANGE = frozenset({
     "output_dir", "total_steps",
     # Where and in what pieces the same numbers are computed, up to rounding.
     "device", "distributed", "backend", "model.attn_implementation", "model.gradient_checkpointing",
+    "model.activation_offloading", "model.offload_idle", "batch.max_tokens",
     "rollout.generation_batch_size", "rewards.N.batch_size", "ALGORITHM.gradient_accumulation_steps",
     # What is permitted.
     "model.allow_download", "model.trust_remote_code",
     # What is saved and shown, and what is done about trouble.
     "report_to", "project", "run_name", "on_nonfinite", "checkpoint.every", "checkpoint.keep_last",
+    "model.lora.merge",
     "eval.every", "eval.num_prompts", "eval.num_samples", "eval.rewards", "eval.perplexity",
     "tensorboard",  # which earlier versions had in place of report_to
     "watch.defaults", "watch.baseline_steps", "watch.lr_factor", "watch.max_rollbacks", "watch.rules",

@@ -178,7 +178,7 @@ class Scorer:
             hidden, head = policy_hidden(ids, attention, length)
             result["old_logprobs"] = self._logprobs(hidden, head, targets)
             if with_values and self.models.value is not None:
-                values = self.models.values(hidden, ids, attention)
+                values = self.models.values(hidden, ids, attention, length)
                 result["old_values"] = values.masked_fill(~(mask if values.dim() == 2 else mask[..., None]), 0.0)
             if self.models.has_reference:
                 ref_hidden, ref_head = self.models.reference_hidden(ids, attention, length)

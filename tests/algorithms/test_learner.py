@@ -17,7 +17,7 @@ LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mea
 class SharedBackbone(TabularModels):
     """A critic that is linear in the policy's features, as a value head on the policy's backbone is."""
 
-    def values(self, hidden, sequences, attention_mask):
+    def values(self, hidden, sequences, attention_mask, num_completion):
         return hidden @ self.value[: hidden.shape[-1]]
 
 
@@ -68,6 +68,26 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(loss_agg, size):
         assert gradient.abs().max() > 0
     for name in ("loss/policy", "loss/value", "policy/entropy", "policy/clip_fraction", "policy/ratio_max"):
         assert metrics[name] == pytest.approx(whole[name].item()), name
+
+
+def test_a_critic_apart_has_passes_of_its_own():
+    """One epoch by turns moves policy and critic as a joint loss does, with the same metrics."""
+    results, given = [], []
+    for apart in (False, True):
+        torch.manual_seed(0)
+        models, algorithm, learner, experience = world(entropy_coef=0.1, num_mini_batches=2, vf_coef=0.3)
+        models.critic_apart, learner.micro_batch_size = apart, 4
+        loss = algorithm.loss
+        algorithm.loss = lambda *x, loss=loss: given.append((x[1] is not None, x[3] is not None)) or loss(*x)
+        metrics = algorithm.update(learner, experience)
+        results.append((copies(learner), metrics))
+    (joint, metrics), (turns, others) = results
+    assert set(given[: len(given) // 3]) == {(True, True)}
+    assert set(given[len(given) // 3 :]) == {(True, False), (False, True)}
+    assert metrics.keys() == others.keys()
+    assert metrics == pytest.approx(others)
+    for name, parameter in joint.items():
+        torch.testing.assert_close(turns[name], parameter, rtol=1e-12, atol=1e-14, msg=name)
 
 
 def test_what_stands_on_padding_is_no_target():

@@ -15,7 +15,7 @@ from fastppo.training.config_resume import MAY_CHANGE, check_same_run, may_chang
 # same run?
 MUST_AGREE = {
     "": "seed algorithm",
-    "model": "name_or_path dtype autocast value_model value_name_or_path reference",
+    "model": "name_or_path dtype quantization autocast value_model value_name_or_path reference",
     "model.lora": "r lora_alpha target_modules",
     "data": "train eval train_split eval_split eval_size prompt_column apply_chat_template system_prompt "
     "max_prompt_length overlong",
