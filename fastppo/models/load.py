@@ -6,11 +6,9 @@ Nothing is downloaded and no code that came with a model is run unless the confi
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import importlib.util
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +18,24 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fastppo.errors import one_line, quote
+from fastppo.errors import one_line
 from fastppo.extras import install_command
 from fastppo.models.head import backbone_of, check_head
+from fastppo.models.quantize import import_bitsandbytes, quantize_
 from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from fastppo.models.config import LoraConfig, ModelConfig
+    from fastppo.models.config import ModelConfig
 
 
 def load_causal_lm(
     config: ModelConfig, *, device: torch.device | str = "cpu", on: torch.device | str | None = None
 ) -> PreTrainedModel:
     """Load a causal language model, ready to be trained or frozen: in eval mode, dropout off, its head checked.
+
+    One to be quantized is read on the host. It can only be trained by adapters.
 
     With ``gradient_checkpointing`` a trainer must switch to ``train()`` for the update, since transformers checkpoints
     only there, and back to ``eval()`` to generate with a cache.
@@ -45,8 +46,8 @@ def load_causal_lm(
         on: where the parameters go, if not to the device yet.
 
     Raises:
-        ModelError: the model is absent, incomplete, quantized, of an unknown kind, or computes its logits in an unknown
-            way.
+        ModelError: the model is absent, incomplete, quantized already, of an unknown kind, or computes its logits in an
+            unknown way.
     """
     from transformers import AutoModelForCausalLM
 
@@ -54,12 +55,15 @@ def load_causal_lm(
 
     source = resolve(config.name_or_path, allow_download=config.allow_download)
     device, on = torch.device(device), torch.device(on or device)
+    if config.quantization:
+        import_bitsandbytes("model.quantization")  # before the weights are read
+        on = torch.device("cpu")
     here = config if on.type == device.type else dataclasses.replace(config, attn_implementation="auto")
     model = load_model(AutoModelForCausalLM, source, here, on)
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"{config.name_or_path}: its weights are quantized, which are not trained here; name a float32 or bfloat16 "
-            "model (model.lora and model.dtype: bfloat16 save memory)"
+            "model (model.quantization: nf4 and model.lora save memory)"
         )
     try:
         check_head(model)
@@ -68,6 +72,8 @@ def load_causal_lm(
     except (ImportError, ValueError) as error:
         raise ModelError(f"{config.name_or_path}: {one_line(error, 300)}") from None
     can_pack(backbone_of(model), device)  # tried now, since sharded, or under functional_call, it could not be
+    if config.quantization:
+        quantize_(model, device=device, compute_dtype=getattr(torch, config.autocast or config.dtype))
     return model
 
 
@@ -134,7 +140,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     where = Path(source.path, source.gguf_file or "")
     try:
-        with hub_offline(not config.allow_download), _quiet(), contextlib.ExitStack() as stack:
+        with hub_offline(not config.allow_download), quiet(), contextlib.ExitStack() as stack:
             if source.gguf_file:
                 stack.enter_context(_faster_gguf(where))
                 arguments["gguf_file"] = source.gguf_file
@@ -153,7 +159,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, config: ModelConfig, *
         raise
     except Exception as error:  # readers of a damaged file raise anything, struct.error and KeyError included
         what = "model" if is_model else auto_class.__name__.removeprefix("Auto").lower()
-        raise ModelError(f"{where}: the {what} cannot be loaded ({_why(error)})") from error
+        raise ModelError(f"{where}: the {what} cannot be loaded ({why(error)})") from error
     if not is_model:
         return loaded
     model, info = loaded
@@ -193,8 +199,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in the backward pass, in train mode only.
+def enable_gradient_checkpointing(model: PreTrainedModel, **options: Any) -> None:
+    """Recompute each layer's activations in the backward pass, in train mode only; `options` of torch's `checkpoint`.
 
     Raises:
         ModelError: the architecture does not support it.
@@ -203,55 +209,15 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         # The reentrant kind drops gradients when a checkpointed input needs none, as under LoRA.
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **options})
     except ValueError as error:
-        raise ModelError(f"model.gradient_checkpointing: {_why(error)}") from None
+        raise ModelError(f"model.gradient_checkpointing: {why(error)}") from None
     if getattr(model, "_require_grads_hooks", None):  # for the reentrant kind, and they cannot be pickled
         model.disable_input_require_grads()
 
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-    """Wrap the model with low-rank adapters (peft); only the adapters stay trainable.
-
-    Raises:
-        ModelError: peft is not installed, or the configuration does not fit the model.
-    """
-    with hub_offline(), _quiet():  # peft imports bitsandbytes
-        try:
-            import peft
-        except ImportError:
-            raise ModelError(f"model.lora: needs peft; {install_command('demo')}") from None
-        try:
-            adapters = peft.LoraConfig(
-                r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-            )
-            adapted = peft.get_peft_model(model, adapters).eval()
-            check_head(adapted, padding=False)  # peft also wraps layers that do not return a tensor
-            return adapted
-        except (re.error, RecursionError) as error:  # RecursionError: thousands of parentheses
-            given = f"{quote(lora.target_modules)} is not a regular expression"
-            raise ModelError(f"model.lora.target_modules: {given} ({one_line(error)})") from None
-        except ValueError as error:
-            raise ModelError(f"model.lora: {_why(error)}") from error
-
-
-def merge_lora(model: nn.Module) -> PreTrainedModel:
-    """Copy a model with its adapters merged into the weights, as a plain model that computes the same.
-
-    If either of two tied embeddings has adapters, the copy's are not tied: merging would change the other one too.
-    """
-    merged = copy.deepcopy(model)
-    base = merged.get_base_model()
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    if head.weight is embeddings.weight and (hasattr(head, "lora_A") or hasattr(embeddings, "lora_A")):
-        linear = head.get_base_layer() if hasattr(head, "lora_A") else head
-        linear.weight = nn.Parameter(linear.weight.detach().clone())
-        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
-    return merged.merge_and_unload()
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing: what goes wrong is raised. Its settings are restored at the end."""
     from transformers.utils import logging
 
@@ -330,5 +296,5 @@ def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: t
     return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error, 200)}"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastppo.models.adapters import VALUE, adapted_layers, apply_lora, is_critics, same_adapters, using
 from fastppo.models.config import ModelConfig
-from fastppo.models.head import LMHead, backbone_and_head
-from fastppo.models.load import apply_lora, context_length, load_causal_lm
+from fastppo.models.head import LMHead, backbone_and_head, causal_of
+from fastppo.models.load import context_length, enable_gradient_checkpointing, load_causal_lm
 from fastppo.models.packing import completion_hidden
 from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
@@ -52,7 +53,8 @@ class PolicyModels:
         policy = load(partial(load_causal_lm, config, device=device))
         self.context_length = context_length(policy)
         self.value: ValueHead | ValueModel | None = None
-        if num_values != 0 and config.value_model == "shared":
+        self._critic_adapter = num_values != 0 and config.value_model == "adapter"
+        if num_values != 0 and config.value_model != "separate":
             self.value = ValueHead(backbone_and_head(policy)[1].weight.shape[1], num_values).to(device)
         elif num_values != 0:
             source = policy
@@ -70,7 +72,10 @@ class PolicyModels:
             place(self.value)
         self._reference: nn.Module | None = None
         if config.lora is not None:
-            policy = apply_lora(policy, config.lora)
+            policy = apply_lora(policy, config.lora, critic=self._critic_adapter)
+            if self._critic_adapter and config.gradient_checkpointing:
+                layers = adapted_layers(policy)
+                enable_gradient_checkpointing(causal_of(policy), context_fn=partial(same_adapters, layers))
         elif config.reference == "frozen":
             self._reference = copy.deepcopy(policy).eval().requires_grad_(False)
             if config.autocast:
@@ -143,7 +148,7 @@ class PolicyModels:
     @property
     def critic_apart(self) -> bool:
         """Whether there is a critic that trains nothing of the policy's, so that it can have passes of its own."""
-        return self.value is not None and not isinstance(self.value, ValueHead)
+        return self._critic_adapter or isinstance(self.value, ValueModel)
 
     def values(
         self, hidden: Tensor | None, sequences: Tensor, attention_mask: Tensor, num_completion: int
@@ -156,6 +161,9 @@ class PolicyModels:
         """
         if self.value is None:
             return None
+        if self._critic_adapter:
+            with using(adapted_layers(self.policy), VALUE):
+                hidden, _ = completion_hidden(self.policy, sequences, attention_mask, num_completion)
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
         return self.value(sequences, attention_mask)[:, -num_completion - 1 : -1]
@@ -173,9 +181,11 @@ class PolicyModels:
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
-        own = self._reference is not None
-        with contextlib.nullcontext() if own else self.policy.disable_adapter():
-            yield self._reference if own else self.policy
+        if self._reference is not None:
+            yield self._reference
+        else:
+            with using(adapted_layers(self.policy), None):
+                yield self.policy
 
     @contextlib.contextmanager
     def training(self, mode: bool = True) -> Iterator[None]:
@@ -194,11 +204,15 @@ class PolicyModels:
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name: all, or its adapters."""
-        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        return {name: p for name, p in trained.items() if not (self._critic_adapter and is_critics(name))}
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
-        """The critic's parameters by name."""
-        return {} if self.value is None else dict(self.value.named_parameters())
+        """The critic's parameters by name: its own model's, or its head's and its adapters'."""
+        parameters = {} if self.value is None else dict(self.value.named_parameters())
+        if self._critic_adapter:
+            parameters |= {name: p for name, p in self.policy.named_parameters() if is_critics(name)}
+        return parameters
 
     def reference_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of a reference that is a copy, by name; with adapters there are none."""

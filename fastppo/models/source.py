@@ -15,6 +15,8 @@ from unittest import mock
 
 from fastppo.errors import FastPPOError, one_line, quote
 
+ADAPTERS = "adapter_config.json"
+"""A file of folders that hold adapters alone."""
 _PACKAGE = "package:"
 _hub = threading.RLock()
 
@@ -126,6 +128,11 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         if path.suffix != ".gguf":
             raise ModelError(f"{name}: a model is a folder or a .gguf file")
         return ModelSource(str(path.parent), path.name)
+    if (path / ADAPTERS).exists():
+        raise ModelError(
+            f"{name}: the folder holds adapters ({ADAPTERS}), not a model; name the model that they were made for, or "
+            "write one with model.lora.merge: true (fastppo eval --model takes adapters, too)"
+        )
     if (path / "config.json").exists():
         return ModelSource(str(path), None)
     files = sorted(item.name for item in path.glob("*.gguf"))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 from fastppo.models import ModelError, backbone_and_head, load_causal_lm
+from fastppo.models.adapters import load_adapters
 from fastppo.models.policy_models import PolicyModels
+from fastppo.models.source import ADAPTERS
 from fastppo.training.config import Config, build_config, to_dict
 from fastppo.training.data import DataError
 from fastppo.training.device import choose_device
@@ -22,7 +26,8 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
 
     Args:
         config: configuration of the prompts, the rewards, the sampling and the reference.
-        model: policy to evaluate, named like `model.name_or_path`. Default: the configuration's model.
+        model: policy to evaluate, named like `model.name_or_path`, or a folder of adapters for the configuration's
+            model. Default: the configuration's model.
 
     Returns:
         Metrics named `eval/...`, and one row a sample: prompt, completion, reward, rewards.
@@ -31,7 +36,8 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
         ConfigError, ModelError, DataError, RewardError: something cannot be loaded, or there are no held-out prompts.
     """
     tree = to_dict(config)
-    tree["model"]["name_or_path"] = config.model.name_or_path if model is None else model
+    if model is not None:
+        tree["model"] |= {"name_or_path": model, "quantization": None}  # trained weights are taken as they are
     policy_config = build_config(tree).model
     device = rank_device(choose_device(config.device, config.backend_name))
     ranks = open_replicas(device)
@@ -39,8 +45,16 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
     ranks.check_equal(inputs.facts(), "all ranks must read the same")
     if not inputs.data.eval:
         raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
-    models = PolicyModels(dataclasses.replace(config.model, lora=None), device=device, num_values=0)
-    if model is not None:
+    folder = Path(model or "").expanduser()
+    adapters = model is not None and os.path.exists(folder / ADAPTERS)
+    base_config = dataclasses.replace(config.model, lora=None)
+    if adapters:  # the reference is the model without them, not a copy
+        base_config.reference = "none"
+    models = PolicyModels(base_config, device=device, num_values=0)
+    if adapters:
+        models.policy = load_adapters(models.policy, folder)
+        models.has_reference = config.model.reference == "frozen"
+    elif model is not None:
         policy = load_causal_lm(policy_config, device=device)
         size, expected = (backbone_and_head(m)[1].weight.shape[0] for m in (policy, models.policy))
         if size != expected:

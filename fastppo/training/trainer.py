@@ -32,7 +32,7 @@ from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner, NonFiniteError
 from fastppo.errors import quote
 from fastppo.extras import install_command
-from fastppo.models import merge_lora
+from fastppo.models.adapters import VALUE, merge_lora, save_adapters
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.prompt import Prompt
 from fastppo.training.checkpoint import (
@@ -519,8 +519,9 @@ class Trainer:
     # Saving
 
     def save_policy(self, folder: Path) -> Path:
-        """Write the policy (adapters merged) and its tokenizer to a folder, and the critic to `<folder>-value`.
+        """Write the policy and its tokenizer to a folder, and the critic to `<folder>-value`.
 
+        Adapters are merged into the policy's weights, or written alone, as `model.lora.merge` says.
         Engines such as vLLM read every `*.safetensors` of a model's folder as its weights.
         """
         policy, value = self.ranks.whole(self.models.policy), self.ranks.whole(self.models.value)
@@ -530,14 +531,20 @@ class Trainer:
         return folder
 
     def _write_policy(self, folder: Path, policy: nn.Module, value: nn.Module | None) -> None:
-        value_folder = folder.with_name(f"{folder.name}-value")
-        if self.config.model.lora is not None:
-            policy = merge_lora(policy)
+        value_folder, model = folder.with_name(f"{folder.name}-value"), self.config.model
+        merge = model.lora is not None and model.lora.merge
+        if model.lora is not None and model.lora.merge is None:
+            merge = model.quantization is None
         if value is not None:  # first, so that a policy that is there has its critic beside it
             with naming(value_folder), atomic_folder(value_folder) as temporary:
                 value.save_pretrained(temporary)
+                if model.value_model == "adapter":
+                    save_adapters(policy, temporary, VALUE)
         with naming(folder), atomic_folder(folder) as temporary:
-            policy.save_pretrained(temporary)
+            if model.lora is None or merge:
+                (merge_lora(policy) if merge else policy).save_pretrained(temporary)
+            else:
+                save_adapters(policy, temporary)
             self.tokenizer.save_pretrained(temporary)
 
     def _state(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import yaml
 from huggingface_hub import constants
 from tiny import make_tiny_model
 
+from fastppo.models.adapters import apply_lora
 from fastppo.models.config import LoraConfig, ModelConfig
-from fastppo.models.load import apply_lora, load_pretrained
+from fastppo.models.load import load_pretrained
 from fastppo.models.source import ModelSource, hub_offline
 from fastppo.training.config import OptimConfig
 from fastppo.training.optim import build_optimizer
@@ -40,7 +41,7 @@ def test_libraries_are_imported_with_the_hub_out_of_reach(tmp_path, monkeypatch,
         "get_peft_model = lambda model, adapters: Wrapped"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", users)
-    monkeypatch.setattr("fastppo.models.load.check_head", lambda model, padding: None)  # it would be given no model
+    monkeypatch.setattr("fastppo.models.adapters.check_head", lambda model, padding: None)  # it would be given no model
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("bitsandbytes", "peft"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -102,11 +102,13 @@ class Processes(Ranks):
 
     def _check_same(self, model: nn.Module) -> None:
         """Check that all ranks have read the same weights, of which they would make one model."""
-        named = dict(model.named_parameters())
-        read = {name: p for name, p in named.items() if not p.requires_grad} or named  # not the adapters
+        read = model.state_dict()  # of quantized weights also the scales, which are no parameters
+        named = dict(model.named_parameters(remove_duplicate=False))
+        if not all(p.requires_grad for p in named.values()):
+            read = {name: t for name, t in read.items() if name not in named or not named[name].requires_grad}
         kind = type(model).__name__
-        sums = {name: int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for name, p in read.items()}
-        facts = {f"{kind}, {name}": f"{p.dtype} {[*p.shape]}, sum {sums[name]}" for name, p in read.items()}
+        sums = {name: int(t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for name, t in read.items()}
+        facts = {f"{kind}, {name}": f"{t.dtype} {[*t.shape]}, sum {sums[name]}" for name, t in read.items()}
         self.check_equal(facts, "all ranks need the same model")
 
 

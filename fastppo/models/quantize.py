@@ -1,0 +1,97 @@
+"""Base weights in 4 bits for adapters on top (QLoRA; Dettmers et al., 2023, arXiv:2305.14314), by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from types import ModuleType
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from fastppo.errors import one_line
+from fastppo.extras import install_command
+from fastppo.models.source import ModelError, hub_offline
+
+_OLDEST = "0.49"  # of bitsandbytes, in which 4 bits were tried
+
+
+def import_bitsandbytes(key: str) -> ModuleType:
+    """Import bitsandbytes, without a look at the Hugging Face Hub for native code.
+
+    Raises:
+        ModelError: it is missing or too old; `key` is the key of the configuration that needs it.
+    """
+    try:
+        found = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"{key} needs bitsandbytes; {install_command('demo')}") from None
+    if Version(found) < Version(_OLDEST):
+        raise ModelError(
+            f'{key} needs bitsandbytes {_OLDEST} or later, this is {found}; pip install "bitsandbytes>={_OLDEST}"'
+        )
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)  # it warns that it did not get that code
+        with hub_offline():
+            import bitsandbytes
+    except (ImportError, RuntimeError, OSError) as error:  # its native library does not fit, or another package
+        raise ModelError(f"{key}: bitsandbytes {found} cannot be imported ({one_line(error, 200)})") from error
+    finally:
+        logging.disable(before)
+    return bitsandbytes
+
+
+def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Put the model on the device with the weights of its linear layers in 4 bits (nf4, its scales in 8 bits).
+
+    The head, the embeddings and what is no `nn.Linear` stay as they are. The weights move one by one, so the device
+    never holds more than one of them that is not quantized yet.
+
+    Args:
+        model: a dense causal language model, on the host where the device has no room for it.
+        compute_dtype: of the products, for which a layer's weight is expanded.
+
+    Raises:
+        ModelError: there is no bitsandbytes, or no linear layer.
+    """
+    modules = import_bitsandbytes("model.quantization").nn
+    head, found = model.get_output_embeddings(), False
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer is head:
+                continue
+            found, options = True, {"compress_statistics": True, "quant_type": "nf4"}
+            shape = layer.in_features, layer.out_features, layer.bias is not None
+            quantized = modules.Linear4bit(*shape, compute_dtype=compute_dtype, device="meta", **options)
+            weight = modules.Params4bit(layer.weight.detach(), module=quantized, **options)
+            quantized.weight, quantized.bias = weight.to(device), layer.bias
+            # Where the processor multiplies bfloat16, the first forward in eval mode would repack the weight for a
+            # product without a derivative: adapters below it got no gradient, and state_dict() returned wrong weights.
+            quantized.support_avx512bf16_for_cpu = False
+            setattr(parent, name, quantized.train(layer.training))
+    if not found:
+        raise ModelError(f"model.quantization: {type(model).__name__} has no linear layers to quantize")
+    model.is_loaded_in_4bit = True  # peft then takes adapters that suit such layers
+    model.to(device)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether `quantize_` has made this layer."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+@torch.no_grad()
+def dense_layer(layer: nn.Linear, added: Tensor | float = 0) -> nn.Linear:
+    """A quantized layer as a plain one on the CPU, with the weight that it computes with; `added` is added to it."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(layer.weight.detach(), layer.weight.quant_state)
+    dtype = weight.dtype
+    weight = (weight.float() + added).to(dtype)
+    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight.cpu(), requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to("cpu", dtype, copy=True), requires_grad=False)
+    return dense.train(layer.training)
