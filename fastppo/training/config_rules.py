@@ -26,7 +26,7 @@ def check_consistency(config: Config) -> None:
     Raises:
         ConfigError: fields that are missing or don't go together.
     """
-    for rules in (_run, _rewards, _watch, _other_algorithms, _algorithm, _options_in_use):
+    for rules in (_run, _model, _rewards, _watch, _other_algorithms, _algorithm, _options_in_use):
         for problem in rules(config):
             raise ConfigError(problem)
 
@@ -47,6 +47,25 @@ def _run(config: Config) -> Iterator[str]:
         )
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         yield "optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.quantization is not None:
+        if model.lora is None:
+            yield "model.quantization: weights in 4 bits cannot be trained; set model.lora, whose adapters can"
+        if model.value_model == "separate":
+            yield (
+                "model.value_model: all parameters of a separate critic are trained, which model.quantization keeps in "
+                "4 bits; set it to adapter, or to shared"
+            )
+        if getattr(config.algorithm_config, "fisher_method", None) == "gauss_newton":
+            yield (
+                f"{config.algorithm}.fisher_method: gauss_newton needs forward-mode derivatives, which products with "
+                "weights in 4 bits (model.quantization) do not have; set it to finite_difference"
+            )
+    if model.value_model == "adapter" and model.lora is None:
+        yield "model.value_model: adapter needs model.lora, which says what adapters the critic has"
 
 
 def _rewards(config: Config) -> Iterator[str]:
@@ -151,8 +170,8 @@ def _options_in_use(config: Config) -> Iterator[str]:
     if config.model.value_name_or_path is not None:
         if not critic:
             yield "model.value_name_or_path: has no effect without a value function"
-        if config.model.value_model == "shared":
-            yield "model.value_name_or_path: has no effect with model.value_model: shared; set it to separate"
+        if (kind := config.model.value_model) != "separate":
+            yield f"model.value_name_or_path: has no effect with model.value_model: {kind}; set it to separate"
     for key in _changed(section):
         needed, there = uses.get(key, ("", True))
         if not there:

@@ -104,6 +104,20 @@ def test_round_trip(tmp_path):
         (["--ppo.scale_rewards", "none"], "ppo.scale_rewards: has no effect without grpo"),
         (["--model.value_name_or_path", "v"], "model.value_name_or_path: has no effect with model.value_model: shared"),
         (
+            ["--model.value_name_or_path=v", "--model.value_model=adapter", "--model.lora.r=4"],
+            "model.value_name_or_path: has no effect with model.value_model: adapter; set it to separate",
+        ),
+        (["--model.quantization", "nf4"], "model.quantization: weights in 4 bits cannot be trained; set model.lora"),
+        (["--model.value_model", "adapter"], "model.value_model: adapter needs model.lora"),
+        (
+            ["--model.quantization=nf4", "--model.lora.r=4", "--model.value_model=separate"],
+            "model.value_model: all parameters of a separate critic are trained, which model.quantization keeps in",
+        ),
+        (
+            ["--model.quantization=nf4", "--model.lora.r=4", "--algorithm=trpo"],
+            "trpo.fisher_method: gauss_newton needs forward-mode derivatives, which products with weights in 4 bits",
+        ),
+        (
             ["--model.value_name_or_path=v", "--model.value_model=separate", "--ppo.adv_estimator=reinforce_plus_plus"],
             "model.value_name_or_path: has no effect without a value function",
         ),

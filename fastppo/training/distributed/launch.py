@@ -93,6 +93,11 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             "optim.name: adamw_8bit (bitsandbytes) cannot update parameters that fsdp2 shards; set optim.name: adamw, "
             "or distributed.strategy: replicate"
         )
+    for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
+        if strategy == "fsdp2" and getattr(config.model, key) == given:
+            raise ConfigError(
+                f"model.{key}: {given} is not possible with distributed.strategy: fsdp2; set that to replicate"
+            )
     if strategy == "replicate":
         ranks = open_replicas(device)
     else:
