@@ -1,4 +1,6 @@
-"""CPU attention for the short sequences of a policy update, registered with transformers as `fastppo_short`.
+"""Attention functions registered with transformers: for short sequences on a CPU, for packed ones on a GPU.
+
+`fastppo_short` is for the short sequences of a policy update on a CPU.
 
 PyTorch's fused CPU attention pays for its blocking at every (sequence, head), which dominates for short sequences, and
 transformers repeats the keys and values of grouped heads for it. Here the queries of a group are stacked over their key
@@ -6,9 +8,15 @@ head and multiplied in two plain products: 5 times as fast at 33 tokens, 1.6 tim
 
 Scores and softmax are float32, as in the fused kernel. The backward pass needs the scores, so longer sequences, whose
 scores would take more memory than everything else, use scaled_dot_product_attention.
+
+`fastppo_varlen` takes sequences packed in one row (`fastppo.models.packed_row`) to PyTorch's `varlen_attn`, for a GPU
+without flash-attn. Other calls, as in generation, use scaled_dot_product_attention. It has not run on a GPU yet; the
+layout and the arguments are tested with a function for a CPU in place of `varlen_attn`.
 """
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +24,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
+
 NAME = "fastppo_short"
+VARLEN = "fastppo_varlen"
 LONGEST = 512  # keys, for as many queries
 
 # Further arguments of some architectures, which the plain products do not support.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions", "cu_seq_lens_q")
+_UNSUPPORTED_IN_ROWS = ("softcap", "s_aux", "position_bias", "output_attentions", "sliding_window")
 
 
 def attention(
@@ -66,5 +81,54 @@ def _mask(*args, **kwargs) -> Tensor:
     return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
+def has_varlen() -> bool:
+    """Whether this PyTorch has `varlen_attn` as `attention_in_a_row` calls it; that of 2.10 lacks the scale."""
+    return varlen_attn is not None and {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def attention_in_a_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of several sequences in a row, with the signature of transformers' functions.
+
+    Args:
+        query: [1, H, N, d]; key, value: [1, H / G, N, d], one for every G query heads.
+        attention_mask: not read, if the boundaries are given.
+        cu_seq_lens_q: [sequences + 1] int32, where they begin, and N; those of the keys are the same.
+        max_length_q: tokens of the longest sequence.
+
+    Returns:
+        [1, N, H, d] in the precision of the products, and None for the weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or any(kwargs.get(name) is not None for name in _UNSUPPORTED_IN_ROWS):
+        raise NotImplementedError("varlen_attn has no dropout, soft cap, sink or bias, and no window is passed to it")
+    device = query.device.type
+    # As autocast does for scaled_dot_product_attention; rotary embeddings have made queries and keys float32.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [N, heads, d]
+    options = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(query, key, value, *lengths, **options)[None], None
+
+
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(VARLEN, attention_in_a_row)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)

@@ -71,7 +71,8 @@ def load_causal_lm(
             _set_attention(model, config, device)
     except (ImportError, ValueError) as error:
         raise ModelError(f"{config.name_or_path}: {one_line(error, 300)}") from None
-    can_pack(backbone_of(model), device)  # tried now, since sharded, or under functional_call, it could not be
+    if device.type == "cpu":
+        can_pack(backbone_of(model))  # tried now, since sharded, or under functional_call, it could not be
     if config.quantization:
         quantize_(model, device=device, compute_dtype=getattr(torch, config.autocast or config.dtype))
     return model
@@ -276,24 +277,26 @@ def _faster_gguf(path: Path) -> Iterator[None]:
 
 def _set_attention(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> None:
     """Compute attention as configured, or as suits the device."""
-    from fastppo.models.attention import NAME
+    if (chosen := _attention_for(model, config, device)) != model.config.get_text_config()._attn_implementation:
+        model.set_attn_implementation(chosen)
 
-    # transformers itself chooses SDPA if the architecture supports it, else eager.
-    chosen = model.config.get_text_config()._attn_implementation
+
+def _attention_for(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> str:
+    from fastppo.models.attention import NAME, VARLEN, has_varlen
+
+    half = config.dtype != "float32" or config.autocast is not None  # FlashAttention does not support float32
+    flash = device.type == "cuda" and half and getattr(model, "_supports_flash_attn", False)
+    given = model.config.get_text_config()._attn_implementation
     if config.attn_implementation != "auto":
-        model.set_attn_implementation(config.attn_implementation)
-    elif _flash_attention_fits(model, config, device):
-        model.set_attn_implementation("flash_attention_2")
-    elif chosen == "sdpa" and device.type == "cpu":
-        model.set_attn_implementation(NAME)
-    elif chosen == NAME and device.type != "cpu":
-        model.set_attn_implementation("sdpa")
-
-
-def _flash_attention_fits(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> bool:
-    half = config.dtype != "float32" or config.autocast is not None  # its kernels do not support float32
-    supported = getattr(model, "_supports_flash_attn", False)
-    return device.type == "cuda" and half and supported and importlib.util.find_spec("flash_attn") is not None
+        return config.attn_implementation
+    if flash and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    # transformers itself chooses SDPA if the architecture supports it, else eager.
+    if given not in ("sdpa", NAME, VARLEN):
+        return given
+    if device.type == "cpu":
+        return NAME
+    return VARLEN if flash and has_varlen() else "sdpa"
 
 
 def why(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from fastppo.models.adapters import VALUE, adapted_layers, apply_lora, is_critics, same_adapters, using
 from fastppo.models.config import ModelConfig
-from fastppo.models.head import LMHead, backbone_and_head, causal_of
+from fastppo.models.head import LMHead, backbone_and_head, backbone_of, causal_of
 from fastppo.models.load import context_length, enable_gradient_checkpointing, load_causal_lm
-from fastppo.models.packing import completion_hidden
+from fastppo.models.packing import can_pack, completion_hidden, completion_states
 from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
 
@@ -145,6 +145,15 @@ class PolicyModels:
         """Free the pass that `hidden_before_update` kept, where no update follows after all."""
         self._kept = None
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether all models compute packed sequences, so that padding costs nothing."""
+        backbones = [backbone_of(self.policy)]
+        if isinstance(self.value, ValueModel):
+            backbones.append(self.value.backbone)
+        with self.autocast():
+            return self.within(lambda: all(can_pack(backbone) for backbone in backbones))
+
     @property
     def critic_apart(self) -> bool:
         """Whether there is a critic that trains nothing of the policy's, so that it can have passes of its own."""
@@ -166,7 +175,8 @@ class PolicyModels:
                 hidden, _ = completion_hidden(self.policy, sequences, attention_mask, num_completion)
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
-        return self.value(sequences, attention_mask)[:, -num_completion - 1 : -1]
+        dim = self.value.head.weight.shape[-1]
+        return self.value.head(completion_states(self.value.backbone, sequences, attention_mask, num_completion, dim))
 
     @torch.no_grad()
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:

@@ -21,6 +21,7 @@ from fastppo.models import (
     ValueHead,
     ValueModel,
     apply_lora,
+    attention,
     backbone_and_head,
     check_head,
     context_length,
@@ -34,7 +35,7 @@ from fastppo.models import (
 )
 from fastppo.models.attention import NAME as SHORT_ATTENTION
 from fastppo.models.config import LoraConfig, ModelConfig
-from fastppo.models.load import _flash_attention_fits
+from fastppo.models.load import _attention_for
 from fastppo.models.packing import completion_hidden
 from fastppo.models.policy_models import PolicyModels
 
@@ -326,12 +327,18 @@ def test_attention(tiny, monkeypatch):
     half, cuda = _config(tiny, dtype="bfloat16"), torch.device("cuda")
     found = importlib.machinery.ModuleSpec("flash_attn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found if name == "flash_attn" else None)
-    assert _flash_attention_fits(model, half, cuda)
-    assert _flash_attention_fits(model, _config(tiny, autocast="bfloat16"), cuda)
-    assert not _flash_attention_fits(model, _config(tiny), cuda)
-    assert not _flash_attention_fits(model, half, torch.device("cpu"))
+    assert _attention_for(model, half, cuda) == "flash_attention_2"
+    assert _attention_for(model, _config(tiny, autocast="bfloat16"), cuda) == "flash_attention_2"
+    assert _attention_for(model, _config(tiny), cuda) == "sdpa"
+    assert _attention_for(model, half, torch.device("cpu")) == SHORT_ATTENTION
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not _flash_attention_fits(model, half, cuda)
+    assert _attention_for(model, _config(tiny, dtype="bfloat16", attn_implementation="sdpa"), cuda) == "sdpa"
+    for there, chosen in ((True, attention.VARLEN), (False, "sdpa")):
+        monkeypatch.setattr(attention, "has_varlen", lambda there=there: there)
+        assert _attention_for(model, half, cuda) == chosen
+        assert _attention_for(model, _config(tiny), cuda) == "sdpa"
+    model.set_attn_implementation("eager")  # as where an architecture has no other
+    assert _attention_for(model, half, cuda) == _attention_for(model, half, torch.device("cpu")) == "eager"
 
 
 def test_tokenizer(tiny, tmp_path):
