@@ -57,9 +57,9 @@ class Tree:
         return (ended - (sequences[:, 1:] == 0).long()) == 0
 
     def states(self, sequences: Tensor) -> Tensor:
-        """[B, depth]: the number of the state before each completion token of sequences [B, 1 + depth]."""
+        """[B, T]: the number of the state before each completion token of sequences [B, 1 + T], T at most depth."""
         code, offset, states = sequences[:, 0], 0, []
-        for t in range(self.depth):
+        for t in range(sequences.shape[1] - 1):
             states.append(offset + code)
             offset += self.prompts * self.vocab**t
             code = code * self.vocab + sequences[:, t + 1]
@@ -135,6 +135,7 @@ class TabularModels:
 
     device = torch.device("cpu")
     critic_apart = False
+    packs = True
 
     def __init__(self, tree: Tree, *, features: int | None = None, with_values: bool | int = True) -> None:
         self.tree = tree

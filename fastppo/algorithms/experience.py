@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastppo.ops.checks import NonFiniteValue, first_true
 
+_WITH_PROMPT = ("sequences", "attention_mask")
+_PER_SEQUENCE = ("scores", "ended", "groups", "objective_scores")
+
 
 @dataclass
 class Experience:
@@ -70,10 +73,33 @@ class Experience:
         """How many of `whole`'s sampled tokens are these, from 0 to 1."""
         return self.mask.sum().item() / max(whole.mask.sum().item(), 1)
 
-    def select(self, rows: Tensor) -> Experience:
-        """The sequences `rows` [b] (int64 indices)."""
-        fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
-        return Experience(**{name: value[rows] if isinstance(value, Tensor) else value for name, value in fields})
+    def select(self, rows: Tensor, prompt: int | None = None, completion: int | None = None) -> Experience:
+        """The sequences `rows` [b] (int64 indices), of prompts and completions of no more than so many columns."""
+        length = self.mask.shape[1]
+        width = self.sequences.shape[1] - length
+        start = 0 if prompt is None else width - prompt
+        stop = length if completion is None else completion
+        selected = {}
+        for name in (item.name for item in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if name in _WITH_PROMPT:
+                    value = value[:, start : width + stop]
+                elif name not in _PER_SEQUENCE:
+                    value = value[:, :stop]
+                value = value[rows]
+            selected[name] = value
+        return Experience(**selected)
+
+
+def count_tokens(attention_mask: Tensor, num_completion: int) -> tuple[list[int], list[int]]:
+    """The tokens of each sequence's prompt and completion, of a mask [B, P + T] with T = `num_completion`.
+
+    Waits for the device.
+    """
+    completions = attention_mask[:, -num_completion:].sum(1)
+    prompts, completions = torch.stack([attention_mask.sum(1) - completions, completions]).tolist()
+    return prompts, completions
 
 
 def check_finite(what: str, values: Tensor, mask: Tensor) -> None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.algorithms.experience import Experience
-from fastppo.algorithms.ranks import Ranks, T
+from fastppo.algorithms.experience import Experience, count_tokens
+from fastppo.algorithms.ranks import Passes, Ranks, T
 from fastppo.errors import FastPPOError
 from fastppo.models.head import LMHead
 
@@ -57,6 +57,7 @@ class Learner:
         part_weight: (micro-batch, mini-batch) -> weight of the one's loss in the other's; see `Algorithm.part_weight`.
         num_mini_batches: optimizer steps in an epoch.
         micro_batch_size: sequences in one forward and backward pass, of all ranks together.
+        max_tokens: instead of that, most tokens in one pass of each rank; see `micro_batches`.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
         on_nonfinite: raise at a NaN or Inf, or skip what it is in.
         ranks: divide every batch among them.
@@ -72,6 +73,7 @@ class Learner:
         *,
         num_mini_batches: int,
         micro_batch_size: int,
+        max_tokens: int | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         ranks: Ranks | None = None,
@@ -79,7 +81,7 @@ class Learner:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.models, self.optimizer, self.ranks = models, optimizer, ranks or Ranks()
-        self.num_mini_batches, self.micro_batch_size = num_mini_batches, micro_batch_size
+        self.num_mini_batches, self.micro_batch_size, self.max_tokens = num_mini_batches, micro_batch_size, max_tokens
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
         self.where = ""
         """Where the run stands, such as `step 3`; messages begin with it."""
@@ -120,9 +122,20 @@ class Learner:
         return self.models.autocast()
 
     def micro_batches(self, experience: Experience) -> Iterator[Experience]:
-        """This rank's share in parts, in order; one without a token where others have more parts."""
-        for rows, counts in self.ranks.passes(len(experience), self.micro_batch_size):
-            batch = experience.select(rows.to(self.models.device))
+        """This rank's share in parts, that with the longest sequence first, without columns that none of them uses.
+
+        Where other ranks have more parts, one without a token.
+        """
+        yield from self._select(experience, self._passes(experience))
+
+    def _passes(self, experience: Experience) -> Passes:
+        counts = count_tokens(experience.attention_mask, experience.mask.shape[1])
+        size = {"most_sequences": self.micro_batch_size, "max_tokens": self.max_tokens}
+        return self.ranks.passes(*counts, **size, padded=self.max_tokens is not None and not self.models.packs)
+
+    def _select(self, experience: Experience, passes: Passes) -> Iterator[Experience]:
+        for rows, counts, *longest in passes:
+            batch = experience.select(rows.to(self.models.device), *longest)
             yield batch if counts else dataclasses.replace(batch, mask=torch.zeros_like(batch.mask))
 
     def descend(
@@ -191,9 +204,9 @@ class Learner:
     @torch.no_grad()
     def snapshot(self, experience: Experience, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, LMHead]:
         """The states [B, T, D] under the policy's own or other parameters, and the head, which is not copied."""
-        outputs = [self.hidden(batch, parameters) for batch in self.micro_batches(experience)]
-        own = torch.cat([hidden for hidden, _ in outputs])[: len(self.ranks.share(len(experience)))]
-        return self.ranks.gather_rows(own), outputs[0][1]
+        passes = self._passes(experience)
+        outputs = [self.hidden(batch, parameters) for batch in self._select(experience, passes)]
+        return passes.join([hidden for hidden, _ in outputs], experience.mask.shape[1]), outputs[0][1]
 
     def evaluate(
         self, loss: Loss, batch: Experience, parameters: dict[str, Tensor] | None = None, with_values: bool = False

@@ -7,12 +7,15 @@ together again before anything is decided by it, so that all ranks decide the sa
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastppo.algorithms.micro_batches import micro_batches
 
 T = TypeVar("T")
 
@@ -29,19 +32,9 @@ class Ranks:
         """This rank's share of `count` items in a row."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def passes(self, count: int, size: int) -> list[tuple[Tensor, bool]]:
-        """This rank's share of `count` rows, in parts for passes through a model; as many for every rank.
-
-        Args:
-            size: most rows in the parts of all ranks together.
-
-        Returns:
-            Row numbers [b], b > 0, and whether they count: a rank with fewer rows than others passes some for nothing.
-        """
-        most = math.ceil(size / self.size)
-        parts = [(rows, True) for rows in torch.tensor(self.share(count), dtype=torch.long).split(most) if len(rows)]
-        needed = math.ceil(math.ceil(count / self.size) / most)
-        return parts + [(torch.zeros(1, dtype=torch.long), False)] * (needed - len(parts))
+    def passes(self, prompts: list[int], completions: list[int], **size: Any) -> Passes:
+        """The passes of sequences with so many tokens through a model, divided by `micro_batches`."""
+        return Passes(self, prompts, completions, micro_batches(prompts, completions, ranks=self.size, **size))
 
     def each(self, function: Callable[[], T]) -> list[T]:
         """What function() returns on each rank, by rank; what it raises on one of them is raised on all."""
@@ -97,3 +90,44 @@ class Ranks:
     def whole(self, model: nn.Module | None) -> nn.Module | None:
         """The model, on rank 0 whole and not to be trained; on others, None if it is sharded."""
         return model
+
+
+class Pass(NamedTuple):
+    """What a rank computes in one pass."""
+
+    rows: Tensor  # [b] int64 row numbers, b > 0
+    counts: bool  # False on a rank that has fewer passes than others, and computes one for nothing
+    prompt: int  # tokens of the longest prompt, at least 1
+    completion: int  # of the longest completion, at least 1
+
+
+@dataclass
+class Passes:
+    """The passes of B sequences through a model. Iteration gives this rank's; every rank has as many."""
+
+    ranks: Ranks
+    prompts: list[int]
+    completions: list[int]
+    division: list[list[list[int]]]  # of `micro_batches`
+
+    def __len__(self) -> int:
+        return len(self.division[0])
+
+    def __iter__(self) -> Iterator[Pass]:
+        for rows in self.division[self.ranks.rank]:
+            own = rows or [0]
+            longest = (max(1, *(counts[row] for row in own)) for counts in (self.prompts, self.completions))
+            yield Pass(torch.tensor(own), bool(rows), *longest)
+
+    def join(self, parts: list[Tensor], length: int) -> Tensor:
+        """What all ranks have computed, [B, length, ...] in the order of the sequences, with 0 where a part ends.
+
+        Args:
+            parts: [b, t, ...] of each of this rank's passes.
+        """
+        padded = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, length - part.shape[1])) for part in parts]
+        own = self.division[self.ranks.rank]
+        counted = [part if rows else part[:0] for part, rows in zip(padded, own, strict=True)]
+        joined = self.ranks.gather_rows(torch.cat(counted))
+        order = torch.tensor([row for passes in self.division for rows in passes for row in rows])
+        return joined[order.argsort().to(joined.device)]

@@ -126,6 +126,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"{name}.num_mini_batches: {parts} parts (num_mini_batches x gradient_accumulation_steps) cannot be made "
             f"of {sequences} sequences (rollout.num_prompts x rollout.num_generations)"
         )
+    if config.batch.max_tokens is not None and section.gradient_accumulation_steps > 1:
+        yield (
+            f"{name}.gradient_accumulation_steps: must be 1 with batch.max_tokens, which decides how many passes there "
+            "are; give one of the two"
+        )
     if no_reference and section.kl_coef > 0:
         yield f"{name}.kl_coef: must be 0 when model.reference is none (there is nothing to compare with)"
     if no_reference and section.kl_controller == "linear":

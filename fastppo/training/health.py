@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.experience import Experience
+from fastppo.algorithms.micro_batches import micro_batches
 from fastppo.models import LMHead
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.sample import Rollout
@@ -95,7 +96,9 @@ def perplexity(
     texts: list[list[int]],
     *,
     pad: int,
-    batch_size: int,
+    most_sequences: int,
+    max_tokens: int | None = None,
+    padded: bool = False,
     device: torch.device,
     backend: str | None = None,
 ) -> float:
@@ -107,14 +110,17 @@ def perplexity(
         hidden: `PolicyModels.hidden` for the policy, or `PolicyModels.reference_hidden`.
         texts: token ids, at least two each.
         pad: any token id, for padding.
-        batch_size: texts per forward pass.
+        most_sequences, max_tokens, padded: of a forward pass; see `micro_batches`.
         device: device of the model.
         backend: backend of `linear_logprob`.
     """
     total, count = 0.0, 0
-    texts = sorted(texts, key=len)  # texts of similar length share a batch: less padding
-    for start in range(0, len(texts), batch_size):
-        rows = texts[start : start + batch_size]
+    texts = sorted(texts, key=len, reverse=True)  # texts of similar length share a batch: less padding
+    completions = [len(text) - 1 for text in texts]
+    size = {"most_sequences": most_sequences, "max_tokens": max_tokens, "padded": padded}
+    (batches,) = micro_batches([1] * len(texts), completions, **size)
+    for batch in batches:
+        rows = [texts[index] for index in batch]
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
         attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

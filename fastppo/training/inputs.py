@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastppo.errors import ConfigError
 from fastppo.models import load_context_length, load_tokenizer
 from fastppo.training.config import Config
 from fastppo.training.data import load_prompts
@@ -24,6 +25,7 @@ class Inputs:
 
     Raises:
         ModelError, DataError, RewardError: something cannot be loaded, or a reward needs a column that is not there.
+        ConfigError: a sequence does not fit in a pass of `batch.max_tokens`.
     """
 
     held_out: RewardFunctions | None
@@ -50,6 +52,7 @@ class Inputs:
         self.held_out = self.texts = None
         if config.eval.perplexity is not None:
             self.texts = load_texts(config.eval.perplexity, self.tokenizer, context_length=context_length)
+        self._check_budget(config)
         self.rewards = build_rewards(rewards or config.rewards, device=device, model_defaults=config.model)
         if config.eval.rewards:
             self.held_out = build_rewards(config.eval.rewards, device=device, model_defaults=config.model)
@@ -60,6 +63,23 @@ class Inputs:
         ):
             if functions is not None and prompts:
                 functions.check_columns({name for prompt in prompts for name in prompt.columns})
+
+    def _check_budget(self, config: Config) -> None:
+        """Raise ConfigError if a sequence of this run may have more tokens than one pass takes."""
+        prompt, new = (
+            max(len(prompt.input_ids) for prompt in self.data.train + self.data.eval),
+            config.rollout.max_new_tokens,
+        )
+        sequences = {
+            f"a prompt of {prompt} tokens and rollout.max_new_tokens {new}": prompt + new,
+            "the longest text of eval.perplexity": max(map(len, self.texts or [[]])),
+        }
+        for what, tokens in sequences.items():
+            if config.batch.max_tokens is not None and tokens > config.batch.max_tokens:
+                raise ConfigError(
+                    f"batch.max_tokens: {config.batch.max_tokens} tokens are less than one sequence can have, {tokens} "
+                    f"({what}); set it to {tokens} or more"
+                )
 
     def facts(self) -> dict[str, str]:
         """What all ranks of a run must have in common."""

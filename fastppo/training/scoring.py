@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
-from fastppo.algorithms.experience import Experience, check_finite
+from fastppo.algorithms.experience import Experience, check_finite, count_tokens
 from fastppo.algorithms.learner import NonFiniteError
-from fastppo.algorithms.ranks import Ranks
+from fastppo.algorithms.ranks import Pass, Ranks
 from fastppo.errors import quote
 from fastppo.models import LMHead
 from fastppo.models.policy_models import PolicyModels
@@ -65,6 +65,7 @@ class Scorer:
         self.ranks, self.held_out, self._texts = ranks or Ranks(), held_out, texts
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
+        self.max_tokens = config.batch.max_tokens
         self._update_starts_with_scored_pass = algorithm is None or algorithm.update_starts_with_scored_pass
 
     def sample(self, prompts: list[Prompt], name: str, progress: Callable[[int], None] = lambda ended: None) -> Rollout:
@@ -137,17 +138,18 @@ class Scorer:
         Raises:
             NonFiniteValue: one of them is NaN or infinite.
         """
-        count = len(rollout.sequences)
-        passes = self.ranks.passes(count, self.micro_batch_size)
+        length = rollout.mask.shape[1]
+        size = {"most_sequences": self.micro_batch_size, "max_tokens": self.max_tokens, "padded": self._padded}
+        passes = self.ranks.passes(*count_tokens(rollout.attention_mask, length), **size)
         # The update can start with this pass if all of its activations fit in memory, so if there is a single part.
         keep = update_follows and self._update_starts_with_scored_pass and len(passes) == self.ranks.size == 1
         keep = keep and not self.config.model.gradient_checkpointing
+        keep = keep and self.config.algorithm_config.num_mini_batches == 1
         parts = self.models.within(
-            lambda: [self._score_part(rollout, rows, update_follows, keep) for rows, _ in passes], reference=True
+            lambda: [self._score_part(rollout, part, update_follows, keep) for part in passes], reference=True
         )
-        own = len(self.ranks.share(count))  # after them are those of passes that do not count
         scores = {
-            name: None if value is None else self.ranks.gather_rows(torch.cat([part[name] for part in parts])[:own])
+            name: None if value is None else passes.join([part[name] for part in parts], length)
             for name, value in parts[0].items()
         }
         checked = {what: scores[name] for name, what in _SCORES.items()}
@@ -168,9 +170,14 @@ class Scorer:
             **scores,
         )
 
-    def _score_part(self, rollout: Rollout, rows: Tensor, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
-        ids, attention, mask = rollout.sequences[rows], rollout.attention_mask[rows], rollout.mask[rows]
-        length, config = mask.shape[1], self.config.algorithm_config
+    def _score_part(self, rollout: Rollout, part: Pass, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
+        length, config, rows = part.completion, self.config.algorithm_config, part.rows
+        width = rollout.sequences.shape[1] - rollout.mask.shape[1]
+        columns = slice(width - part.prompt, width + length)  # those that any of the rows uses
+        ids, attention, mask = (
+            x[rows]
+            for x in (rollout.sequences[:, columns], rollout.attention_mask[:, columns], rollout.mask[:, :length])
+        )
         targets = ids[:, -length:].masked_fill(~mask, -100)
         result: dict[str, Tensor | None] = dict.fromkeys(("old_values", "kl", "ref_logprobs", "ref_hidden"))
         with self.models.autocast():
@@ -191,6 +198,11 @@ class Scorer:
                     logprobs = result["old_logprobs"], result["ref_logprobs"]
                     result["kl"] = formulas.sampled_kl(*logprobs, config.kl_estimator)
         return result
+
+    @property
+    def _padded(self) -> bool:
+        """Whether the models compute padding, so that a budget of tokens must count it."""
+        return self.max_tokens is not None and not self.models.packs
 
     def _logprobs(self, hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
         return linear_logprob(hidden, targets=targets, **self._head_arguments(head)).logprobs
@@ -246,7 +258,8 @@ class Scorer:
             values = values.double()
             metrics |= {f"eval/{name}": values.mean().item(), f"eval/{name}_std": values.std(correction=0).item()}
         if self._texts is not None:
-            options = {"pad": self.tokenizer.pad_token_id, "batch_size": self.micro_batch_size}
+            options = {"pad": self.tokenizer.pad_token_id, "most_sequences": self.micro_batch_size}
+            options |= {"max_tokens": self.max_tokens, "padded": self._padded}
             options |= {"device": self.models.device, "backend": self.config.backend_name}
             with self.models.autocast():
                 models = {"eval/perplexity": self.models.hidden}

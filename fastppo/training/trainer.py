@@ -183,6 +183,7 @@ class Trainer:
             partial(self.algorithm.part_weight, max_new_tokens=config.rollout.max_new_tokens),
             num_mini_batches=config.algorithm_config.num_mini_batches,
             micro_batch_size=self.scorer.micro_batch_size,
+            max_tokens=config.batch.max_tokens,
             max_grad_norm=config.optim.max_grad_norm,
             on_nonfinite=config.on_nonfinite,
             ranks=self.ranks,

@@ -75,8 +75,8 @@ def test_extreme_advantage():
     assert advantage_health(experience(same, torch.zeros_like(mask))) == {}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_perplexity_equals_that_of_the_models_own_loss(tmp_path, batch_size):
+@pytest.mark.parametrize("most_sequences", [1, 3, 50])
+def test_perplexity_equals_that_of_the_models_own_loss(tmp_path, most_sequences):
     config = ModelConfig(name_or_path=str(make_tiny_model(tmp_path / "model", seed=random.randrange(1000))))
     tokenizer, models = load_tokenizer(config), PolicyModels(config, device=torch.device("cpu"))
     lines = ["The weather was bad.", "  ", "My new neighbor is quiet, but the dog\u2028barks.", "a" * 500, "x", "I"]
@@ -89,7 +89,7 @@ def test_perplexity_equals_that_of_the_models_own_loss(tmp_path, batch_size):
         logits = models.policy(torch.tensor([ids])).logits[0].double()
         total += torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()
         count += len(ids) - 1
-    arguments = {"pad": tokenizer.pad_token_id, "batch_size": batch_size, "device": torch.device("cpu")}
+    arguments = {"pad": tokenizer.pad_token_id, "most_sequences": most_sequences, "device": torch.device("cpu")}
     assert perplexity(models.hidden, texts, **arguments) == pytest.approx(math.exp(total / count), rel=1e-4)
     assert perplexity(models.reference_hidden, texts, **arguments) == pytest.approx(math.exp(total / count), rel=1e-4)
 
@@ -99,7 +99,7 @@ def test_a_perplexity_may_be_infinite_or_nan_and_is_not_the_one_for_the_other(st
     def hidden(ids, attention, length):
         return torch.full((len(ids), length, 1), state), LMHead(torch.tensor([[0.0], [1.0]]), None, 1.0, None)
 
-    given = {"pad": 0, "batch_size": 1, "device": torch.device("cpu"), "backend": "chunked"}
+    given = {"pad": 0, "most_sequences": 1, "device": torch.device("cpu"), "backend": "chunked"}
     assert perplexity(hidden, [[0, 0, 0]], **given) == pytest.approx(expected, nan_ok=True)
 
 
