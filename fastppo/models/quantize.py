@@ -46,8 +46,8 @@ def import_bitsandbytes(key: str) -> ModuleType:
 def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dtype) -> None:
     """Put the model on the device with the weights of its linear layers in 4 bits (nf4, its scales in 8 bits).
 
-    The head, the embeddings and what is no `nn.Linear` stay as they are. The weights move one by one, so the device
-    never holds more than one of them that is not quantized yet.
+    The head, the embeddings and what is no `nn.Linear` stay as they are. The weights move one by one, so that the
+    device never holds more than one that is not quantized, and the host frees each one.
 
     Args:
         model: a dense causal language model, on the host where the device has no room for it.
@@ -58,7 +58,10 @@ def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dt
     """
     modules = import_bitsandbytes("model.quantization").nn
     head, found = model.get_output_embeddings(), False
-    for parent in list(model.modules()):
+    parents = [
+        module for module in model.modules() if type(module) is not nn.Linear
+    ]  # so that nothing holds the layers
+    for parent in parents:
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear or layer is head:
                 continue

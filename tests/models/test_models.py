@@ -569,6 +569,9 @@ def test_gguf_is_dense_trainable_and_saves_as_a_plain_model(tiny, tmp_path, capf
     assert getattr(model, "hf_quantizer", None) is None
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
+    quantized = [load_causal_lm(_config(name, quantization="nf4")).state_dict() for name in (path, tiny)]
+    assert quantized[0].keys() == quantized[1].keys()
+    assert all(torch.equal(tensor, quantized[1][name]) for name, tensor in quantized[0].items())
     model.to(torch.bfloat16).float()
     model(input_ids=torch.randint(3, 300, (1, 4))).logits.sum().backward()
     model.save_pretrained(tmp_path / "saved")

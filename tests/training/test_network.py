@@ -104,7 +104,7 @@ for command in (["doctor"], ["eval", "config.yaml"], ["train", "config.yaml"]):
 
 @pytest.mark.slow
 def test_a_run_an_evaluation_and_the_doctor_open_no_socket(tmp_path):
-    """With all that imports bitsandbytes: LoRA and an optimizer in 8 bits."""
+    """With all that imports bitsandbytes: LoRA, weights in 4 bits and an optimizer in 8 bits."""
     pytest.importorskip("peft")
     model = make_tiny_model(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"The number {i}"}) for i in range(8)))
@@ -113,7 +113,7 @@ def test_a_run_an_evaluation_and_the_doctor_open_no_socket(tmp_path):
         "output_dir": str(tmp_path / "run"),
         "total_steps": 1,
         "report_to": "none",
-        "model": {"name_or_path": str(model), "lora": {"r": 2}},
+        "model": {"name_or_path": str(model), "lora": {"r": 2}, "quantization": "nf4"},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "eval_size": 2},
         "rewards": [{"name": "short", "function": f"{tmp_path / 'reward.py'}:short"}],
         "rollout": {"num_prompts": 2, "max_new_tokens": 4},

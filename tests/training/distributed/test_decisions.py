@@ -85,6 +85,9 @@ def refused(world, out):
     assert "3 prompts cannot be divided among 2 processes" in message(rollout__num_prompts=3)
     assert "trpo needs all parameters on every rank" in message(algorithm="trpo")
     assert "adamw_8bit (bitsandbytes) cannot update" in message(optim__name="adamw_8bit")
+    sharded_lora = {"model__lora": LORA, "distributed__strategy": "fsdp2"}
+    for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
+        assert f"model.{key}: {given} is not possible with" in message(**{f"model__{key}": given}, **sharded_lora)
     offload = {"distributed__cpu_offload": True, "model__lora": LORA}
     assert "cpu_offload: has no effect" in message(**offload)
     assert "seed: 5 on rank 1, 0 on rank 0" in message(seed=on_rank_1(5, 0))

@@ -67,6 +67,14 @@ CASES: dict[str, dict[str, Any]] = {
         "model__value_model": "separate",
         "distributed__strategy": "fsdp2",
     },
+    "ppo in 4 bits with a critic of adapters": {
+        "model__quantization": "nf4",
+        "model__lora": LORA | {"merge": True},
+        "model__value_model": "adapter",
+        "model__gradient_checkpointing": True,
+        "ppo__num_mini_batches": 2,
+        "ppo__gradient_accumulation_steps": 2,
+    },
     # Few iterations: each multiplies the rounding of the one before it.
     "trpo": {
         "algorithm": "trpo",
