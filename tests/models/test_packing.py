@@ -83,10 +83,40 @@ def test_only_models_that_allow_it_are_packed():
     assert can_pack(_backbone("Qwen2", use_sliding_window=False))
     assert not can_pack(_backbone(attn_implementation="eager"))  # its masks are added
     assert not can_pack(_backbone("Mistral", sliding_window=8))
-    wrong = _backbone()
-    rotary = wrong.rotary_emb.forward  # positions by column, as in a model that ignores position_ids
-    wrong.rotary_emb.forward = lambda x, ids: rotary(x, torch.arange(ids.shape[1])[None].expand_as(ids))
-    assert not can_pack(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_layout_is_told_from_rounding(dtype):
+    assert can_pack(_backbone().to(dtype))
+    positions = _backbone().to(dtype)
+    rotary = positions.rotary_emb.forward  # positions by column, as in a model that ignores position_ids
+    positions.rotary_emb.forward = lambda x, ids: rotary(x, torch.arange(ids.shape[1])[None].expand_as(ids))
+    assert not can_pack(positions)
+    mask = _backbone().to(dtype)
+
+    def causal(layer, args, given):  # as in a model that makes a mask of its own
+        visible = given["attention_mask"]
+        shared = visible.shape[0] == 1 and visible.shape[-1] > 20
+        return args, given | {"attention_mask": torch.ones_like(visible).tril() if shared else visible}
+
+    mask.layers[0].register_forward_pre_hook(causal, with_kwargs=True)
+    assert not can_pack(mask)
+
+
+def test_a_model_with_weights_of_other_types_is_tried_as_it_is():
+    """The first parameter does not tell, as where linear layers are quantized."""
+    backbone = _backbone()
+    for layer in backbone.layers:
+        layer.mlp.bfloat16()
+        layer.mlp.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+        layer.mlp.register_forward_hook(lambda module, args, out: out.float())
+    assert next(backbone.parameters()).dtype == torch.float32
+    assert can_pack(backbone)
+    sequences, mask, completion = _batch(3, 5, 7, 9)
+    real = mask[:, -completion:].bool()
+    packed = packed_hidden(backbone, pack(sequences, mask, completion, dim=10_000))[real]
+    padded = token_hidden(backbone, sequences, mask)[:, -completion - 1 : -1][real]
+    assert (packed - padded).norm() < 0.05 * padded.norm()
 
 
 @pytest.mark.parametrize("groups", [1, 3])
