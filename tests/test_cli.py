@@ -119,6 +119,7 @@ def test_what_is_wrong_is_one_line(tiny, tmp_path, capsys, words, status, messag
         (["--eval.perplexity", "/dev/zero"], "/dev/zero cannot be read as text (a device, not a file)"),
         (["--model.lora.r", "4"], "model.lora needs peft; pip install "),
         (["--optim.name", "adamw_8bit"], "adamw_8bit needs bitsandbytes; pip install "),
+        (["--optim.name", "paged_adamw_8bit"], "paged_adamw_8bit needs bitsandbytes; pip install "),
         (["--rewards.0.function", "vader_sentiment"], "needs vaderSentiment; pip install "),
         (["--data.train", "examples"], "needs the package datasets; pip install "),
     ],

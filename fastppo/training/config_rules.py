@@ -45,6 +45,11 @@ def _run(config: Config) -> Iterator[str]:
             f"rollout: {sequences} sequences (num_prompts x num_generations) of up to {rollout.max_new_tokens} tokens "
             f"are too much for a step, which holds at most {_MAX_SEQUENCES} sequences and {_MAX_TOKENS} tokens"
         )
+    if config.optim.name == "paged_adamw_8bit" and config.algorithm == "cpi":
+        yield (
+            "optim.name: with paged_adamw_8bit every step of cpi takes more memory, since it drops the moments, which "
+            "bitsandbytes does not free; set optim.name: adamw_8bit"
+        )
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         yield "optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup"
 

@@ -22,7 +22,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with two parameter groups, policy and critic, each with its own learning rate.
 
-    `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861).
+    `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; Dettmers et al., 2022, arXiv:2110.02861), and
+    `paged_adamw_8bit` keeps them in memory that CUDA moves between host and GPU as needed; on a CPU the two are one.
     """
     groups = [
         {"params": list(policy_parameters), "lr": config.learning_rate},
@@ -30,11 +31,13 @@ def build_optimizer(
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     arguments = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
-    if config.name != "adamw_8bit":
+    if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **arguments)
     with hub_offline():
         import bitsandbytes
-    return bitsandbytes.optim.AdamW8bit(groups, **arguments)
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    paged = config.name == "paged_adamw_8bit" and on_gpu  # bitsandbytes warns of it on a CPU
+    return bitsandbytes.optim.AdamW8bit(groups, is_paged=paged, **arguments)
 
 
 def build_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
@@ -103,16 +106,41 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     check_like(state_dict["param_groups"], own, "param_groups")
     # torch's own versions differ in their flags.
     state_dict["param_groups"] = [{**mine, **its} for mine, its in zip(own, state_dict["param_groups"], strict=True)]
-    optimizer.load_state_dict(state_dict)  # the optimizer chooses the devices and may nest states its own way
+    paged = getattr(optimizer, "is_paged", False)
+    before = dict(optimizer.state)
+    # The optimizer chooses the devices and may nest states its own way. Paged ones may not fit on the GPU at once.
+    optimizer.load_state_dict(state_dict, **({"move_to_device": False} if paged else {}))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):  # torch numbers them in this order
         if number in state_dict["state"]:
-            optimizer.state[parameter] = _as_saved(optimizer.state[parameter], state_dict["state"][number])
-            _check_state(optimizer, f"state.{number}", optimizer.state[parameter], parameter)
+            state = _as_saved(optimizer.state[parameter], state_dict["state"][number])
+            _check_state(optimizer, f"state.{number}", state, parameter)
+            if paged:
+                state = _paged(optimizer, parameter, state, before.get(parameter, {}))
+            optimizer.state[parameter] = state
     taken, _ = optimizer_tensors(optimizer)
     lost = [name for name in tensors if name not in taken or taken[name].dtype != tensors[name].dtype]
     if lost:
         raise CheckpointError(f"the optimizer ({type(optimizer).__name__}) did not take the states {', '.join(lost)}")
+
+
+def _paged(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Any], before: dict[str, Any]
+) -> dict[str, Any]:
+    """A state of a paged bitsandbytes optimizer where it belongs: moments in paged memory, the rest on the GPU.
+
+    Args:
+        before: the parameter's state until now, whose memory is used again: bitsandbytes never frees what is paged.
+    """
+    placed = {}
+    for name, value in state.items():
+        if name in ("state1", "state2"):
+            there = before.get(name)
+            if there is None or there.dtype != value.dtype:
+                there = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+            value = there.copy_(value)
+        placed[name] = value.to(parameter.device) if name.startswith(("qmap", "absmax")) else value
+    return placed
 
 
 def _check_state(optimizer: torch.optim.Optimizer, name: str, state: dict[str, Any], parameter: Tensor) -> None:

@@ -695,7 +695,7 @@ def _check_packages(config: Config) -> None:
     """Raise ConfigError for a package that is missing, rather than ImportError after minutes of reading weights."""
     for what, package, needed in (
         ("model.lora", "peft", config.model.lora is not None),
-        ("optim.name: adamw_8bit", "bitsandbytes", config.optim.name == "adamw_8bit"),
+        (f"optim.name: {config.optim.name}", "bitsandbytes", config.optim.name != "adamw"),
     ):
         if needed and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{what} needs {package}; {install_command('demo')}")

@@ -38,7 +38,7 @@ from fastppo.training.checkpoint import (
     save_checkpoint,
 )
 from fastppo.training.config import OptimConfig, Schedule
-from fastppo.training.optim import build_scheduler, load_optimizer, optimizer_tensors
+from fastppo.training.optim import build_optimizer, build_scheduler, load_optimizer, optimizer_tensors
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
 
 
@@ -720,6 +720,24 @@ def eight_bit(params, **options):
     return bitsandbytes.optim.AdamW8bit(params, **options)
 
 
+def paged(params, **options):
+    """PagedAdamW8bit as on a GPU: bitsandbytes marks the moments that it allocates, and prefetches them."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    class Paged(bitsandbytes.optim.PagedAdamW8bit):
+        def get_state_buffer(self, p, dtype=torch.float32):
+            buffer = torch.zeros_like(p, dtype=dtype)
+            buffer.is_paged = True
+            self.page_mng.paged_tensors.append(buffer)
+            return buffer
+
+        def prefetch_state(self, p):
+            assert all(self.state[p][name].is_paged for name in ("state1", "state2"))
+
+    Paged.__name__ = "AdamW8bit"  # of which `build_optimizer` makes it
+    return Paged(params, **options)
+
+
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, betas=(0.8, 0.95), weight_decay=0.1),
     "adamw fused": lambda params: torch.optim.AdamW(params, fused=True),
@@ -729,6 +747,7 @@ OPTIMIZERS = {
     "adafactor": lambda params: torch.optim.Adafactor(params),
     "everything": lambda params: Everything(params, lr=0.1),
     "8-bit": lambda params: eight_bit(params, betas=(0.8, 0.95), weight_decay=0.1),
+    "8-bit paged": lambda params: paged(params, betas=(0.8, 0.95), weight_decay=0.1),
 }
 
 
@@ -784,7 +803,7 @@ def test_a_resumed_optimizer_gives_the_same_bits(tmp_path, name, dtype):
     ]
     assert tensors.keys() == saved_tensors.keys()
     assert [key for key in tensors if not same_bits(tensors[key], saved_tensors[key])] == []
-    if name == "8-bit":
+    if name.startswith("8-bit"):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.uint8, torch.float32}
 
     # Three more steps of each, from the same numbers, end in the same bytes on disk.
@@ -813,6 +832,31 @@ def test_restoring_shares_no_memory_with_what_was_given(name):
     load_optimizer(third.optimizer, tensors, meta)
     restored = optimizer_tensors(third.optimizer)[0]
     assert all(same_bits(restored[key], kept[key]) for key in kept)
+
+
+def test_paged_moments_are_restored_into_paged_memory_that_is_used_again():
+    first, learner = (Learner(torch.float32, OPTIMIZERS["8-bit paged"]) for _ in range(2))
+    first.step()
+    tensors, meta = optimizer_tensors(first.optimizer)
+    pages = learner.optimizer.page_mng.paged_tensors  # of the process
+    for new in (6, 0):  # two moments of each of three parameters with a gradient
+        before = len(pages)
+        load_optimizer(learner.optimizer, tensors, meta)
+        assert len(pages) - before == new
+        learner.step()
+    pages.clear()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_paged_optimizer_pages_on_a_gpu(on_gpu):
+    pytest.importorskip("bitsandbytes")
+
+    class Parameter(torch.nn.Parameter):
+        is_cuda = on_gpu
+
+    optimizer = build_optimizer(OptimConfig(name="paged_adamw_8bit"), [Parameter(torch.zeros(3))], [])
+    assert optimizer.is_paged is on_gpu
+    assert not build_optimizer(OptimConfig(name="adamw_8bit"), [Parameter(torch.zeros(3))], []).is_paged
 
 
 def test_an_optimizer_over_other_parameters_is_refused():

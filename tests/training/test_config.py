@@ -122,6 +122,7 @@ def test_round_trip(tmp_path):
             "model.value_name_or_path: has no effect without a value function",
         ),
         (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
+        (["--optim.name", "paged_adamw_8bit", "--algorithm", "cpi"], "with paged_adamw_8bit every step of cpi"),
         (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
         (
             ["--ppo.kl_controller", "adaptive", "--ppo.kl_coef", "0"],

@@ -88,10 +88,10 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             f"distributed.strategy: {config.algorithm} needs all parameters on every rank, which fsdp2 shards; take "
             "adapters (model.lora), or distributed.strategy: replicate"
         )
-    if strategy == "fsdp2" and config.optim.name == "adamw_8bit":
+    if strategy == "fsdp2" and config.optim.name != "adamw":
         raise ConfigError(
-            "optim.name: adamw_8bit (bitsandbytes) cannot update parameters that fsdp2 shards; set optim.name: adamw, "
-            "or distributed.strategy: replicate"
+            f"optim.name: {config.optim.name} (bitsandbytes) cannot update parameters that fsdp2 shards; set "
+            "optim.name: adamw, or distributed.strategy: replicate"
         )
     for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
         if strategy == "fsdp2" and getattr(config.model, key) == given:

@@ -84,7 +84,8 @@ def refused(world, out):
 
     assert "3 prompts cannot be divided among 2 processes" in message(rollout__num_prompts=3)
     assert "trpo needs all parameters on every rank" in message(algorithm="trpo")
-    assert "adamw_8bit (bitsandbytes) cannot update" in message(optim__name="adamw_8bit")
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        assert f"{name} (bitsandbytes) cannot update" in message(optim__name=name)
     sharded_lora = {"model__lora": LORA, "distributed__strategy": "fsdp2"}
     for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
         assert f"model.{key}: {given} is not possible with" in message(**{f"model__{key}": given}, **sharded_lora)
