@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastppo.models.activations import offloaded
 from fastppo.models.adapters import VALUE, adapted_layers, apply_lora, is_critics, same_adapters, using
 from fastppo.models.config import ModelConfig
 from fastppo.models.head import LMHead, backbone_and_head, backbone_of, causal_of
@@ -125,7 +126,8 @@ class PolicyModels:
             states = kept.states(_version(self.policy), *arguments)
             if states is not None:
                 return states, kept.head
-        return completion_hidden(self.policy, *arguments)
+        with self._offloaded(self.policy):
+            return completion_hidden(self.policy, *arguments)
 
     def hidden_before_update(
         self, sequences: Tensor, attention_mask: Tensor, num_completion: int
@@ -171,12 +173,18 @@ class PolicyModels:
         if self.value is None:
             return None
         if self._critic_adapter:
-            with using(adapted_layers(self.policy), VALUE):
+            with using(adapted_layers(self.policy), VALUE), self._offloaded(self.policy):
                 hidden, _ = completion_hidden(self.policy, sequences, attention_mask, num_completion)
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
-        dim = self.value.head.weight.shape[-1]
-        return self.value.head(completion_states(self.value.backbone, sequences, attention_mask, num_completion, dim))
+        with self._offloaded(self.value):
+            arguments = (sequences, attention_mask, num_completion, self.value.head.weight.shape[-1])
+            return self.value.head(completion_states(self.value.backbone, *arguments))
+
+    def _offloaded(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """Where a pass of the model runs, so that its activations are offloaded if the configuration says so."""
+        needed = self.config.activation_offloading and torch.is_grad_enabled()
+        return offloaded(model) if needed else contextlib.nullcontext()
 
     @torch.no_grad()
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
