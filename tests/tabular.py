@@ -188,6 +188,9 @@ class TabularModels:
     def autocast(self):
         return contextlib.nullcontext()
 
+    def park(self):
+        pass
+
     def training(self, mode: bool = True):
         return contextlib.nullcontext()
 

@@ -282,6 +282,7 @@ class Learner:
                     num_skipped += 1
                 finally:
                     self.optimizer.zero_grad(set_to_none=True)
+                    self.models.park()
         return _summary(history) | early | ({skipped_steps: float(num_skipped)} if num_skipped else {})
 
     def _mini_batches(self, experience: Experience, num_epochs: int) -> Iterator[tuple[int, Experience]]:

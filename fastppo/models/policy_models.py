@@ -19,6 +19,7 @@ from fastppo.models.config import ModelConfig
 from fastppo.models.head import LMHead, backbone_and_head, backbone_of, causal_of
 from fastppo.models.load import context_length, enable_gradient_checkpointing, load_causal_lm
 from fastppo.models.packing import can_pack, completion_hidden, completion_states
+from fastppo.models.parked import Parked
 from fastppo.models.source import ModelError
 from fastppo.models.value import ValueHead, ValueModel
 
@@ -69,8 +70,11 @@ class PolicyModels:
                         "share a tokenizer"
                     )
             self.value = ValueModel.from_causal_lm(source, num_values, take=source is not policy)
+        self._parked: dict[str, Parked] = {}
         if self.value is not None:
             place(self.value)
+            if config.offload_idle and isinstance(self.value, ValueModel):
+                self._parked["value"] = Parked(self.value, device)
         self._reference: nn.Module | None = None
         if config.lora is not None:
             policy = apply_lora(policy, config.lora, critic=self._critic_adapter)
@@ -82,6 +86,8 @@ class PolicyModels:
             if config.autocast:
                 _round_products(self._reference, getattr(torch, config.autocast))
             place(self._reference)
+            if config.offload_idle:
+                self._parked["reference"] = Parked(self._reference, device)
         self.policy = policy
         place(policy)
         self.has_reference = config.reference == "frozen"
@@ -152,6 +158,7 @@ class PolicyModels:
         """Whether all models compute packed sequences, so that padding costs nothing."""
         backbones = [backbone_of(self.policy)]
         if isinstance(self.value, ValueModel):
+            self.fetch_critic()  # to be tried where it computes
             backbones.append(self.value.backbone)
         with self.autocast():
             return self.within(lambda: all(can_pack(backbone) for backbone in backbones))
@@ -177,6 +184,7 @@ class PolicyModels:
                 hidden, _ = completion_hidden(self.policy, sequences, attention_mask, num_completion)
         if isinstance(self.value, ValueHead):
             return self.value(hidden)
+        self.fetch_critic()
         with self._offloaded(self.value):
             arguments = (sequences, attention_mask, num_completion, self.value.head.weight.shape[-1])
             return self.value.head(completion_states(self.value.backbone, *arguments))
@@ -186,16 +194,30 @@ class PolicyModels:
         needed = self.config.activation_offloading and torch.is_grad_enabled()
         return offloaded(model) if needed else contextlib.nullcontext()
 
+    def fetch_critic(self) -> None:
+        """Move a critic that is parked in the host's memory to the device, as its passes do by themselves."""
+        if "value" in self._parked:
+            self._parked["value"].fetch()
+
+    def park(self) -> None:
+        """Say that reference and critic are idle from here on; `offload_idle` moves them to the host's memory."""
+        for parked in self._parked.values():
+            parked.park()
+
     @torch.no_grad()
     def reference_hidden(self, sequences: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Tensor, LMHead]:
         """As `hidden`, of the reference: a frozen copy, or the policy with its adapters off."""
+        if "reference" in self._parked:
+            self._parked["reference"].fetch()
         with self._as_reference() as model:
             return completion_hidden(model, sequences, attention_mask, num_completion)
 
     def reference_head(self) -> LMHead:
-        """The reference's head alone."""
+        """The reference's head alone, on the device."""
         with self._as_reference() as model:
-            return backbone_and_head(model)[1]
+            head = backbone_and_head(model)[1]
+        weight, bias = (None if tensor is None else tensor.to(self.device) for tensor in (head.weight, head.bias))
+        return head._replace(weight=weight, bias=bias)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
@@ -239,6 +261,7 @@ class PolicyModels:
     @torch.no_grad()
     def refresh_reference(self) -> None:
         """Copy the policy's parameters into a reference that is a copy."""
+        self.park()  # which would let go of changes that are made on the device
         policy = dict(self.policy.named_parameters())
         for name, parameter in self.reference_parameters().items():
             parameter.copy_(policy[name])

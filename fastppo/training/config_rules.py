@@ -182,6 +182,12 @@ def _options_in_use(config: Config) -> Iterator[str]:
             yield "model.value_name_or_path: has no effect without a value function"
         if (kind := config.model.value_model) != "separate":
             yield f"model.value_name_or_path: has no effect with model.value_model: {kind}; set it to separate"
+    copied = config.model.lora is None and config.model.reference == "frozen"
+    if config.model.offload_idle and not copied and not (critic and config.model.value_model == "separate"):
+        yield (
+            "model.offload_idle: has no effect without a separate critic, or a reference that is a copy, as it is "
+            "without model.lora"
+        )
     for key in _changed(section):
         needed, there = uses.get(key, ("", True))
         if not there:

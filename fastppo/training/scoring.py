@@ -148,6 +148,7 @@ class Scorer:
         parts = self.models.within(
             lambda: [self._score_part(rollout, part, update_follows, keep) for part in passes], reference=True
         )
+        self.models.park()
         scores = {
             name: None if value is None else passes.join([part[name] for part in parts], length)
             for name, value in parts[0].items()
@@ -268,6 +269,7 @@ class Scorer:
                 for name, hidden in models.items():
                     measure = partial(perplexity, hidden, self._texts, **options)
                     metrics[name] = self.models.within(measure, reference=True)
+            self.models.park()
         totals, by_name = measured["reward"].tolist(), {**rewards.by_name, **held_out}
         rows = [
             {"prompt": prompt.text, "completion": completion, "reward": total}

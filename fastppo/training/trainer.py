@@ -631,8 +631,10 @@ class Trainer:
                         raise CheckpointError(f"{quote(name)} is {was[0]} {was[1]}, this model's is {now[0]} {now[1]}")
                     parameter.copy_(saved[name])
         tensors = checkpoint.tensors("optimizer", partial(parameter_of_state, self.optimizer))
+        self.models.fetch_critic()  # a state goes where its parameter is
         with restoring(f"{path}: optimizer"):
             load_optimizer(self.optimizer, tensors, state["optimizer"])
+        self.models.park()
         for name in STATEFUL:
             with restoring(f"{path}: state.json: {name}"):
                 part = getattr(self, name)

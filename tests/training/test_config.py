@@ -122,6 +122,18 @@ def test_round_trip(tmp_path):
             "model.value_name_or_path: has no effect without a value function",
         ),
         (["--ppo.kl_target", "3"], "ppo.kl_target: has no effect without kl_controller: adaptive"),
+        (
+            ["--model.offload_idle", "true", "--model.lora", "{}"],
+            "model.offload_idle: has no effect without a separate",
+        ),
+        (
+            ["--model.offload_idle", "true", "--model.lora.r", "4", "--ppo.adv_estimator", "rloo"],
+            "model.offload_idle: has no effect without a separate critic",
+        ),
+        (
+            ["--model.offload_idle", "true", "--model.reference", "none", "--ppo.kl_coef", "0"],
+            "model.offload_idle: has no effect without a separate critic",
+        ),
         (["--optim.name", "paged_adamw_8bit", "--algorithm", "cpi"], "with paged_adamw_8bit every step of cpi"),
         (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
         (

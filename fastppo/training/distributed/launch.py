@@ -93,6 +93,11 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             f"optim.name: {config.optim.name} (bitsandbytes) cannot update parameters that fsdp2 shards; set "
             "optim.name: adamw, or distributed.strategy: replicate"
         )
+    if strategy == "fsdp2" and config.model.offload_idle:
+        raise ConfigError(
+            "model.offload_idle: fsdp2 shards the models; set distributed.cpu_offload: true, which keeps all shards in "
+            "the host's memory"
+        )
     for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
         if strategy == "fsdp2" and getattr(config.model, key) == given:
             raise ConfigError(

@@ -89,6 +89,7 @@ def refused(world, out):
     sharded_lora = {"model__lora": LORA, "distributed__strategy": "fsdp2"}
     for key, given in (("quantization", "nf4"), ("value_model", "adapter")):
         assert f"model.{key}: {given} is not possible with" in message(**{f"model__{key}": given}, **sharded_lora)
+    assert "set distributed.cpu_offload: true" in message(model__offload_idle=True)
     offload = {"distributed__cpu_offload": True, "model__lora": LORA}
     assert "cpu_offload: has no effect" in message(**offload)
     assert "seed: 5 on rank 1, 0 on rank 0" in message(seed=on_rank_1(5, 0))
