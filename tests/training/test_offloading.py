@@ -5,10 +5,15 @@ There is no GPU here: copies stand in for it, so that what was not moved, or not
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import build_changed_config, make_tiny_model, metrics_of, same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastppo.models import activations, parked
 from fastppo.training.silent import Silent
@@ -158,3 +163,56 @@ def test_a_parked_critic_is_tried_for_packing_where_it_computes(world, tmp_path,
     monkeypatch.setattr("fastppo.models.policy_models.can_pack", lambda _: tried.append(critic._fetched) or True)
     assert trainer.models.packs
     assert tried == [True, True]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the bytes of tensors that are made inside; `peak` is the most that were there at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def _free(self, num_bytes):
+        self.now -= num_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        storages = [
+            {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+            for tree in ((args, kwargs), output)
+        ]
+        for address in storages[1].keys() - storages[0].keys():  # the others are views, and results in place
+            storage = storages[1][address]
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return output
+
+
+CRITICS = {"separate": {}, "adapter": {"model__value_model": "adapter", "model__lora": LORA}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("critic", CRITICS)
+def test_activations_of_one_model_are_there_at_a_time(world, tmp_path, critic, checkpointing):
+    options = CRITICS[critic] | {"model__gradient_checkpointing": checkpointing, "rollout__num_generations": 16}
+    trainer = Trainer(config(world, tmp_path / "run", ppo__num_mini_batches=1, **options), progress=Silent())
+    prompts = [prompt for prompt in trainer.data.train[:4] for _ in range(16)]
+    rollout = trainer.scorer.sample(prompts, "rollout")
+    experience = trainer.scorer.score(rollout, trainer.scorer.reward(prompts, rollout))
+    trainer.models.drop_kept_pass()
+    trainer.algorithm.estimate_advantages(experience)
+    learner, loss = trainer.learner, trainer.algorithm.loss
+
+    def peak(*passes):
+        with LiveMemory() as memory, trainer.models.training():
+            learner.accumulate(experience, *passes)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        return memory.peak
+
+    policy, value = partial(learner.evaluate, loss), partial(learner._evaluate_critic, loss)
+    alone = max(peak(policy), peak(value))
+    by_turns, together = peak(policy, value), peak(partial(learner.evaluate, loss, with_values=True))
+    gradients = sum(p.nbytes for p in trainer.policy_parameters.values())  # which wait for the optimizer meanwhile
+    assert alone <= by_turns <= alone + gradients + 1024
+    assert by_turns < (0.95 if checkpointing else 0.6) * together
