@@ -219,7 +219,8 @@ def driver() -> str:
 
 def table(report: dict, limit: int = TABLE_CHARACTERS) -> str:
     """The report in at most `limit` characters: the longest sections are cut from their ends, then whole ones go."""
-    sections = [heading(report), *verdict_sections(report["rows"]), *timed_sections(report["rows"])]
+    rows = report["rows"]
+    sections = [heading(report), *verdict_sections(rows), *step_sections(rows), *timed_sections(rows)]
     lengths = [len(section) for section in sections]
 
     def text() -> str:
@@ -267,6 +268,7 @@ def verdict_sections(rows: list[dict]) -> Iterable[list[str]]:
     order = {"FAIL": 0, "PASS": 1, "ok": 2, "error": 3, "skipped": 4}  # what may be cut off stands last
     for row in sorted(rows, key=lambda row: order[row["status"]]):
         told = row["stage"] == "correctness" or row["case"] in ("stage", "machine") or row.get("trial")
+        told = told or "phases" in row
         if not told and ("ms" not in row or "code" in row):
             lines.append(clip(describe(row), 170 if "code" in row else 130))
     if lines:
@@ -274,11 +276,33 @@ def verdict_sections(rows: list[dict]) -> Iterable[list[str]]:
 
 
 def describe(row: dict) -> str:
-    extra = {k: row[k] for k in ("worst", "worst_of", "checks", "passed", "failed", "finished", "cases") if k in row}
+    extra = {k: row[k] for k in ("worst", "worst_of", "checks", "passed", "failed", "finished", "cases", "before",
+             "after", "seconds", "tokens_per_s") if k in row}  # fmt: skip
     words = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in extra.items()]
     if "code" in row:
         words = [f"{row['ms']:.3f} ms, the shipped one {row['floor_ms']:.3f}" if "ms" in row else "", row["code"]]
     return f"{row['status']} {row['case']}: {row['name']}; {row.get('error') or ' '.join(words)}"
+
+
+def step_sections(rows: list[dict]) -> Iterable[list[str]]:
+    """Whole training steps: seconds, sampled tokens a second and peak memory of each phase."""
+    cases: dict[str, list[dict]] = {}
+    for row in rows:
+        if "phases" in row:
+            cases.setdefault(row["case"], []).append(row)
+    for case, found in cases.items():
+        lines = [f"-- {case}", f"{'':48}{'s':>8}{'tokens/s':>10}{'GiB':>8}{'planned':>9}"]
+        for row in found:
+            more = "".join(f", {n} did not fit" for n in row.get("did_not_fit", ()))
+            taken = f", took {row['sequences_a_pass']}" if more else ""
+            lines.append(clip(f"{row['status']} {row['name']}{more}{taken}{'; ' if 'error' in row else ''}"
+                              f"{row.get('error', '')}", 150))  # fmt: skip
+            step = {key: row.get(key) for key in ("seconds", "tokens_per_s", "peak_gib", "planned_gib")}
+            for phase, cells in (row["phases"] | {"step": step}).items():
+                figures = (cells.get("seconds"), cells.get("tokens_per_s"), cells.get("peak_gib"))
+                text = "".join(number(v, form) for v, form in zip(figures, ("8.2f", "10.0f", "8.2f"), strict=True))
+                lines.append(f"  {phase:46}{text}{number(cells.get('planned_gib'), '9.2f')}".rstrip())
+        yield lines
 
 
 COLUMNS = f"{'':42}{'ms':>9}{'±%':>4}{'ratio':>6}     {'TFLOP/s':>8}{'GB/s':>6}{'+MiB':>7}  launches"

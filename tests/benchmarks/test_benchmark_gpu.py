@@ -199,6 +199,84 @@ def test_a_stage_without_time_says_what_it_left_out(benchmarks, tmp_path):
     assert bench.rows.read() == []
 
 
+# ---- whole steps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_random_model_has_the_published_shapes_and_never_ends_a_text(benchmarks, tmp_path):
+    from gpu_stages import random_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert round(random_model.num_parameters(random_model.configuration("Llama-3.2-1B")) / 1e9, 3) == 1.236
+    tree = random_model.configuration("Qwen3-8B", tiny=True)
+    random_model.write_model(tmp_path, tree, device=torch.device("cpu"))
+    random_model.write_prompts(tmp_path / "prompts.txt", 3, 11)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert 0.5 < weight.std() / tree["initializer_range"] < 2.0
+    assert model.generation_config.eos_token_id >= model.get_input_embeddings().num_embeddings
+    ids = AutoTokenizer.from_pretrained(tmp_path)((tmp_path / "prompts.txt").read_text().splitlines())["input_ids"]
+    assert [len(row) for row in ids] == [11, 11, 11]
+    assert len(set(map(tuple, ids))) == 3
+
+
+@pytest.mark.parametrize(("largest", "size", "too_large"), [(3, 2, [8, 4]), (8, 8, []), (0, None, None)])
+def test_a_plain_step_takes_as_many_sequences_as_fit(benchmarks, tmp_path, monkeypatch, largest, size, too_large):
+    from gpu_stages import training_step
+    from gpu_stages.bench import Bench
+
+    from fastppo.training.config import build_config
+
+    class Step:
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, size, new_tokens, phases):
+            for name in ("rollout", "score", "update"):
+                with phases(name):
+                    pass
+            if new_tokens == 32 and size > largest:
+                raise torch.OutOfMemoryError("no room")
+            return [0.0, -0.1]
+
+    monkeypatch.setattr(training_step, "PlainStep", Step)
+    bench = Bench("step", tmp_path, torch.device("cpu"), 60.0)
+    given = {"model": {"name_or_path": "m"}, "data": {"train": "p"}}
+    row = training_step.plain_step(bench, build_config(given), None, 8)
+    assert (row.get("sequences_a_pass"), row.get("did_not_fit")) == (size, too_large)
+    assert row["status"] == ("skipped" if size is None else "PASS")
+
+
+def test_the_table_has_the_phases_of_a_step(gpu):
+    phases = {
+        "rollout": {"seconds": 5.25, "tokens_per_s": 3121.0, "peak_gib": 30.12, "planned_gib": 31.04},
+        "update": {"seconds": 7.5, "tokens_per_s": 2184.0, "peak_gib": 40.25},
+    }
+    common = {"stage": "step_full", "case": "a model", "phases": phases, "seconds": 12.75, "tokens_per_s": 1285.0}
+    rows = [
+        common | {"name": "fastppo", "status": "FAIL", "error": "not so: finite"},
+        common | {"name": "plain", "status": "PASS", "did_not_fit": [8, 4], "sequences_a_pass": 2},
+    ]
+    text = gpu.table({"device": "none", "rows": rows})
+    assert "FAIL fastppo; not so: finite" in text
+    assert "PASS plain, 8 did not fit, 4 did not fit, took 2" in text
+    assert [line.split() for line in text.splitlines() if line.startswith("  ")][-3:] == [
+        ["rollout", "5.25", "3121", "30.12", "31.04"], ["update", "7.50", "2184", "40.25"], ["step", "12.75", "1285"],
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_triton
+def test_a_dry_run_takes_both_steps_of_a_model_in_four_bits(tmp_path):
+    for name in ("bitsandbytes", "peft"):
+        pytest.importorskip(name)
+    assert dry_run(tmp_path / "out", "--stages", "step_nf4")[-1].startswith("7 checks")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows if "phases" in row] == ["PASS", "PASS"]
+
+
 # ---- the runner -----------------------------------------------------------------------------------------------------
 
 STAGE = """
