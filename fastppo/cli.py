@@ -26,6 +26,7 @@ Policy optimization of language models on one machine.
   fastppo train examples/sentiment.yaml            train, with checkpoints, curves and a report
   fastppo train CONFIG.yaml --ppo.kl_coef 0.1      the same with another value for one key
   fastppo train CONFIG.yaml --resume               go on from the newest checkpoint
+  fastppo plan CONFIG.yaml --gpu-memory 24         whether it fits in memory, before anything is loaded
   fastppo eval CONFIG.yaml --model runs/x/final    held-out reward of a policy
   fastppo keys ppo                                 the configuration's keys, of one section or all
   fastppo doctor                                   what is installed, and which backends can be used and why
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastppo.training.config_keys import explain, overview
 
             return _show(overview() if arguments.section is None else explain(arguments.section))
-        if distributed := _distributed():
+        planned = arguments.command == "plan"  # by one process, for however many
+        if distributed := None if planned else _distributed():
             distributed.connect()  # first, so that of all processes one tells of an error
             if os.environ["RANK"] != "0":
                 warnings.simplefilter("ignore")
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         config = load_config(arguments.config, overrides)
         output_dir = os.path.expanduser(config.output_dir)
-        status = (_train if arguments.command == "train" else _evaluate)(arguments, config)
+        status = {"train": _train, "plan": _plan, "eval": _evaluate}[arguments.command](arguments, config)
         if distributed:
             distributed.disconnect()
         return status
@@ -103,6 +105,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("config", help="YAML file; see examples/")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in output_dir")
     train.add_argument("--plain", action="store_true", help="one plain line a step, also on a terminal")
+    plan = commands.add_parser("plan", help="the memory that a run needs, from its configuration alone", **run)
+    plan.add_argument("config", help="the run's YAML file")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each GPU (default: this machine's)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, each with a GPU (default: 1)")
     evaluate = commands.add_parser("eval", help="sample held-out prompts and score the completions", **run)
     evaluate.add_argument("config", help="the run's YAML file")
     evaluate.add_argument("--model", help="a policy to evaluate in place of the configuration's, e.g. runs/x/final")
@@ -117,6 +123,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.command == "eval" and arguments.samples < 0:
         parser.error(f"--samples must be at least 0, got {arguments.samples}")
+    if arguments.command == "plan" and not 0 < (1.0 if arguments.gpu_memory is None else arguments.gpu_memory) < 1e6:
+        parser.error(f"--gpu-memory must be above 0, in GiB, got {arguments.gpu_memory:g}")
+    if arguments.command == "plan" and not 1 <= arguments.gpus <= 10**6:
+        parser.error(f"--gpus must be at least 1, got {arguments.gpus}")
     return arguments, overrides
 
 
@@ -202,6 +212,13 @@ def _train(arguments: argparse.Namespace, config) -> int:
     if result.stopped is not None:
         return _fail(1, f"stopped at step {result.step}: {result.stopped}; --resume goes on")
     return 128 + result.interrupted_by if result.interrupted_by else failed
+
+
+def _plan(arguments: argparse.Namespace, config) -> int:
+    from fastppo.training.plan.page import page
+    from fastppo.training.plan.plan import machine_of, plan
+
+    return _show(page(plan(config, machine_of(config, arguments.gpu_memory, arguments.gpus))))
 
 
 def _evaluate(arguments: argparse.Namespace, config) -> int:

@@ -37,7 +37,7 @@ def can_decode(policy: nn.Module) -> bool:
         getattr(type(causal), "prepare_inputs_for_generation", None) is GenerationMixin.prepare_inputs_for_generation
         and causal._supports_default_dynamic_cache()
         and not getattr(causal, "_is_stateful", False)
-        and {"position_ids", "use_cache", _cache_name(causal)} <= _accepted(backbone_of(causal))
+        and {"position_ids", "use_cache", cache_name(causal)} <= _accepted(backbone_of(causal))
         and set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) <= _LAYER_TYPES
     )
 
@@ -75,7 +75,7 @@ def decode(
     """
     causal = causal_of(policy)
     backbone, cache = backbone_of(causal), DynamicCache(config=causal.config)
-    arguments = {_cache_name(causal): cache, "use_cache": True}
+    arguments = {cache_name(causal): cache, "use_cache": True}
 
     def step(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """[b, V] logits after the last of these tokens."""
@@ -108,7 +108,7 @@ def decode(
     return tokens[:, : column + 1], logprobs[:, : column + 1]
 
 
-def _cache_name(causal: nn.Module) -> str:
+def cache_name(causal: nn.Module) -> str:
     """transformers 5.24 renamed the argument."""
     return "cache" if "cache" in _accepted(backbone_of(causal)) else "past_key_values"
 

@@ -7,7 +7,17 @@ from fastppo.training.distributed.launch import (
     open_ranks,
     open_replicas,
     rank_device,
+    strategy_of,
     tells,
 )
 
-__all__ = ["connect", "disconnect", "lost_process", "open_ranks", "open_replicas", "rank_device", "tells"]
+__all__ = [
+    "connect",
+    "disconnect",
+    "lost_process",
+    "open_ranks",
+    "open_replicas",
+    "rank_device",
+    "strategy_of",
+    "tells",
+]

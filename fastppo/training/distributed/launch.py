@@ -69,10 +69,29 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
     Raises:
         ConfigError: the run cannot be divided among so many processes, or they differ in configuration or versions.
     """
-    size = world_size()
-    if size == 1:
+    strategy = strategy_of(config, world_size())
+    if strategy is None:
         return Ranks()
     connect()
+    if strategy == "replicate":
+        ranks = open_replicas(device)
+    else:
+        from fastppo.training.distributed.sharded import ShardedProcesses
+
+        autocast = config.model.autocast and getattr(torch, config.model.autocast)
+        ranks = ShardedProcesses(device, autocast=autocast, cpu_offload=config.distributed.cpu_offload)
+    _check_alike(ranks, config)
+    return ranks
+
+
+def strategy_of(config: Config, size: int) -> str | None:
+    """How so many processes share the models: `fsdp2` or `replicate`; None for one.
+
+    Raises:
+        ConfigError: the run cannot be divided among them.
+    """
+    if size == 1:
+        return None
     strategy = config.distributed.strategy
     if strategy == "auto":
         strategy = "fsdp2" if config.model.lora is None else "replicate"
@@ -103,15 +122,7 @@ def open_ranks(config: Config, device: torch.device) -> Ranks:
             raise ConfigError(
                 f"model.{key}: {given} is not possible with distributed.strategy: fsdp2; set that to replicate"
             )
-    if strategy == "replicate":
-        ranks = open_replicas(device)
-    else:
-        from fastppo.training.distributed.sharded import ShardedProcesses
-
-        autocast = config.model.autocast and getattr(torch, config.model.autocast)
-        ranks = ShardedProcesses(device, autocast=autocast, cpu_offload=config.distributed.cpu_offload)
-    _check_alike(ranks, config)
-    return ranks
+    return strategy
 
 
 def open_replicas(device: torch.device) -> Ranks:

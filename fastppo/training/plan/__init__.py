@@ -1,0 +1,1 @@
+"""`fastppo plan`: whether a run fits in memory, and what would help."""

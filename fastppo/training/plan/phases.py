@@ -1,0 +1,364 @@
+"""The memory of a run by phase: what its models keep, by arithmetic, and what their passes add, by tracing.
+
+of a process       load | rollout | score | policy update | critic update | optimizer step | checkpoint
+weights, gradients, optimizer states, activations, copies of weights, keys and values, scratch, reserve
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+from fastppo.algorithms import ALGORITHMS
+from fastppo.algorithms.algorithm import Algorithm
+from fastppo.engines.budget import DEFAULT_SCRATCH_BYTES, SHARE_OF_A_GPU, scratch_bytes
+from fastppo.models.load import load_pretrained
+from fastppo.models.source import ModelError, resolve
+from fastppo.training.config import Config
+from fastppo.training.distributed import strategy_of
+from fastppo.training.plan.live import Bytes
+from fastppo.training.plan.skeleton import build_models, configuration_of, num_bytes, num_layers, tensors_of
+from fastppo.training.plan.trace import Shape, Sizes, Traced, sizes_of, trace
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "weight copies", "KV cache", "scratch", "reserve")
+CONTEXT, CONTEXT_OF_SEVERAL = 600 * 2**20, 1200 * 2**20
+"""What CUDA and its libraries take of a GPU, and with NCCL."""
+FRAGMENTED = 0.05
+"""Share of the tensors that PyTorch's allocator may hold besides them."""
+PROCESS = 600 * 2**20
+"""Python and its packages, on a CPU."""
+_DEPTH = 2
+_PAGED_FROM = 100_000  # numbers of a parameter whose moments bitsandbytes pages
+
+
+class Machine(NamedTuple):
+    """What a plan is for."""
+
+    device: str  # cuda or cpu
+    memory: int  # bytes of a process
+    processes: int = 1
+
+
+class Phase(NamedTuple):
+    name: str
+    moment: str  # when most is needed
+    kinds: dict[str, int]  # bytes by the names of KINDS
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+    @property
+    def tensors(self) -> int:
+        """What a tracker of tensors would see."""
+        return self.total - self.kinds["scratch"] - self.kinds["reserve"]
+
+
+class Memory(NamedTuple):
+    """What a configuration needs of one process."""
+
+    phases: list[Phase]
+    shape: Shape
+    notes: list[str]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
+    """The largest passes that the configuration allows: prompts and completions as long as they may be.
+
+    Args:
+        rows: sequences in a pass, in place of the configuration's.
+    """
+    rollout, section = config.rollout, config.algorithm_config
+    completion, prompt = rollout.max_new_tokens, config.data.max_prompt_length
+    limit = getattr(configuration_of(config.model).get_text_config(), "max_position_embeddings", None)
+    prompt = max(1, min(prompt, limit - completion)) if limit else prompt
+    sequences = rollout.num_prompts * rollout.num_generations
+    own = math.ceil(sequences / processes)
+    step = math.ceil(math.ceil(sequences / section.num_mini_batches) / processes)  # in an optimizer step
+    if rows is None:
+        rows = math.ceil(section.micro_batch_size(sequences) / processes)
+        if config.batch.max_tokens is not None:
+            rows = max(1, min(step, config.batch.max_tokens // (prompt + completion)))
+    passes = math.ceil(step / rows)
+    return Shape(prompt, completion, rows, passes, min(own, rollout.generation_batch_size), rollout.num_generations)
+
+
+def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memory:
+    """The memory of every phase.
+
+    Raises:
+        ModelError: the configuration of a model cannot be had.
+    """
+    backend = config.backend_name if machine.device == "cpu" or config.backend_name == "reference" else None
+    algorithm = ALGORITHMS[config.algorithm](
+        config.algorithm_config, temperature=config.rollout.temperature, backend=backend
+    )
+    shape = shape_of(config, machine.processes, rows)
+    sharded = strategy_of(config, machine.processes) == "fsdp2"
+    traced = _traced(config, algorithm, shape, machine.device, sharded)
+    return _Phases(config, algorithm, machine, shape, traced).memory()
+
+
+def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool) -> list[Traced]:
+    """Of the whole model; if its layers are alike also of a layer less, which tells what one takes."""
+    depth = num_layers(configuration_of(config.model))
+    options = {"sharded": sharded}
+    if depth is not None and config.model.value_name_or_path is None:
+        small, larger = (trace(config, algorithm, shape, d, device, **options) for d in (_DEPTH, _DEPTH + 1))
+        whole = small.at(_DEPTH, larger, depth)
+        if whole.sizes == sizes_of(config, build_models(config, algorithm, None, device)):
+            return [whole, small.at(_DEPTH, larger, depth - 1)]
+    whole = trace(config, algorithm, shape, None, device, **options)
+    return [whole, whole]
+
+
+class _Phases:
+    def __init__(
+        self, config: Config, algorithm: Algorithm, machine: Machine, shape: Shape, traced: list[Traced]
+    ) -> None:
+        self.config, self.algorithm, self.machine, self.shape = config, algorithm, machine, shape
+        self.traced, self.sizes, self.notes = traced[0], traced[0].sizes, []
+        self.layers = [a - b for a, b in zip(self.sizes, traced[1].sizes, strict=True)]
+        self.cuda = machine.device == "cuda"
+        self.sharded = strategy_of(config, machine.processes) == "fsdp2"
+        self.share = machine.processes if self.sharded else 1
+        self.apart = config.model.value_model != "shared" and algorithm.needs_values
+        self.parked = self.cuda and config.model.offload_idle
+        self.on_host = self.sharded and config.distributed.cpu_offload and self.cuda
+
+    def memory(self) -> Memory:
+        phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
+        if "critic update" in self.traced.moments:
+            phases.append(self._update("critic update"))
+        phases += [self._optimizer_step(), self._checkpoint()]
+        return Memory(phases, self.shape, self.notes)
+
+    # What stays
+
+    def _weights(self, *, critic: bool = True, reference: bool = True) -> int:
+        """On the device, with the critic and the reference or while they are parked."""
+        sizes = self.sizes
+        if self.on_host:
+            return self._reward_models
+        total = sizes.policy + (sizes.critic if critic or not self.parked else 0)
+        total += sizes.reference if reference or not self.parked else 0
+        return total // self.share + self._reward_models
+
+    @property
+    def _optimizer(self) -> int:
+        if self.on_host or (self.cuda and self.config.optim.name.startswith("paged")):
+            return 0
+        return self.sizes.optimizer // self.share
+
+    def _gradients(self, trained: int) -> int:
+        return 0 if self.on_host else trained // self.share
+
+    @property
+    def _reward_models(self) -> int:
+        if not hasattr(self, "_rewards"):
+            rewards = [*self.config.rewards, *self.config.eval.rewards]
+            self._rewards = sum(self._reward_model(reward.model) for reward in rewards if reward.model is not None)
+        return self._rewards
+
+    def _reward_model(self, name: str) -> int:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        defaults = self.config.model
+        try:
+            source = resolve(name, allow_download=defaults.allow_download)
+            hf = load_pretrained(AutoConfig, source, defaults)
+            with torch.device("meta"):
+                model = AutoModelForSequenceClassification.from_config(hf, dtype=getattr(torch, defaults.dtype))
+            return num_bytes(tensors_of(model))
+        except (ModelError, AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+            self.notes.append(f"without the reward model {name}, whose configuration cannot be had")
+            return 0
+
+    # What sharding gathers
+
+    @property
+    def _gathered_size(self) -> int:
+        model = self.config.model
+        return getattr(torch, model.autocast or model.dtype).itemsize
+
+    def _gathered(self, numbers: str, *, roots: int = 1, layers: int = 2) -> int:
+        """What lies in no layer, and layers: the one that runs and the next."""
+        if not self.sharded:
+            return 0
+        index = Sizes._fields.index(numbers)
+        layer = self.layers[index]
+        root = self.sizes[index] - layer * self._depth
+        return (roots * root + layers * layer) * self._gathered_size
+
+    @property
+    def _depth(self) -> int:
+        return configuration_of(self.config.model).get_text_config().num_hidden_layers
+
+    def _reduced(self, numbers: str, moment: str) -> int:
+        """Gradients of what is gathered, and their float32 copy that is summed over the processes."""
+        if not self.sharded:
+            return 0
+        index = Sizes._fields.index(numbers)
+        layer = self.layers[index]
+        root = self.sizes[index] - layer * self._depth
+        if moment in ("first layer, backward", "end"):
+            return 4 * (root + layer)
+        return layer * (self._gathered_size + 4)
+
+    # The phases
+
+    def _phase(self, name: str, moments: dict[str, dict[str, int]]) -> Phase:
+        """The moment that needs most, with the reserve."""
+        made = []
+        for moment, kinds in moments.items():
+            kinds = {kind: int(kinds.get(kind, 0)) for kind in KINDS}
+            if self.cuda:
+                context = CONTEXT if self.machine.processes == 1 else CONTEXT_OF_SEVERAL
+                kinds["reserve"] = context + int(FRAGMENTED * sum(kinds.values()))
+            else:
+                kinds["reserve"] = PROCESS
+            made.append(Phase(name, moment, kinds))
+        return max(made, key=lambda phase: phase.total)
+
+    def _load(self) -> Phase:
+        sizes, index = self.sizes, Sizes._fields.index("policy")
+        if self.sharded:
+            extra = 0 if self.on_host else self._whole_part(index)
+            return self._phase("load", {"sharding": {"weights": self._weights(), "activations": extra}})
+        # A reference is a whole copy at first, whose products are then rounded.
+        copy = sizes.policy - sizes.reference if sizes.reference else 0
+        weights = self._weights() + max(0, copy)
+        extra = 0
+        if self.config.model.quantization is not None:  # the weights are read in `dtype`, and packed one by one
+            itemsize = getattr(torch, self.config.model.dtype).itemsize
+            extra = sizes.largest_trained * itemsize if self.cuda else self._dense() - sizes.policy
+        return self._phase("load", {"load": {"weights": weights, "activations": max(0, extra)}})
+
+    def _dense(self) -> int:
+        """Bytes of a quantized model before it is."""
+        import copy
+
+        plain = copy.deepcopy(self.config)
+        plain.model.quantization = plain.model.lora = None
+        plain.model.value_model, plain.model.reference = "shared", "none"
+        return sizes_of(plain, build_models(plain, self.algorithm, None, self.machine.device)).policy
+
+    def _whole_part(self, index: int) -> int:
+        layer, itemsize = self.layers[index], 1
+        return max(layer, self.sizes[index] - layer * self._depth) * itemsize
+
+    def _rollout(self) -> Phase:
+        shape, model = self.shape, self.config.model
+        weights = self._weights(critic=False, reference=False)
+        gathered = self.sizes.policy_numbers * self._gathered_size if self.sharded else 0
+        laid_out = 0
+        if not self.cuda and model.autocast and not self.sharded and model.lora is not None:
+            laid_out = 2 * self.sizes.linear_numbers  # on a CPU `decode` lays weights out anew
+        moments = {}
+        for moment, peak in self.traced.moments["rollout"].items():
+            now = peak.first
+            reading = moment not in ("cache", "sampling", "drawing")
+            tokens = shape.prompt if reading else shape.prompt + shape.completion - 1
+            rows = shape.sampled
+            cache = min(now.total - now.copies, self.traced.cache * rows * tokens)
+            moments[moment] = {
+                "weights": weights,
+                "weight copies": max(now.copies, laid_out) + gathered,
+                "optimizer": self._optimizer,
+                "activations": now.total - now.copies - cache,
+                "KV cache": cache,
+            }
+        return self._phase("rollout", moments)
+
+    def _score(self) -> Phase:
+        gathered = self._gathered("policy_numbers")
+        if self.sizes.reference:
+            gathered += self._gathered("reference_numbers", layers=0)
+        moments = {}
+        for moment, peak in self.traced.moments["score"].items():
+            now = peak.first
+            scratch = self._scratch(loss=False) if moment in ("head", "reference") else 0
+            moments[moment] = {
+                "weights": self._weights(),
+                "weight copies": now.copies + gathered,
+                "optimizer": self._optimizer,
+                "activations": now.total - now.copies,
+                "scratch": scratch,
+            }
+        return self._phase("score", moments)
+
+    def _update(self, name: str) -> Phase:
+        sizes, critic = self.sizes, name == "critic update"
+        own = sizes.trained_critic if critic else sizes.trained_policy
+        own += 0 if self.apart else sizes.trained_critic
+        there = sizes.trained_policy if critic else 0  # gradients of passes before these
+        numbers = "critic_numbers" if critic and self.config.model.value_model == "separate" else "policy_numbers"
+        again = self.shape.passes > 1 or self.sharded
+        moments = {}
+        for moment, peak in self.traced.moments[name].items():
+            now: Bytes = peak.later if again else peak.first
+            gradients = self._gradients(there + (own if again else 0)) + (0 if again else now.gradients)
+            backward = "backward" in moment or moment == "end"
+            copies = now.copies + self._gathered(numbers)
+            if backward:
+                copies += self._reduced(numbers, moment)
+            elif moment == "begin":
+                copies = now.copies + self._gathered(numbers, roots=2, layers=0)
+            if self.sharded and backward:
+                copies += sizes.head * self._gathered_size // getattr(torch, self.config.model.dtype).itemsize
+            moments[moment] = {
+                "weights": self._weights(critic=critic or not self.apart, reference=False),
+                "gradients": gradients,
+                "optimizer": self._optimizer,
+                "activations": now.passing() - now.copies,
+                "weight copies": copies,
+                "scratch": self._scratch(loss=True) if moment == "loss" and not critic else 0,
+            }
+        return self._phase(name, moments)
+
+    def _optimizer_step(self) -> Phase:
+        sizes, moments = self.sizes, {}
+        gradients = self._gradients(sizes.trained_policy + sizes.trained_critic)
+        kinds = {"weights": self._weights(reference=False), "gradients": gradients, "optimizer": self._optimizer}
+        if not self.cuda and self.config.optim.name != "adamw":
+            kinds["scratch"] = 3 * 4 * sizes.largest_trained  # its kernels for a CPU are PyTorch's operators
+        moments["optimizer step"] = kinds
+        if self.config.algorithm in ("trpo", "npg", "cpi"):
+            # Directions of the size of the policy: conjugate gradients have five, and there is a copy of the old one.
+            kinds["activations"] = 6 * sizes.trained_policy // self.share
+        return self._phase("optimizer step", moments)
+
+    def _checkpoint(self) -> Phase:
+        sizes, model = self.sizes, self.config.model
+        kinds = {"weights": self._weights(reference=False), "optimizer": self._optimizer}
+        itemsize = 4 if model.lora is not None else getattr(torch, model.dtype).itemsize
+        # Every parameter is looked at for NaN.
+        kinds["activations"] = sizes.largest_trained * (itemsize + 2) // self.share
+        if not self.cuda:
+            if model.lora is not None and (model.lora.merge or (model.lora.merge is None and not model.quantization)):
+                kinds["activations"] = max(kinds["activations"], self._dense())
+            kinds["scratch"] = max(sizes.trained_policy, sizes.optimizer) // self.share  # a file's bytes
+        return self._phase("checkpoint", {"checkpoint": kinds})
+
+    def _scratch(self, *, loss: bool) -> int:
+        """Of the operators on the head, which have a budget whatever the number of tokens."""
+        tokens = self.shape.rows * self.shape.completion
+        causal = configuration_of(self.config.model).get_text_config()
+        width, vocabulary = causal.hidden_size, causal.vocab_size
+        if not self.cuda:
+            budget = scratch_bytes(torch.device("cpu"))
+            return budget + (4 * tokens * width if loss else 0)
+        budget = int(self.machine.memory // SHARE_OF_A_GPU)
+        if os.environ.get("FASTPPO_SCRATCH_MB"):
+            budget = scratch_bytes()
+        itemsize = self._gathered_size
+        copied = vocabulary * width * itemsize if self.config.model.autocast and not self.sharded else 0
+        logits = tokens * vocabulary * itemsize if loss else 0
+        return min(budget, max(DEFAULT_SCRATCH_BYTES, copied + logits)) + tokens * width * (8 if loss else 2)

@@ -1,0 +1,74 @@
+"""Whether a run fits in memory, from its configuration alone: no weights are read and nothing is computed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fastppo.training.config import Config
+from fastppo.training.distributed import strategy_of
+from fastppo.training.plan.advice import Advice, advise
+from fastppo.training.plan.phases import Machine, Memory, memory_of
+
+
+@dataclass
+class Plan:
+    """What a run needs and what there is, of one process; processes need the same."""
+
+    machine: Machine
+    memory: Memory
+    advice: list[Advice]
+    most_tokens: int | None = None
+    """Largest batch.max_tokens that fits; 0 if none does, None if nobody asked."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak.total <= self.machine.memory
+
+
+def plan(config: Config, machine: Machine) -> Plan:
+    """Plan a run, with advice.
+
+    Raises:
+        ModelError: the configuration of a model cannot be had.
+    """
+    memory = memory_of(config, machine)
+    most_tokens = _most_tokens(config, machine, memory)
+    return Plan(machine, memory, advise(config, machine, memory), most_tokens)
+
+
+def machine_of(config: Config, memory_gib: float | None, processes: int) -> Machine:
+    """What there is: GPUs of so many GiB; else this machine's GPUs, or its memory, divided among the processes.
+
+    Raises:
+        ConfigError: the run cannot be divided among so many processes.
+    """
+    strategy_of(config, processes)  # refuses what cannot be divided
+    device = config.device
+    if memory_gib is not None:
+        return Machine("cuda", int(memory_gib * 2**30), processes)
+    if device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda" if device == "auto" else device)
+        return Machine("cuda", torch.cuda.get_device_properties(device).total_memory, processes)
+    return Machine("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes, processes)
+
+
+def _most_tokens(config: Config, machine: Machine, memory: Memory) -> int:
+    """Activations grow by the same number of bytes with every sequence of a pass."""
+    shape = memory.shape
+    length = shape.prompt + shape.completion
+    other = memory_of(config, machine, rows=2 * shape.rows)
+    rows = None
+    for phase, larger in zip(memory.phases, other.phases, strict=True):
+        each = (larger.total - phase.total) / shape.rows
+        free = machine.memory - phase.total
+        if each > 0:
+            fitting = int(shape.rows + free / each)
+            rows = fitting if rows is None else min(rows, fitting)
+        elif free < 0:
+            return 0
+    if rows is None or rows < 1:
+        return 0
+    return rows * length
