@@ -95,7 +95,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-SLOW = ("exact kl, mini-batches, bfloat16", "4 bits, critic of adapters, checkpointing")
+SLOW = {name for name in VARIANTS if "exact" in name or "8-bit" in name or "4 bits" in name}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in VARIANTS])
