@@ -14,7 +14,7 @@ from fastppo.errors import one_line
 from fastppo.extras import install_command
 from fastppo.models.source import ModelError, hub_offline
 
-_OLDEST = "0.49"  # of bitsandbytes, in which 4 bits were tried
+_OLDEST = "0.50"  # earlier ones forget the dtype of the weights that they quantized
 
 
 def import_bitsandbytes(key: str) -> ModuleType:
