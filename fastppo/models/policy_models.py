@@ -179,10 +179,11 @@ class PolicyModels:
         """
         if self.value is None:
             return None
-        if self._critic_adapter:
-            with using(adapted_layers(self.policy), VALUE), self._offloaded(self.policy):
-                hidden, _ = completion_hidden(self.policy, sequences, attention_mask, num_completion)
         if isinstance(self.value, ValueHead):
+            if self._critic_adapter:
+                with using(adapted_layers(self.policy), VALUE), self._offloaded(self.policy):
+                    arguments = (sequences, attention_mask, num_completion, self.value.weight.shape[-1])
+                    hidden = completion_states(backbone_of(self.policy), *arguments)
             return self.value(hidden)
         self.fetch_critic()
         with self._offloaded(self.value):
