@@ -21,7 +21,7 @@ from torch import nn
 from fastppo.errors import one_line
 from fastppo.extras import install_command
 from fastppo.models.head import backbone_of, check_head
-from fastppo.models.quantize import import_bitsandbytes, quantize_
+from fastppo.models.quantize import check_bitsandbytes, quantize_
 from fastppo.models.source import ModelError, ModelSource, hub_offline, resolve
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def load_causal_lm(
     source = resolve(config.name_or_path, allow_download=config.allow_download)
     device, on = torch.device(device), torch.device(on or device)
     if config.quantization:
-        import_bitsandbytes("model.quantization")  # before the weights are read
+        check_bitsandbytes("model.quantization")  # before the weights are read
         on = torch.device("cpu")
     here = config if on.type == device.type else dataclasses.replace(config, attn_implementation="auto")
     model = load_model(AutoModelForCausalLM, source, here, on)

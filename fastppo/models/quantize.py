@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 from types import ModuleType
 
@@ -10,34 +11,34 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from fastppo.errors import one_line
+from fastppo.errors import ConfigError, one_line
 from fastppo.extras import install_command
 from fastppo.models.source import ModelError, hub_offline
 
 _OLDEST = "0.50"  # earlier ones forget the dtype of the weights that they quantized
 
 
-def import_bitsandbytes(key: str) -> ModuleType:
-    """Import bitsandbytes, without a look at the Hugging Face Hub for native code.
-
-    Raises:
-        ModelError: it is missing or too old; `key` is the key of the configuration that needs it.
-    """
-    try:
-        found = importlib.metadata.version("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        raise ModelError(f"{key} needs bitsandbytes; {install_command('demo')}") from None
+def check_bitsandbytes(key: str) -> None:
+    """Raise ConfigError if bitsandbytes, which this key of the configuration needs, is missing or too old."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key} needs bitsandbytes; {install_command('demo')}")
+    found = importlib.metadata.version("bitsandbytes")
     if Version(found) < Version(_OLDEST):
-        raise ModelError(
+        raise ConfigError(
             f'{key} needs bitsandbytes {_OLDEST} or later, this is {found}; pip install "bitsandbytes>={_OLDEST}"'
         )
+
+
+def import_bitsandbytes(key: str) -> ModuleType:
+    """Import bitsandbytes, without a look at the Hugging Face Hub for native code; see `check_bitsandbytes`."""
+    check_bitsandbytes(key)
     before = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)  # it warns that it did not get that code
         with hub_offline():
             import bitsandbytes
     except (ImportError, RuntimeError, OSError) as error:  # its native library does not fit, or another package
-        raise ModelError(f"{key}: bitsandbytes {found} cannot be imported ({one_line(error, 200)})") from error
+        raise ConfigError(f"{key}: bitsandbytes cannot be imported ({one_line(error, 200)})") from error
     finally:
         logging.disable(before)
     return bitsandbytes
@@ -54,7 +55,8 @@ def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dt
         compute_dtype: of the products, for which a layer's weight is expanded.
 
     Raises:
-        ModelError: there is no bitsandbytes, or no linear layer.
+        ConfigError: there is no bitsandbytes that can do it.
+        ModelError: there is no linear layer.
     """
     modules = import_bitsandbytes("model.quantization").nn
     head, found = model.get_output_embeddings(), False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastppo.errors import quote
-from fastppo.models.source import hub_offline
+from fastppo.models.quantize import import_bitsandbytes
 from fastppo.training.checkpoint import CheckpointError, check_like
 from fastppo.training.config import OptimConfig
 
@@ -33,8 +33,7 @@ def build_optimizer(
     arguments = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **arguments)
-    with hub_offline():
-        import bitsandbytes
+    bitsandbytes = import_bitsandbytes(f"optim.name: {config.name}")
     on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
     paged = config.name == "paged_adamw_8bit" and on_gpu  # bitsandbytes warns of it on a CPU
     return bitsandbytes.optim.AdamW8bit(groups, is_paged=paged, **arguments)

@@ -34,6 +34,7 @@ from fastppo.errors import quote
 from fastppo.extras import install_command
 from fastppo.models.adapters import VALUE, merge_lora, save_adapters
 from fastppo.models.policy_models import PolicyModels
+from fastppo.models.quantize import check_bitsandbytes
 from fastppo.rollout.prompt import Prompt
 from fastppo.training.checkpoint import (
     Checkpoint,
@@ -694,13 +695,13 @@ def _rng_group(rank: int) -> str:
 
 
 def _check_packages(config: Config) -> None:
-    """Raise ConfigError for a package that is missing, rather than ImportError after minutes of reading weights."""
-    for what, package, needed in (
-        ("model.lora", "peft", config.model.lora is not None),
-        (f"optim.name: {config.optim.name}", "bitsandbytes", config.optim.name != "adamw"),
-    ):
-        if needed and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{what} needs {package}; {install_command('demo')}")
+    """Raise ConfigError for a package that is missing or too old, before minutes of reading weights."""
+    if config.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"model.lora needs peft; {install_command('demo')}")
+    if config.model.quantization is not None:
+        check_bitsandbytes("model.quantization")
+    if config.optim.name != "adamw":
+        check_bitsandbytes(f"optim.name: {config.optim.name}")
 
 
 def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
+import sys
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tiny import make_tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastppo.errors import ConfigError
 from fastppo.models import ModelError, ValueModel, load_causal_lm
 from fastppo.models.adapters import WEIGHTS_FILE, is_critics, load_adapters, merge_lora, save_adapters
 from fastppo.models.config import LoraConfig, ModelConfig
@@ -303,14 +304,12 @@ def test_adapters_alone_come_back(path, tmp_path):
     ],
 )
 def test_a_missing_or_old_bitsandbytes(path, monkeypatch, version, message):
-    def found(name):
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr("fastppo.models.quantize.importlib.metadata.version", found)
+    if version is None:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    else:
+        monkeypatch.setattr("fastppo.models.quantize.importlib.metadata.version", lambda name: version)
     monkeypatch.setattr("fastppo.models.load.load_model", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load_causal_lm(ModelConfig(name_or_path=path, quantization="nf4"))
 
 
