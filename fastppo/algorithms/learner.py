@@ -291,6 +291,8 @@ class Learner:
             self._phase(f"update {epoch}/{num_epochs}")
             order = torch.randperm(len(experience))
             for rows in order.tensor_split(self.num_mini_batches):
+                if self.max_tokens is not None:  # then a mini-batch of all has the passes that scored them, to the bit
+                    rows = rows.sort().values
                 yield epoch, experience.select(rows.to(self.models.device))
 
     def _optimizer_step(self, losses: dict[str, float]) -> float:

@@ -11,9 +11,12 @@ from tiny import build_changed_config, make_tiny_model
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.learner import Learner
+from fastppo.models import load_tokenizer
+from fastppo.models.config import ModelConfig
 from fastppo.models.policy_models import PolicyModels
 from fastppo.rollout.sample import Rollout
 from fastppo.training.config import ConfigError
+from fastppo.training.inputs import Inputs
 from fastppo.training.rewards import RewardOutput
 from fastppo.training.scoring import Scorer
 
@@ -126,8 +129,20 @@ def test_losses_gradients_and_metrics_do_not_depend_on_the_budget(model, rollout
         found = gradients(model, rollout, **given, batch__max_tokens=budget)
         check_equal(found, expected)
         assert found[1]["policy/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+        assert found[1]["policy/ratio_min"] == pytest.approx(1.0, abs=1e-6)
         passes.append(len(found[3]))
     assert passes[0] >= 2.5 * passes[1] >= 2.5 * passes[2]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_first_update_starts_at_a_ratio_of_one(model, rollout, budget):
+    """Also of sequences that are equally long, of which a shuffled batch would make other passes."""
+    algorithm, learner, scorer, _ = build(model, batch__max_tokens=budget, ppo__num_ppo_epochs=1)
+    sequences = rollout.sequences[rollout.groups.argsort(), :75]  # completions of 20 tokens, which share their prompts
+    everything = {"mask": torch.ones(20, 20, dtype=torch.bool), "attention_mask": torch.ones_like(sequences)}
+    experience = score(algorithm, scorer, rollout._replace(sequences=sequences, **everything))
+    metrics = algorithm.update(learner, experience)
+    assert metrics["policy/ratio_max"] == metrics["policy/ratio_min"] == 1.0
 
 
 def test_where_padding_is_computed_it_counts(model, rollout):
@@ -185,3 +200,30 @@ def test_a_budget_and_accumulation_exclude_each_other():
         ConfigError, match=r"^ppo\.gradient_accumulation_steps: must be 1 with batch\.max_tokens, which"
     ):
         build_changed_config(given, {"batch__max_tokens": 100})
+
+
+@pytest.mark.parametrize(("budget", "texts"), [(13, False), (14, False), (20, True), (21, True)])
+def test_a_sequence_that_cannot_fit_is_refused_before_models_are_loaded(model, tmp_path, budget, texts):
+    """The prompts that there are decide, not the longest that would be allowed."""
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(model)))
+    words = {length: "x" * length for length in (6, 21)}
+    assert [len(tokenizer(text)["input_ids"]) for text in words.values()] == [6, 21]
+    (tmp_path / "prompts.txt").write_text(f"x\n{words[6]}\nxxx\n")
+    (tmp_path / "texts.txt").write_text(f"xx\n{words[21]}\n")
+    given = {
+        "model": {"name_or_path": str(model)},
+        "data": {"train": str(tmp_path / "prompts.txt"), "eval_size": 1},
+        "eval": {"perplexity": str(tmp_path / "texts.txt") if texts else None},
+        "rollout": {"max_new_tokens": 8},
+    }
+    load = partial(Inputs, build_changed_config(given, {"batch__max_tokens": budget}), device=torch.device("cpu"))
+    if budget in (14, 21):
+        load(rewards=[lambda prompts, completions: [0.0] * len(prompts)])
+    else:
+        why = "the longest text of eval.perplexity" if texts else "a prompt of 6 tokens and rollout.max_new_tokens 8"
+        with pytest.raises(ConfigError) as caught:
+            load(rewards=[lambda prompts, completions: [0.0] * len(prompts)])
+        assert str(caught.value) == (
+            f"batch.max_tokens: {budget} tokens are less than one sequence can have, {budget + 1} ({why}); set it to "
+            f"{budget + 1} or more"
+        )

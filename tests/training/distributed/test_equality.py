@@ -55,6 +55,15 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo__whiten_rewards": True,
         "distributed__cpu_offload": True,
     },
+    "ppo by tokens": {
+        "model__value_model": "separate",
+        "data__eval_size": 3,
+        "eval__perplexity": "WORLD/texts.txt",
+        "batch__max_tokens": 60,
+        "ppo__num_mini_batches": 2,
+        "ppo__kl_in": "loss",
+        "ppo__kl_estimator": "exact",
+    },
     "reinforce": {
         "algorithm": "reinforce",
         "reinforce__kl_estimator": "k2",
@@ -62,6 +71,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "actor-critic": {"algorithm": "actor_critic", "actor_critic__n_steps": 2},
     "ppo with adapters": {"model__lora": LORA, "ppo__num_mini_batches": 2, "ppo__kl_estimator": "exact"},
+    "ppo with adapters, by tokens": {
+        "model__lora": LORA,
+        "model__attn_implementation": "eager",  # which computes padding
+        "batch__max_tokens": 60,
+    },
     "ppo with adapters, sharded": {
         "model__lora": LORA,
         "model__value_model": "separate",
