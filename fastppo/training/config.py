@@ -86,7 +86,8 @@ class BatchConfig:
 
     max_tokens: PositiveInt | None = None
     """Most tokens, prompts included, of the sequences in one pass of one process. Sequences are sorted by length and
-    packed without padding where the model allows it. null counts sequences: `gradient_accumulation_steps` passes."""
+    packed without padding where the model allows it; elsewhere padding counts. null counts sequences:
+    `gradient_accumulation_steps` passes."""
 
 
 @dataclass(config=STRICT)
