@@ -118,10 +118,12 @@ def check_equal(given, expected):
 
 
 @pytest.mark.parametrize("loss_agg", LOSS_AGGS)
-@pytest.mark.parametrize("value_model", ["shared", "separate"])
+@pytest.mark.parametrize("value_model", ["shared", "separate", "adapter"])
 def test_losses_gradients_and_metrics_do_not_depend_on_the_budget(model, rollout, loss_agg, value_model):
     given = {"model__value_model": value_model, "ppo__loss_agg": loss_agg, "ppo__entropy_coef": 0.1}
     given |= {"ppo__kl_in": "loss", "ppo__kl_estimator": "exact", "ppo__kl_coef": 0.1}
+    if value_model == "adapter":
+        given["model__lora"] = {"r": 3}
     expected = gradients(model, rollout, **given)
     check_equal(gradients(model, rollout, **given, ppo__gradient_accumulation_steps=3), expected)
     passes = []
