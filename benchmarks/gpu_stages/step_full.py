@@ -13,4 +13,4 @@ SECTIONS = {
 
 
 def run(bench: Bench) -> None:
-    training_step.run(bench, MODEL, SECTIONS, sequences=64, size=8, prompt=128, new=256)
+    training_step.run(bench, MODEL, SECTIONS, sequences=64, size=8, prompt=128, new=256, card_gib=80.0)

@@ -32,4 +32,4 @@ def run(bench: Bench) -> None:
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, CARD_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory)
         )
-    training_step.run(bench, MODEL, SECTIONS, sequences=32, size=8, prompt=96, new=96)
+    training_step.run(bench, MODEL, SECTIONS, sequences=32, size=8, prompt=96, new=96, card_gib=24.0)

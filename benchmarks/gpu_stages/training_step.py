@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from fastppo.training.config import Config, build_config
+from fastppo.training.plan.phases import Machine, memory_of
 from fastppo.training.silent import Silent
 from fastppo.training.trainer import Trainer
 from gpu_stages import random_model
@@ -28,13 +29,16 @@ NOISE = 1e-5  # of a loss that is 0 but for rounding
 HELD_MIB = 64  # of a step's models, once they are gone
 
 
-def run(bench: Bench, model: str, sections: dict, *, sequences: int, size: int, prompt: int, new: int) -> None:
+def run(
+    bench: Bench, model: str, sections: dict, *, sequences: int, size: int, prompt: int, new: int, card_gib: float
+) -> None:
     """Both steps, with a model of the size of tests/configurations/MODEL.
 
     Args:
         sections: of the trainer's configuration, besides those of lengths and batches.
         sequences, size: of the step, and of a pass.
         prompt, new: tokens of every prompt, and of every completion.
+        card_gib: of the GPU, as `fastppo plan` is told.
     """
     if bench.tiny:
         sequences, size, prompt, new = 8, 4, 12, 6
@@ -48,13 +52,14 @@ def run(bench: Bench, model: str, sections: dict, *, sequences: int, size: int, 
         whole = build_config(sections | {
             "output_dir": f"{name}/run", "total_steps": 2, "device": bench.device.type, "report_to": "none",
             "model": sections["model"] | {"name_or_path": name},
-            "data": {"train": f"{name}/prompts.txt", "eval_size": 1},
+            "data": {"train": f"{name}/prompts.txt", "eval_size": 1, "max_prompt_length": prompt},
             "rollout": {"num_prompts": sequences, "num_generations": 1, "max_new_tokens": new},
             "batch": {"max_tokens": size * (prompt + new)},
             "ppo": {"num_ppo_epochs": 2},
         })  # fmt: skip
         reward = early_tokens(tree["vocab_size"])
-        bench.attempt(case, f"fastppo, {size} sequences a pass", lambda: trainer_step(bench, whole, reward))
+        planned = planned_gib(whole, card_gib)
+        bench.attempt(case, f"fastppo, {size} sequences a pass", lambda: trainer_step(bench, whole, reward, planned))
         gc.collect()
         bench.attempt(
             case, f"plain, {size} sequences a pass if they fit", lambda: plain_step(bench, whole, reward, size)
@@ -68,6 +73,14 @@ def early_tokens(vocab: int) -> Callable:
         return [sum(token < vocab // 2 for token in row) / len(row) for row in completion_ids]
 
     return share
+
+
+def planned_gib(config: Config, card_gib: float) -> dict[str, float]:
+    """What `fastppo plan` expects PyTorch to allocate in each phase."""
+    phases = memory_of(config, Machine("cuda", int(card_gib * 2**30))).phases
+    tensors = {phase.name: (phase.total - phase.kinds["reserve"]) / 2**30 for phase in phases}
+    updates = max(tensors[name] for name in ("policy update", "critic update", "optimizer step"))
+    return {"rollout": tensors["rollout"], "score": tensors["score"], "update": updates}
 
 
 class Phases:
@@ -97,11 +110,13 @@ class Phases:
             if found:
                 found["tokens_per_s"] = tokens / found["seconds"]
         seconds = sum(found.get("seconds", 0.0) for found in kept.values())
-        whole = {"seconds": round(seconds, 2), "tokens_per_s": tokens / seconds} if seconds else {}
-        return {"phases": kept, **whole}
+        if not seconds:
+            return {"phases": kept}
+        peak = max(found["peak_gib"] for found in kept.values())
+        return {"phases": kept, "seconds": round(seconds, 2), "tokens_per_s": tokens / seconds, "peak_gib": peak}
 
 
-def trainer_step(bench: Bench, config: Config, reward: Callable) -> dict:
+def trainer_step(bench: Bench, config: Config, reward: Callable, planned: dict[str, float]) -> dict:
     began = time.monotonic()
     trainer = Trainer(config, rewards=[reward], progress=Silent())
     loaded = time.monotonic() - began
@@ -128,6 +143,11 @@ def trainer_step(bench: Bench, config: Config, reward: Callable) -> dict:
         "surrogate rose": metrics["loss/policy"] < -NOISE,
     }
     fields = {"load_s": round(loaded, 1), **phases.fields(int(metrics["tokens"]))}
+    for name, each in fields["phases"].items():
+        each["planned_gib"] = planned[name]
+    fields["planned_gib"] = max(planned.values())
+    if bench.on_gpu:
+        checks["peak within 10% of the plan"] = abs(fields["peak_gib"] / fields["planned_gib"] - 1) < 0.1
     shown = ("reward/mean", "loss/policy", "loss/value", "policy/approx_kl", "policy/entropy", "grad_norm")
     return judged(checks) | fields | {"metrics": {name: metrics[name] for name in shown}}
 
