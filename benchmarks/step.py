@@ -92,12 +92,10 @@ class PlainStep:
 
     def __call__(self, prompts: list[str], clock: Clock) -> int:
         """One step; returns how many tokens were sampled."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
-            return self._step(prompts, clock)
-
-    def _step(self, prompts: list[str], clock: Clock) -> int:
         ppo = self.config.ppo
-        with clock("rollout"):
+        # Entered anew for every use: it keeps copies of the weights, which an optimizer step makes stale.
+        autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=self.autocast)
+        with clock("rollout"), autocast():
             inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
             width = inputs["input_ids"].shape[1]
             self.policy.generation_config = self.generation
@@ -121,7 +119,7 @@ class PlainStep:
             log_p = torch.log_softmax(out.logits[:, width - 1 : -1].float(), -1)
             return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), out.hidden_states[-1][:, width - 1 : -1]
 
-        with clock("score"), torch.no_grad():
+        with clock("score"), torch.no_grad(), autocast():
             old, hidden = run(self.policy)
             old_values = self.value_head(hidden.float()).squeeze(-1).float() * mask
             ref, _ = run(self.reference)
@@ -138,7 +136,7 @@ class PlainStep:
 
         with clock("update"):
             for _ in range(ppo.num_ppo_epochs):
-                with clock("update: forward and loss"):
+                with clock("update: forward and loss"), autocast():
                     new, hidden = run(self.policy)
                     values = self.value_head(hidden.float()).squeeze(-1).float()
                     ratio = (new - old).exp()
