@@ -340,11 +340,10 @@ class _Phases:
         kinds = {"weights": self._weights(reference=False), "optimizer": self._optimizer}
         itemsize = 4 if model.lora is not None else getattr(torch, model.dtype).itemsize
         # Every parameter is looked at for NaN.
-        kinds["activations"] = sizes.largest_trained * (itemsize + 2) // self.share
+        kinds["activations"] = sizes.largest_trained * (itemsize + 3) // self.share
         if not self.cuda:
             if model.lora is not None and (model.lora.merge or (model.lora.merge is None and not model.quantization)):
                 kinds["activations"] = max(kinds["activations"], self._dense())
-            kinds["scratch"] = max(sizes.trained_policy, sizes.optimizer) // self.share  # a file's bytes
         return self._phase("checkpoint", {"checkpoint": kinds})
 
     def _scratch(self, *, loss: bool) -> int:
