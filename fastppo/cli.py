@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a completion may hold what this encoding lacks
-    output_dir = None
+    output_dir = config = None
     try:
         arguments, overrides = _parse(argv)
         try:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             distributed.tells(error)  # else the others would tell of this one's end
         return 130
     except BaseException as error:
-        return _explain(error, output_dir)
+        return _explain(error, output_dir, config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,7 +159,7 @@ def _distributed() -> ModuleType | None:
     return importlib.import_module(_DISTRIBUTED) if several else None
 
 
-def _explain(error: BaseException, output_dir: str | None) -> int:
+def _explain(error: BaseException, output_dir: str | None, config=None) -> int:
     """One line for what went wrong. What nobody foresaw leaves its traceback in a file."""
     distributed = sys.modules.get(_DISTRIBUTED)  # if loaded: what failed may have been the import of torch
     if distributed and not distributed.tells(error):
@@ -178,6 +178,10 @@ def _explain(error: BaseException, output_dir: str | None) -> int:
         why = getattr(error, "strerror", None) or one_line(error)
         return _fail(1, f"{where}: {why}" if where else why)
     if isinstance(error, MemoryError) or any(words in one_line(error) for words in _OUT_OF_MEMORY):
+        if config is not None:
+            from fastppo.training.plan.report import out_of_memory
+
+            return _fail(1, out_of_memory(error, config))
         return _fail(1, f"out of memory ({one_line(error)}); take a smaller model or less of it at a time: {_LESS}")
     text = "".join(traceback.format_exception(error))
     folder = output_dir if output_dir and os.path.isdir(output_dir) else tempfile.gettempdir()
@@ -195,11 +199,14 @@ def _train(arguments: argparse.Namespace, config) -> int:
     import transformers
 
     from fastppo.training.allocator import keep_freed_memory, return_freed_memory
+    from fastppo.training.plan.report import in_one_line
     from fastppo.training.progress import ProgressDisplay
     from fastppo.training.trainer import Trainer
 
     transformers.utils.logging.disable_progress_bar()
     return_freed_memory() if _distributed() else keep_freed_memory()
+    if os.environ.get("RANK", "0") == "0" and (planned := in_one_line(config)):
+        _show(planned)
     trainer = Trainer(config, resume=arguments.resume)
     if arguments.plain and trainer.ranks.rank == 0:
         trainer.progress = ProgressDisplay(config.total_steps, start_step=trainer.step, enabled=False)
@@ -215,8 +222,7 @@ def _train(arguments: argparse.Namespace, config) -> int:
 
 
 def _plan(arguments: argparse.Namespace, config) -> int:
-    from fastppo.training.plan.page import page
-    from fastppo.training.plan.plan import machine_of, plan
+    from fastppo.training.plan import machine_of, page, plan
 
     return _show(page(plan(config, machine_of(config, arguments.gpu_memory, arguments.gpus))))
 

@@ -195,6 +195,7 @@ class Trainer:
         self._behind = False  # whether the checkpoint that is resumed lacks the evaluation of its step
         self._evaluated: set[int] = set()
         self._asked, self._asked_at = None, math.inf  # the first signal that this process got, and when
+        self._phase_name = "rollout"  # of the step
         self._signal = self._stopped = None  # what ends the run before its last step
         # While a step or an evaluation runs, the state before it: what a checkpoint holds if it fails.
         self._step_start: dict[str, Any] | None = None
@@ -247,6 +248,7 @@ class Trainer:
                     final = self.save_policy(self.output_dir / FINAL)
                     self._evaluate_if_due(logger)
             except Exception as error:
+                error.phase = self._phase_name
                 # Else the others do not know of it, and are elsewhere.
                 together = self.ranks.size == 1 or hasattr(error, "rank") or isinstance(error, NonFiniteError)
                 if together and not isinstance(error, CheckpointError):

@@ -50,6 +50,8 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, str] = {}  # of live storages, by address: a field of Bytes
         self._references: dict[int, weakref.ref] = {}
         self._moment = ""
+        self.pass_ = ""
+        """The model that runs, where a phase runs several; begins the names of moments in its layers."""
         self.backward = False
         """Whether the backward pass has begun, in which checkpointed layers run forward once more."""
         for tensor in known:

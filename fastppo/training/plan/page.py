@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastppo.training.plan.phases import CONTEXT, CONTEXT_OF_SEVERAL, FRAGMENTED, KINDS, PROCESS
-from fastppo.training.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from fastppo.training.plan.plan import Plan
 
 _GIB = 2**30
 

@@ -21,7 +21,7 @@ from fastppo.training.config import Config
 from fastppo.training.distributed import strategy_of
 from fastppo.training.plan.live import Bytes
 from fastppo.training.plan.skeleton import build_models, configuration_of, num_bytes, num_layers, tensors_of
-from fastppo.training.plan.trace import Shape, Sizes, Traced, sizes_of, trace
+from fastppo.training.plan.trace import Shape, Traced, sizes_of, trace
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "weight copies", "KV cache", "scratch", "reserve")
 CONTEXT, CONTEXT_OF_SEVERAL = 600 * 2**20, 1200 * 2**20
@@ -46,6 +46,7 @@ class Phase(NamedTuple):
     name: str
     moment: str  # when most is needed
     kinds: dict[str, int]  # bytes by the names of KINDS
+    moments: dict[str, int]  # bytes of each of its moments
 
     @property
     def total(self) -> int:
@@ -73,7 +74,7 @@ def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
     """The largest passes that the configuration allows: prompts and completions as long as they may be.
 
     Args:
-        rows: sequences in a pass, in place of the configuration's.
+        rows: sequences in a pass, in place of the configuration's; the number of passes stays.
     """
     rollout, section = config.rollout, config.algorithm_config
     completion, prompt = rollout.max_new_tokens, config.data.max_prompt_length
@@ -82,12 +83,13 @@ def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
     sequences = rollout.num_prompts * rollout.num_generations
     own = math.ceil(sequences / processes)
     step = math.ceil(math.ceil(sequences / section.num_mini_batches) / processes)  # in an optimizer step
-    if rows is None:
-        rows = math.ceil(section.micro_batch_size(sequences) / processes)
-        if config.batch.max_tokens is not None:
-            rows = max(1, min(step, config.batch.max_tokens // (prompt + completion)))
-    passes = math.ceil(step / rows)
-    return Shape(prompt, completion, rows, passes, min(own, rollout.generation_batch_size), rollout.num_generations)
+    own_rows = math.ceil(section.micro_batch_size(sequences) / processes)
+    if config.batch.max_tokens is not None:
+        own_rows = max(1, min(step, config.batch.max_tokens // (prompt + completion)))
+    passes = math.ceil(step / own_rows)
+    return Shape(
+        prompt, completion, rows or own_rows, passes, min(own, rollout.generation_batch_size), rollout.num_generations
+    )
 
 
 def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memory:
@@ -106,26 +108,21 @@ def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memo
     return _Phases(config, algorithm, machine, shape, traced).memory()
 
 
-def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool) -> list[Traced]:
-    """Of the whole model; if its layers are alike also of a layer less, which tells what one takes."""
+def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool) -> Traced:
     depth = num_layers(configuration_of(config.model))
     options = {"sharded": sharded}
     if depth is not None and config.model.value_name_or_path is None:
         small, larger = (trace(config, algorithm, shape, d, device, **options) for d in (_DEPTH, _DEPTH + 1))
         whole = small.at(_DEPTH, larger, depth)
-        if whole.sizes == sizes_of(config, build_models(config, algorithm, None, device)):
-            return [whole, small.at(_DEPTH, larger, depth - 1)]
-    whole = trace(config, algorithm, shape, None, device, **options)
-    return [whole, whole]
+        if whole.sizes == sizes_of(config, build_models(config, algorithm, None, device)):  # layers are alike
+            return whole
+    return trace(config, algorithm, shape, None, device, **options)
 
 
 class _Phases:
-    def __init__(
-        self, config: Config, algorithm: Algorithm, machine: Machine, shape: Shape, traced: list[Traced]
-    ) -> None:
+    def __init__(self, config: Config, algorithm: Algorithm, machine: Machine, shape: Shape, traced: Traced) -> None:
         self.config, self.algorithm, self.machine, self.shape = config, algorithm, machine, shape
-        self.traced, self.sizes, self.notes = traced[0], traced[0].sizes, []
-        self.layers = [a - b for a, b in zip(self.sizes, traced[1].sizes, strict=True)]
+        self.traced, self.sizes, self.notes = traced, traced.sizes, []
         self.cuda = machine.device == "cuda"
         self.sharded = strategy_of(config, machine.processes) == "fsdp2"
         self.share = machine.processes if self.sharded else 1
@@ -188,58 +185,42 @@ class _Phases:
         model = self.config.model
         return getattr(torch, model.autocast or model.dtype).itemsize
 
-    def _gathered(self, numbers: str, *, roots: int = 1, layers: int = 2) -> int:
+    def _gathered(self, rest: int, layer: int, *, layers: int = 2) -> int:
         """What lies in no layer, and layers: the one that runs and the next."""
-        if not self.sharded:
-            return 0
-        index = Sizes._fields.index(numbers)
-        layer = self.layers[index]
-        root = self.sizes[index] - layer * self._depth
-        return (roots * root + layers * layer) * self._gathered_size
+        return (rest + layers * layer) * self._gathered_size if self.sharded else 0
 
-    @property
-    def _depth(self) -> int:
-        return configuration_of(self.config.model).get_text_config().num_hidden_layers
-
-    def _reduced(self, numbers: str, moment: str) -> int:
-        """Gradients of what is gathered, and their float32 copy that is summed over the processes."""
-        if not self.sharded:
-            return 0
-        index = Sizes._fields.index(numbers)
-        layer = self.layers[index]
-        root = self.sizes[index] - layer * self._depth
-        if moment in ("first layer, backward", "end"):
-            return 4 * (root + layer)
-        return layer * (self._gathered_size + 4)
+    def _reduced(self, numbers: int) -> int:
+        """So many gradients, and their float32 copy that is summed over the processes."""
+        return numbers * (self._gathered_size + 4) if self.sharded else 0
 
     # The phases
 
     def _phase(self, name: str, moments: dict[str, dict[str, int]]) -> Phase:
         """The moment that needs most, with the reserve."""
-        made = []
-        for moment, kinds in moments.items():
-            kinds = {kind: int(kinds.get(kind, 0)) for kind in KINDS}
+        whole = {moment: {kind: int(kinds.get(kind, 0)) for kind in KINDS} for moment, kinds in moments.items()}
+        for kinds in whole.values():
             if self.cuda:
                 context = CONTEXT if self.machine.processes == 1 else CONTEXT_OF_SEVERAL
                 kinds["reserve"] = context + int(FRAGMENTED * sum(kinds.values()))
             else:
                 kinds["reserve"] = PROCESS
-            made.append(Phase(name, moment, kinds))
-        return max(made, key=lambda phase: phase.total)
+        totals = {moment: sum(kinds.values()) for moment, kinds in whole.items()}
+        peak = max(totals, key=totals.get)
+        return Phase(name, peak, whole[peak], totals)
 
     def _load(self) -> Phase:
-        sizes, index = self.sizes, Sizes._fields.index("policy")
+        sizes, model = self.sizes, self.config.model
+        itemsize = getattr(torch, model.dtype).itemsize
         if self.sharded:
-            extra = 0 if self.on_host else self._whole_part(index)
-            return self._phase("load", {"sharding": {"weights": self._weights(), "activations": extra}})
+            extra = 0 if self.on_host else itemsize * max(sizes.policy_layer, sizes.policy_rest)
+            return self._phase("load", {"sharding": {"weights": self._weights() + extra}})
         # A reference is a whole copy at first, whose products are then rounded.
         copy = sizes.policy - sizes.reference if sizes.reference else 0
         weights = self._weights() + max(0, copy)
         extra = 0
-        if self.config.model.quantization is not None:  # the weights are read in `dtype`, and packed one by one
-            itemsize = getattr(torch, self.config.model.dtype).itemsize
-            extra = sizes.largest_trained * itemsize if self.cuda else self._dense() - sizes.policy
-        return self._phase("load", {"load": {"weights": weights, "activations": max(0, extra)}})
+        if model.quantization is not None:  # the weights are read on the host in `dtype`, and packed one by one
+            extra = 0 if self.cuda else max(0, self._dense() - sizes.policy)
+        return self._phase("load", {"load": {"weights": weights + extra}})
 
     def _dense(self) -> int:
         """Bytes of a quantized model before it is."""
@@ -249,10 +230,6 @@ class _Phases:
         plain.model.quantization = plain.model.lora = None
         plain.model.value_model, plain.model.reference = "shared", "none"
         return sizes_of(plain, build_models(plain, self.algorithm, None, self.machine.device)).policy
-
-    def _whole_part(self, index: int) -> int:
-        layer, itemsize = self.layers[index], 1
-        return max(layer, self.sizes[index] - layer * self._depth) * itemsize
 
     def _rollout(self) -> Phase:
         shape, model = self.shape, self.config.model
@@ -264,7 +241,7 @@ class _Phases:
         moments = {}
         for moment, peak in self.traced.moments["rollout"].items():
             now = peak.first
-            reading = moment not in ("cache", "sampling", "drawing")
+            reading = not moment.startswith(("cache", "sampling", "drawing"))
             tokens = shape.prompt if reading else shape.prompt + shape.completion - 1
             rows = shape.sampled
             cache = min(now.total - now.copies, self.traced.cache * rows * tokens)
@@ -278,13 +255,17 @@ class _Phases:
         return self._phase("rollout", moments)
 
     def _score(self) -> Phase:
-        gathered = self._gathered("policy_numbers")
-        if self.sizes.reference:
-            gathered += self._gathered("reference_numbers", layers=0)
+        sizes = self.sizes
         moments = {}
         for moment, peak in self.traced.moments["score"].items():
             now = peak.first
-            scratch = self._scratch(loss=False) if moment in ("head", "reference") else 0
+            scratch = self._scratch(loss=False) if moment.endswith("head") else 0
+            # What lies in no layer is there of policy and reference alike; what it was gathered in goes with the first
+            # layer of its own model.
+            rest = sizes.policy_rest + 2 * sizes.reference_rest
+            rest += sizes.policy_rest if moment in ("begin", "first layer") else 0
+            rest += 2 * sizes.critic_rest if moment.startswith("critic") else 0
+            gathered = self._gathered(rest, sizes.policy_layer)
             moments[moment] = {
                 "weights": self._weights(),
                 "weight copies": now.copies + gathered,
@@ -299,20 +280,24 @@ class _Phases:
         own = sizes.trained_critic if critic else sizes.trained_policy
         own += 0 if self.apart else sizes.trained_critic
         there = sizes.trained_policy if critic else 0  # gradients of passes before these
-        numbers = "critic_numbers" if critic and self.config.model.value_model == "separate" else "policy_numbers"
+        rest, layer, head = sizes.policy_rest, sizes.policy_layer, sizes.head * self._gathered_size
+        separate = critic and self.config.model.value_model == "separate"
+        if separate:
+            rest, layer, head = sizes.critic_rest, sizes.critic_layer, 0
+        whole = separate or self.config.model.lora is None  # whether all parameters have gradients
         again = self.shape.passes > 1 or self.sharded
         moments = {}
         for moment, peak in self.traced.moments[name].items():
             now: Bytes = peak.later if again else peak.first
+            copies = now.copies
+            if self.sharded and moment == "end":
+                copies += self._reduced(rest) + 4 * layer if whole else 0
+            elif self.sharded:
+                copies += self._gathered(rest, layer)
+                copies += self._reduced(layer) + head if whole and "backward" in moment else 0
             gradients = self._gradients(there + (own if again else 0)) + (0 if again else now.gradients)
-            backward = "backward" in moment or moment == "end"
-            copies = now.copies + self._gathered(numbers)
-            if backward:
-                copies += self._reduced(numbers, moment)
-            elif moment == "begin":
-                copies = now.copies + self._gathered(numbers, roots=2, layers=0)
-            if self.sharded and backward:
-                copies += sizes.head * self._gathered_size // getattr(torch, self.config.model.dtype).itemsize
+            if self.sharded and whole and self.shape.passes == 1 and moment != "end":
+                gradients -= self._gradients(4 * rest)
             moments[moment] = {
                 "weights": self._weights(critic=critic or not self.apart, reference=False),
                 "gradients": gradients,
@@ -341,9 +326,9 @@ class _Phases:
         itemsize = 4 if model.lora is not None else getattr(torch, model.dtype).itemsize
         # Every parameter is looked at for NaN.
         kinds["activations"] = sizes.largest_trained * (itemsize + 3) // self.share
-        if not self.cuda:
-            if model.lora is not None and (model.lora.merge or (model.lora.merge is None and not model.quantization)):
-                kinds["activations"] = max(kinds["activations"], self._dense())
+        merges = model.lora is not None and (not model.quantization if model.lora.merge is None else model.lora.merge)
+        if merges and not self.cuda:
+            kinds["activations"] = max(kinds["activations"], self._dense())
         return self._phase("checkpoint", {"checkpoint": kinds})
 
     def _scratch(self, *, loss: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -56,19 +57,16 @@ def machine_of(config: Config, memory_gib: float | None, processes: int) -> Mach
 
 
 def _most_tokens(config: Config, machine: Machine, memory: Memory) -> int:
-    """Activations grow by the same number of bytes with every sequence of a pass."""
-    shape = memory.shape
-    length = shape.prompt + shape.completion
+    """Every moment grows by the same number of bytes with every sequence of a pass; the least that any allows."""
+    shape, sequences = memory.shape, config.rollout.num_prompts * config.rollout.num_generations
     other = memory_of(config, machine, rows=2 * shape.rows)
-    rows = None
+    # All that a pass can have.
+    rows = math.ceil(sequences / config.algorithm_config.num_mini_batches / machine.processes)
     for phase, larger in zip(memory.phases, other.phases, strict=True):
-        each = (larger.total - phase.total) / shape.rows
-        free = machine.memory - phase.total
-        if each > 0:
-            fitting = int(shape.rows + free / each)
-            rows = fitting if rows is None else min(rows, fitting)
-        elif free < 0:
-            return 0
-    if rows is None or rows < 1:
-        return 0
-    return rows * length
+        for moment, total in phase.moments.items():
+            each, free = (larger.moments[moment] - total) / shape.rows, machine.memory - total
+            if each <= 0 and free < 0:
+                return 0
+            if each > 0:
+                rows = min(rows, math.floor(shape.rows + free / each))
+    return max(0, rows) * (shape.prompt + shape.completion)

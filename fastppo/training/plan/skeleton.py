@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from typing import TYPE_CHECKING
@@ -60,7 +61,8 @@ def build_models(config: Config, algorithm: Algorithm, depth: int | None, device
     def load(read: functools.partial) -> nn.Module:
         return _causal_lm(read.args[0], depth, device_type)
 
-    models = PolicyModels(config.model, device=torch.device("meta"), num_values=num_values, load=load)
+    here = dataclasses.replace(config.model, offload_idle=False)  # the meta device has nothing to move
+    models = PolicyModels(here, device=torch.device("meta"), num_values=num_values, load=load)
     models.device = torch.device("cpu")  # where the tensors of a trace pretend to be
     return models
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
 from fastppo.algorithms.experience import Experience
 from fastppo.errors import ConfigError
-from fastppo.models import packing
+from fastppo.models import activations, packing
 from fastppo.models.head import backbone_of, causal_of, logits_of
 from fastppo.models.policy_models import PolicyModels
 from fastppo.ops.linear_kl import linear_kl
@@ -54,11 +54,14 @@ class Sizes(NamedTuple):
     trained_critic: int
     optimizer: int
     policy_numbers: int
-    critic_numbers: int
-    reference_numbers: int
+    policy_layer: int  # numbers of the largest layer
+    policy_rest: int  # numbers of what lies in no layer
+    critic_layer: int
+    critic_rest: int
+    reference_rest: int
     largest_trained: int  # numbers of the largest trained parameter
     linear_numbers: int  # of the policy's dense linear layers
-    head: int  # bytes of an untied head
+    head: int  # numbers of an untied head
 
 
 class Traced(NamedTuple):
@@ -106,7 +109,7 @@ def trace(
     with FakeTensorMode(allow_non_fake_inputs=True):
         gathered = getattr(torch, config.model.autocast) if sharded and config.model.autocast else None
         fake_(models, gathered)
-        phases = _Phases(config, algorithm, models, shape, sharded=sharded)
+        phases = _Phases(config, algorithm, models, shape, cuda=device_type == "cuda", sharded=sharded)
         moments = {phase: _moments(models, run) for phase, run in phases.phases()}
     return Traced(sizes, moments, phases.cache)
 
@@ -120,11 +123,22 @@ def sizes_of(config: Config, models: PolicyModels) -> Sizes:
     return Sizes(
         *map(num_bytes, (*parts, policy, critic)),
         sum(_optimizer_bytes(config.optim.name, parameter) for parameter in policy + critic),
-        *(sum(t.numel() for t in tensors) for tensors in parts),
+        sum(t.numel() for t in parts[0]),
+        *_layers(models.policy),
+        *_layers(getattr(models.value, "backbone", None)),
+        _layers(models._reference)[1],
         max(p.numel() for p in policy + critic),
         sum(linear.values()),
-        0 if head is embeddings else num_bytes([head]),
+        0 if head is embeddings else head.numel(),
     )
+
+
+def _layers(model: nn.Module | None) -> tuple[int, int]:
+    """Numbers of the largest layer, and of what lies in no layer."""
+    if model is None:
+        return 0, 0
+    layers = [sum(t.numel() for t in tensors_of(layer)) for layer in layers_of(model)]
+    return max(layers, default=0), sum(t.numel() for t in tensors_of(model)) - sum(layers)
 
 
 def _optimizer_bytes(name: str, parameter: Tensor) -> int:
@@ -162,14 +176,14 @@ def _marked(layer: nn.Module, place: str, live: LiveBytes) -> Iterator[None]:
 
     def begin(module: nn.Module, arguments: tuple) -> None:
         if not live.backward:
-            live.mark(place)
+            live.mark(live.pass_ + place)
 
     def end(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
         if not live.backward and hidden.requires_grad:
             hidden.register_hook(lambda gradient: live.mark(f"{place}, backward"))
         if not live.backward and place == "last layer":
-            live.mark("head")
+            live.mark(live.pass_ + "head")
 
     handles = layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)
     try:
@@ -181,9 +195,10 @@ def _marked(layer: nn.Module, place: str, live: LiveBytes) -> Iterator[None]:
 
 class _Phases:
     def __init__(
-        self, config: Config, algorithm: Algorithm, models: PolicyModels, shape: Shape, *, sharded: bool
+        self, config: Config, algorithm: Algorithm, models: PolicyModels, shape: Shape, *, cuda: bool, sharded: bool
     ) -> None:
-        self.config, self.algorithm, self.models, self.shape, self.sharded = config, algorithm, models, shape, sharded
+        self.config, self.algorithm, self.models, self.shape = config, algorithm, models, shape
+        self.cuda, self.sharded = cuda, sharded
         self.cache = 0
 
     def phases(self) -> Iterator[tuple[str, Callable[[LiveBytes], None]]]:
@@ -227,7 +242,8 @@ class _Phases:
                 size = (rows, keys.shape[1], length - 1)
                 whole.update(keys.new_empty(*size, keys.shape[3]), values.new_empty(*size, values.shape[3]), index)
             del cache, states, keys, values
-            live.mark("sampling")
+            live.pass_ = "sampling, "
+            live.mark("sampling, begin")
             ids = torch.zeros(rows, 1, dtype=torch.long)
             logits = step(ids, torch.ones(rows, length, dtype=torch.long), whole)
             scores = logits.float()
@@ -248,10 +264,12 @@ class _Phases:
             hidden = hidden.detach()
             linear_logprob(hidden, targets=batch.targets, **self._head(head))
             if models.value is not None:
-                live.mark("critic")
+                live.pass_ = "critic, "
+                live.mark("critic, begin")
                 models.values(hidden, *arguments)
             if models.has_reference:
-                live.mark("reference")
+                live.pass_ = "reference, "
+                live.mark("reference, begin")
                 ref_hidden, ref_head = models.reference_hidden(*arguments)
                 if self.config.algorithm_config.kl_estimator == "exact":
                     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_head.weight, "ref_bias": ref_head.bias}
@@ -325,8 +343,20 @@ class _Phases:
     @contextlib.contextmanager
     def _laid_out(self) -> Iterator[None]:
         """Sequences are packed as real ones of these lengths would be: `pack` looks at their tokens."""
-        with mock.patch.object(packing, "pack", _packer(self.shape)):
+        host = mock.patch.object(activations, "_to_host", _OnHost) if self.cuda else contextlib.nullcontext()
+        with mock.patch.object(packing, "pack", _packer(self.shape)), host:
             yield
+
+
+class _OnHost:
+    """Stands in for a tensor that `model.activation_offloading` has moved off the GPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._layout = tensor.shape, tensor.stride(), tensor.dtype
+
+    def to(self, device: torch.device, **_) -> Tensor:
+        shape, stride, dtype = self._layout
+        return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def _packer(shape: Shape):
