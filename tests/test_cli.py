@@ -149,8 +149,12 @@ class Odd(BaseException):
         (OSError(28, "No space left on device", "a file"), "a file: No space left on device", False),
         (ValueError("I/O error: File too large (os error 27)"), "{}: I/O error: File too large (os error 27)", False),
         (OSError("a library's text"), "a library's text", False),
-        (MemoryError(), "out of memory (MemoryError); take a smaller model", False),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate"), "out of memory ([enforce", False),
+        (MemoryError(), "out of memory in phase `load` (MemoryError); planned were", False),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate"),
+            "out of memory in phase `load` ([enforce",
+            False,
+        ),
         (ImportError("needs a package"), "needs a package", False),
     ],
 )

@@ -28,8 +28,8 @@ def out_of_memory(error: BaseException, config: Config) -> str:
     Args:
         error: PyTorch's, or Python's own; `phase` is that of the step.
     """
-    phase = getattr(error, "phase", "loading")
-    happened = f"out of memory in phase {phase} ({one_line(error, 350)})"
+    phase = getattr(error, "phase", "load")
+    happened = f"out of memory in phase `{phase}` ({one_line(error, 350)})"
     try:
         plan = _plan(config)
         planned = next((p for p in plan.memory.phases if p.name.startswith(phase)), plan.memory.peak)

@@ -146,7 +146,7 @@ def test_out_of_memory_says_what_was_planned(model):
     error = torch.OutOfMemoryError("CUDA out of memory")
     error.phase = "score"
     text = out_of_memory(error, config(model))
-    assert text.startswith("out of memory in phase score (CUDA out of memory); planned were")
+    assert text.startswith("out of memory in phase `score` (CUDA out of memory); planned were")
 
 
 def test_without_a_configuration_there_is_no_plan(model, tmp_path, capsys):
