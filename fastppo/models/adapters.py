@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from fastppo.models.config import LoraConfig
 
-POLICY, VALUE = "default", "value"
-"""Names of adapters; peft saves the one of this name as an ordinary folder."""
+POLICY, VALUE = "default", "value_adapter"
+"""Names of adapters: peft's own, whose saved folder it reads; and one that no module of a model has, since peft leaves
+out of one adapter's weights all that have another adapter's name in theirs (BERT and RWKV have modules `value`)."""
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 

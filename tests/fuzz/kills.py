@@ -72,6 +72,10 @@ VARIANTS = {
     "trpo": {"algorithm": "trpo"},
     "cpi": {"algorithm": "cpi", "checkpoint": {"every": 1}},
     "refresh": {"ppo": {"reference_refresh_steps": 2}, "model": {"value_model": "separate"}},
+    "nf4": {  # of some adapters with this rank the optimizer's moments are in 8 bits
+        "model": {"quantization": "nf4", "lora": {"r": 128}, "value_model": "adapter"}, "eval": {"every": 2},
+        "optim": {"name": "paged_adamw_8bit", "learning_rate": 1e-3}, "checkpoint": {"every": 1},
+    },
 }  # fmt: skip
 SEVERAL = {
     "fsdp2": {

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertGenerationConfig, BertGenerationDecoder, LlamaConfig, LlamaForCausalLM
 
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError, ValueModel, load_causal_lm
-from fastppo.models.adapters import WEIGHTS_FILE, is_critics, load_adapters, merge_lora, save_adapters
+from fastppo.models.adapters import VALUE, WEIGHTS_FILE, is_critics, load_adapters, merge_lora, save_adapters
 from fastppo.models.config import LoraConfig, ModelConfig
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.quantize import dense_layer, is_quantized, quantize_
@@ -270,7 +270,7 @@ def test_a_bias_and_bfloat16():
 
 def test_adapters_alone_come_back(path, tmp_path):
     models = make(path)
-    for name in ("default", "value"):
+    for name in ("default", VALUE):
         (tmp_path / name).mkdir()
         save_adapters(models.policy, tmp_path / name, name)
         tensors = load_file(tmp_path / name / WEIGHTS_FILE)
@@ -288,12 +288,27 @@ def test_adapters_alone_come_back(path, tmp_path):
     with pytest.raises(ModelError, match=r"holds adapters \(adapter_config\.json\), not a model; name the model"):
         load_causal_lm(ModelConfig(name_or_path=str(tmp_path / "default")))
     first = sorted(tensors)[0]
-    save_file({name: tensor for name, tensor in tensors.items() if name != first}, tmp_path / "value" / WEIGHTS_FILE)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, tmp_path / VALUE / WEIGHTS_FILE)
     with pytest.raises(ModelError, match="is in one of them only"):
-        load_adapters(load_causal_lm(config), tmp_path / "value")
-    (tmp_path / "value" / WEIGHTS_FILE).write_bytes(b"x" * 30)
+        load_adapters(load_causal_lm(config), tmp_path / VALUE)
+    (tmp_path / VALUE / WEIGHTS_FILE).write_bytes(b"x" * 30)
     with pytest.raises(ModelError, match="not adapters of this model"):
-        load_adapters(load_causal_lm(config), tmp_path / "value")
+        load_adapters(load_causal_lm(config), tmp_path / VALUE)
+
+
+def test_adapters_of_modules_that_are_called_value(tmp_path):
+    """peft filters by names what it saves."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 34, "num_hidden_layers": 1}
+    config = BertGenerationConfig(**sizes, num_attention_heads=2, is_decoder=True, max_position_embeddings=32)
+    BertGenerationDecoder(config).save_pretrained(tmp_path / "model")
+    models = make(str(tmp_path / "model"))
+    assert "lora_A" in dict(models.policy.get_base_model().bert.encoder.layer[0].attention.self.value.named_children())
+    save_adapters(models.policy, tmp_path)
+    base = load_causal_lm(ModelConfig(name_or_path=str(tmp_path / "model"), quantization="nf4"))
+    loaded = load_adapters(base, tmp_path)
+    ids = torch.randint(3, 61, (2, 5))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, models.policy(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -331,9 +346,9 @@ def test_a_critic_of_adapters_on_a_dense_base(path, checkpointing):
     own = ValueModel.from_causal_lm(base)
     with torch.no_grad():
         for name, layer in models.policy.named_modules():
-            if hasattr(layer, "lora_A") and "value" in layer.lora_A:
+            if hasattr(layer, "lora_A") and VALUE in layer.lora_A:
                 target = own.backbone.get_submodule(name.removeprefix("base_model.model.model."))
-                target.weight += layer.get_delta_weight("value")
+                target.weight += layer.get_delta_weight(VALUE)
         for name, parameter in own.head.named_parameters():
             parameter.copy_(models.value_parameters()[name])
     values = own(*batch()[:2])[:, -BATCH[2] - 1 : -1]
@@ -341,7 +356,7 @@ def test_a_critic_of_adapters_on_a_dense_base(path, checkpointing):
     (values * real).sin().sum().backward()
     torch.testing.assert_close(found["values"][..., 0], (values * real).detach(), rtol=1e-4, atol=1e-4)
     for name, layer in models.policy.named_modules():
-        if hasattr(layer, "lora_A") and "value" in layer.lora_A:
+        if hasattr(layer, "lora_A") and VALUE in layer.lora_A:
             weight = own.backbone.get_submodule(name.removeprefix("base_model.model.model.")).weight
-            expected = layer.scaling["value"] * layer.lora_B["value"].weight.T @ weight.grad  # dL/dA = s Bᵀ dL/dW
-            assert errors({"A": found[f"{name}.lora_A.value.weight"]}, {"A": expected})["A"] < 1e-4
+            expected = layer.scaling[VALUE] * layer.lora_B[VALUE].weight.T @ weight.grad  # dL/dA = s Bᵀ dL/dW
+            assert errors({"A": found[f"{name}.lora_A.{VALUE}.weight"]}, {"A": expected})["A"] < 1e-4
