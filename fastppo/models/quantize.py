@@ -56,30 +56,47 @@ def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dt
 
     Raises:
         ConfigError: there is no bitsandbytes that can do it.
-        ModelError: there is no linear layer.
+        ModelError: too little of the model is in linear layers.
     """
     modules = import_bitsandbytes("model.quantization").nn
-    head, found = model.get_output_embeddings(), False
-    parents = [
-        module for module in model.modules() if type(module) is not nn.Linear
-    ]  # so that nothing holds the layers
-    for parent in parents:
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer is head:
-                continue
-            found, options = True, {"compress_statistics": True, "quant_type": "nf4"}
-            shape = layer.in_features, layer.out_features, layer.bias is not None
-            quantized = modules.Linear4bit(*shape, compute_dtype=compute_dtype, device="meta", **options)
-            weight = modules.Params4bit(layer.weight.detach(), module=quantized, **options)
-            quantized.weight, quantized.bias = weight.to(device), layer.bias
-            # Where the processor multiplies bfloat16, the first forward in eval mode would repack the weight for a
-            # product without a derivative: adapters below it got no gradient, and state_dict() returned wrong weights.
-            quantized.support_avx512bf16_for_cpu = False
-            setattr(parent, name, quantized.train(layer.training))
-    if not found:
-        raise ModelError(f"model.quantization: {type(model).__name__} has no linear layers to quantize")
+    options = {"compress_statistics": True, "quant_type": "nf4"}
+    for parent, name in layers_to_quantize(model):
+        layer = getattr(parent, name)
+        shape = layer.in_features, layer.out_features, layer.bias is not None
+        quantized = modules.Linear4bit(*shape, compute_dtype=compute_dtype, device="meta", **options)
+        weight = modules.Params4bit(layer.weight.detach(), module=quantized, **options)
+        quantized.weight, quantized.bias = weight.to(device), layer.bias
+        # Where the processor multiplies bfloat16, the first forward in eval mode would repack the weight for a
+        # product without a derivative: adapters below it got no gradient, and state_dict() returned wrong weights.
+        quantized.support_avx512bf16_for_cpu = False
+        setattr(parent, name, quantized.train(layer.training))
     model.is_loaded_in_4bit = True  # peft then takes adapters that suit such layers
     model.to(device)
+
+
+def layers_to_quantize(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The linear layers of a language model but its head: of each the parent, and its name there.
+
+    Raises:
+        ModelError: they have less than half of the weights. GPT-2 has layers of another kind, and a mixture of experts
+            has most of its weights in parameters that are no layers.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if type(layer) is nn.Linear and layer is not head
+    ]
+    apart = [layer.weight for layer in (head, embeddings) if layer is not None]
+    others = sum(p.numel() for p in model.parameters() if all(p is not weight for weight in apart))
+    share = sum(getattr(parent, name).weight.numel() for parent, name in found) / max(others, 1)
+    if share < 0.5:
+        raise ModelError(
+            f"model.quantization: linear layers, which alone are put in 4 bits, have {share:.0%} of the weights of "
+            f"{type(model).__name__} without head and embeddings; set it to null"
+        )
+    return found
 
 
 def is_quantized(layer: nn.Module) -> bool:

@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 from torch import nn
-from transformers import BertGenerationConfig, BertGenerationDecoder, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError, ValueModel, load_causal_lm
@@ -331,10 +340,15 @@ def test_a_missing_or_old_bitsandbytes(path, monkeypatch, version, message):
 def test_what_cannot_be_quantized_or_adapted(path, tmp_path):
     with pytest.raises(ModelError, match=r"^model\.lora\.target_modules: \['lm_head', 'q_proj'\] names the head"):
         make(path, lora=LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    model = nn.Embedding(3, 4)
-    model.get_output_embeddings = lambda: None
-    with pytest.raises(ModelError, match="Embedding has no linear layers to quantize"):
-        quantize_(model, device=torch.device("cpu"), compute_dtype=torch.float32)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 34, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for model, share in (
+        (MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4)), 19),
+        (GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=2, n_positions=32)), 0),
+    ):
+        with pytest.raises(ModelError, match=rf"linear layers, which alone .* {share}% of the .* set it to null$"):
+            quantize_(model, device=torch.device("cpu"), compute_dtype=torch.float32)
+        assert not any(map(is_quantized, model.modules()))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -18,6 +18,7 @@ from fastppo.models.config import ModelConfig
 from fastppo.models.head import backbone_of, causal_of
 from fastppo.models.load import disable_dropout, enable_gradient_checkpointing, load_pretrained
 from fastppo.models.policy_models import PolicyModels
+from fastppo.models.quantize import layers_to_quantize
 from fastppo.models.source import ModelError, resolve
 from fastppo.training.config import Config
 
@@ -116,10 +117,9 @@ def _causal_lm(config: ModelConfig, depth: int | None, device_type: str) -> nn.M
         and not (getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True))
     )
     if config.quantization:
-        for parent in list(model.modules()):
-            for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
-                    setattr(parent, name, Quantized(layer, getattr(torch, config.autocast or config.dtype)))
+        for parent, name in layers_to_quantize(model):
+            layer = Quantized(getattr(parent, name), getattr(torch, config.autocast or config.dtype))
+            setattr(parent, name, layer)
         model.is_loaded_in_4bit = False  # so that peft takes these layers for plain ones
     return model
 
