@@ -63,12 +63,14 @@ def _cut(
 ) -> list[list[int]]:
     """The rows in parts of at most `max_tokens`, each as long as they allow."""
     parts: list[list[int]] = []
+    longest, real = (0, 0), 0  # of the last part: its longest prompt and completion, and its tokens without padding
     for row in rows:
-        longer = [*parts[-1], row] if parts else [row]
-        width = max(prompts[r] for r in longer) + max(completions[r] for r in longer)
-        tokens = len(longer) * width if padded else sum(prompts[r] + completions[r] for r in longer)
-        if parts and tokens <= max_tokens:
-            parts[-1] = longer
-        else:
-            parts.append([row])
+        own = prompts[row], completions[row]
+        longer, more = (max(longest[0], own[0]), max(longest[1], own[1])), real + sum(own)
+        tokens = (len(parts[-1]) + 1) * sum(longer) if padded and parts else more
+        if not parts or tokens > max_tokens:
+            parts.append([])
+            longer, more = own, sum(own)
+        parts[-1].append(row)
+        longest, real = longer, more
     return parts

@@ -73,6 +73,22 @@ def test_what_the_budget_decides():
         micro_batches([9], [0], most_sequences=1, max_tokens=8)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_work_grows_with_the_number_of_sequences_alone(padded):
+    """Not with how many of them a pass takes."""
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    lengths = Counted([2] * 1000)
+    assert len(micro_batches(lengths, lengths, most_sequences=1, max_tokens=4000, padded=padded)[0]) == 1
+    assert Counted.reads <= 10 * len(lengths)
+
+
 def test_counted_rows_are_a_ranks_own_and_stay_in_order():
     assert micro_batches([1] * 5, [3, 1, 1, 9, 2], most_sequences=2) == [[[2, 3], [0, 1], [4]]]
     assert micro_batches([1] * 5, [3, 1, 1, 9, 2], most_sequences=4, ranks=2) == [[[0, 1], []], [[2, 3], [4]]]
