@@ -236,21 +236,25 @@ class Learner:
 
     def accumulate(self, mini_batch: Experience, *passes: Evaluate) -> dict[str, float]:
         """Metrics of losses over micro-batches; where gradients are enabled, also sum up their gradients."""
-        collected: list[tuple[str, float, float]] = []  # name, value, weight
-        batches = self.micro_batches(mini_batch) if mini_batch.mask.any() else ()
-        for evaluate, batch in itertools.product(passes, batches):
-            weight, share = self._part_weight(batch, mini_batch), batch.token_share(mini_batch)
+        batches = []  # with their weights, which are waited for before the first pass is launched
+        if mini_batch.mask.any():
+            for batch in self.micro_batches(mini_batch):
+                batches.append((batch, self._part_weight(batch, mini_batch), batch.token_share(mini_batch)))
+        names, values, weights = [], [], []
+        for evaluate, (batch, weight, share) in itertools.product(passes, batches):
             loss, metrics = evaluate(batch)
             if torch.is_grad_enabled():
                 (weight * loss).backward()
             if share == 0.0:
                 continue
-            for name, value in metrics.items():
-                collected.append((name, value.item(), weight if name.startswith("loss/") else share))
+            names += metrics
+            values += metrics.values()  # read at the end, so that no pass waits for the one before it
+            weights += [weight if name.startswith("loss/") else share for name in metrics]
         if torch.is_grad_enabled():
             self.ranks.sum_gradients(self.parameters().values())
+        read = torch.stack(values).tolist() if values else []
         by_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for name, *pair in itertools.chain(*self.ranks.each(lambda: collected)):
+        for name, *pair in itertools.chain(*self.ranks.each(lambda: list(zip(names, read, weights, strict=True)))):
             by_name[name].append(pair)
         return {name: _fold(name, *zip(*pairs, strict=True)) for name, pairs in by_name.items()}
 

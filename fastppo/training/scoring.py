@@ -172,7 +172,7 @@ class Scorer:
         )
 
     def _score_part(self, rollout: Rollout, part: Pass, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
-        length, config, rows = part.completion, self.config.algorithm_config, part.rows
+        length, config, rows = part.completion, self.config.algorithm_config, part.rows.to(self.models.device)
         width = rollout.sequences.shape[1] - rollout.mask.shape[1]
         columns = slice(width - part.prompt, width + length)  # those that any of the rows uses
         ids, attention, mask = (

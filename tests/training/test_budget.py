@@ -10,7 +10,7 @@ import torch
 from tiny import build_changed_config, make_tiny_model
 
 from fastppo.algorithms import ALGORITHMS
-from fastppo.algorithms.learner import Learner
+from fastppo.algorithms.learner import Learner, StepOutput
 from fastppo.models import load_tokenizer
 from fastppo.models.config import ModelConfig
 from fastppo.models.policy_models import PolicyModels
@@ -165,6 +165,25 @@ def test_a_micro_batch_is_as_wide_as_its_longest_prompt_and_completion(model, ro
         assert part.attention_mask.all()
         assert part.old_values.shape == part.advantages.shape == part.mask.shape
         assert part.objective_scores.shape == (1, 1)
+
+
+def test_no_pass_waits_for_the_one_before_it(model, rollout, monkeypatch):
+    """On a GPU, the numbers of all passes are read once the last one is launched."""
+    algorithm, learner, scorer, _ = build(model, batch__max_tokens=256)
+    experience, weight, happened = score(algorithm, scorer, rollout), torch.ones((), requires_grad=True), []
+
+    def evaluate(batch):
+        happened.append("pass")
+        return StepOutput(weight * batch.mask.sum(), {"loss/x": weight.detach(), "y_max": batch.advantages.max()})
+
+    for name in ("item", "tolist"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, own=own: (happened.append("wait"), own(tensor))[1])
+    metrics = learner.accumulate(experience, evaluate, evaluate)
+    first, last = happened.index("pass"), len(happened) - happened[::-1].index("pass")
+    assert last - first == happened.count("pass") > 4
+    assert metrics["loss/x"] == pytest.approx(2.0)  # two passes of weight 1
+    assert metrics["y_max"] == experience.advantages.max()
 
 
 @pytest.mark.parametrize(
