@@ -35,27 +35,28 @@ class PackedRow(NamedTuple):
 def pack_row(sequences: Tensor, attention_mask: Tensor, num_completion: int) -> PackedRow | None:
     """Lay out B sequences in a row; None if a prompt is empty, since no state predicts the token after it.
 
-    Waits once for the device, whose tensors cannot be laid out before the lengths are known.
+    Waits once for the device: nothing can be launched before N is known.
 
     Args:
         sequences: [B, P + T] int64, P columns of prompts padded on the left, T = `num_completion` of completions padded
             on the right.
         attention_mask: [B, P + T], 1 for tokens.
     """
-    device, real = sequences.device, attention_mask.bool().cpu()
+    real = attention_mask.bool()
     lengths, prompts = real.sum(1), real[:, :-num_completion].sum(1)
-    if not prompts.all():
+    tokens, longest, shortest_prompt = torch.stack([lengths.sum(), lengths.max(), prompts.min()]).tolist()
+    if not shortest_prompt:
         return None
     boundaries = F.pad(lengths.cumsum(0), (1, 0))
     # The prompt's last state predicts the first token, each token's state the next one.
-    states = (boundaries[:-1] + prompts - 1)[:, None] + torch.arange(num_completion)
-    index = real.flatten().nonzero()[:, 0].to(device)
+    states = (boundaries[:-1] + prompts - 1)[:, None] + torch.arange(num_completion, device=real.device)
+    index = real.flatten().logical_not().int().argsort(stable=True)[:tokens]  # nonzero() would wait
     return PackedRow(
         input_ids=sequences.flatten()[index][None],
-        position_ids=(real.cumsum(1) - 1)[real][None].to(device),
-        boundaries=boundaries.int().to(device),
-        longest=int(lengths.max()),
-        states=states.clamp(max=int(boundaries[-1]) - 1).to(device),
+        position_ids=(real.cumsum(1) - 1).flatten()[index][None],
+        boundaries=boundaries.int(),
+        longest=longest,
+        states=states.clamp(max=tokens - 1),
     )
 
 

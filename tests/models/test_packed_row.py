@@ -146,6 +146,16 @@ def test_the_layout():
     assert row.states.max() < 7
 
 
+def test_the_layout_waits_for_the_device_once(monkeypatch):
+    ids, mask = batch()
+    waits = []
+    for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, own=own, name=name: (waits.append(name), own(*args))[1])
+    pack_row(ids, mask, 6)
+    assert waits == ["tolist"]
+
+
 def test_only_models_that_allow_it_are_packed(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_with_groups)
     assert not can_pack(backbones(VARLEN, "Mistral", sliding_window=8)[0])
