@@ -16,7 +16,9 @@ layout and the arguments are tested with a function for a CPU in place of `varle
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +85,13 @@ def _mask(*args, **kwargs) -> Tensor:
 
 def has_varlen() -> bool:
     """Whether this PyTorch has `varlen_attn` as `attention_in_a_row` calls it; that of 2.10 lacks the scale."""
-    return varlen_attn is not None and {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn is not None and {"scale", "window_size"} <= _arguments(varlen_attn)
+
+
+@functools.cache
+def _arguments(function: Callable) -> Set[str]:
+    """The names of a function's arguments, which take too long to find out in every layer."""
+    return inspect.signature(function).parameters.keys()
 
 
 def attention_in_a_row(
@@ -120,7 +128,7 @@ def attention_in_a_row(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [N, heads, d]
     options = {"scale": scaling, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if "enable_gqa" in _arguments(varlen_attn):
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
