@@ -66,19 +66,19 @@ class Inputs:
 
     def _check_budget(self, config: Config) -> None:
         """Raise ConfigError if a sequence of this run may have more tokens than one pass takes."""
-        prompt, new = (
-            max(len(prompt.input_ids) for prompt in self.data.train + self.data.eval),
-            config.rollout.max_new_tokens,
-        )
+        if (most := config.batch.max_tokens) is None:
+            return
+        prompt = max(len(prompt.input_ids) for prompt in self.data.train + self.data.eval)
+        new = config.rollout.max_new_tokens
         sequences = {
             f"a prompt of {prompt} tokens and rollout.max_new_tokens {new}": prompt + new,
             "the longest text of eval.perplexity": max(map(len, self.texts or [[]])),
         }
         for what, tokens in sequences.items():
-            if config.batch.max_tokens is not None and tokens > config.batch.max_tokens:
+            if tokens > most:
                 raise ConfigError(
-                    f"batch.max_tokens: {config.batch.max_tokens} tokens are less than one sequence can have, {tokens} "
-                    f"({what}); set it to {tokens} or more"
+                    f"batch.max_tokens: {most} tokens are less than one sequence can have, {tokens} ({what}); set it "
+                    f"to {tokens} or more"
                 )
 
     def facts(self) -> dict[str, str]:
