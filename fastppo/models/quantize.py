@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.metadata
 import importlib.util
 import logging
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -63,7 +66,9 @@ def quantize_(model: nn.Module, *, device: torch.device, compute_dtype: torch.dt
     for parent, name in layers_to_quantize(model):
         layer = getattr(parent, name)
         shape = layer.in_features, layer.out_features, layer.bias is not None
-        quantized = modules.Linear4bit(*shape, compute_dtype=compute_dtype, device="meta", **options)
+        whole = device.type != "cpu" or layer.in_features % 64 == 0
+        layer_type = modules.Linear4bit if whole else _layer_of_broken_rows()
+        quantized = layer_type(*shape, compute_dtype=compute_dtype, device="meta", **options)
         weight = modules.Params4bit(layer.weight.detach(), module=quantized, **options)
         quantized.weight, quantized.bias = weight.to(device), layer.bias
         # Where the processor multiplies bfloat16, the first forward in eval mode would repack the weight for a
@@ -107,9 +112,7 @@ def is_quantized(layer: nn.Module) -> bool:
 @torch.no_grad()
 def dense_layer(layer: nn.Linear, added: Tensor | float = 0) -> nn.Linear:
     """A quantized layer as a plain one on the CPU, with the weight that it computes with; `added` is added to it."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight = dequantize_4bit(layer.weight.detach(), layer.weight.quant_state)
+    weight = _expanded(layer.weight)
     dtype = weight.dtype
     weight = (weight.float() + added).to(dtype)
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -117,3 +120,43 @@ def dense_layer(layer: nn.Linear, added: Tensor | float = 0) -> nn.Linear:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to("cpu", dtype, copy=True), requires_grad=False)
     return dense.train(layer.training)
+
+
+def _expanded(weight: Tensor) -> Tensor:
+    """The weight [out, in] of a quantized layer.
+
+    Its blocks of 64 go on from row to row. Where a row has no whole number of them, bitsandbytes' code for AVX-512
+    (0.50.2) takes scales of other blocks, so it is given a single row.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(weight.quant_state)
+    state.shape = torch.Size((1, state.shape.numel()))
+    return dequantize_4bit(weight.detach(), state).view(weight.quant_state.shape)
+
+
+@functools.cache
+def _layer_of_broken_rows() -> type[nn.Module]:
+    from bitsandbytes.nn import Linear4bit
+
+    class BrokenRowsLinear4bit(Linear4bit):
+        """`Linear4bit` on a CPU, for rows that are no whole number of blocks; see `_expanded`."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            return _Product.apply(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
+
+    return BrokenRowsLinear4bit
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b of frozen W, which is expanded in either direction and not kept, and b."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, _expanded(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ _expanded(ctx.weight).to(gradient.dtype), None, None

@@ -73,7 +73,7 @@ def dense(models):
     twin.config.gradient_checkpointing = False
     for parent in list(twin.policy.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer).__name__ == "Linear4bit" and not hasattr(layer, "lora_A"):
+            if is_quantized(layer) and not hasattr(layer, "lora_A"):
                 setattr(parent, name, dense_layer(layer))
             elif hasattr(layer, "lora_A"):  # peft's own for such layers casts
                 setattr(parent, name, Adapted(layer))
@@ -186,6 +186,35 @@ def test_the_weights_are_nf4(path):
             assert error.abs().max() <= (0.5 * 0.3039 + 0.02) * block.abs().max()
         assert error.abs().max() > 0
     assert count == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 7, 16, 32, 34, 48, 64, 96, 160, 192, 288])
+def test_layers_of_every_width_compute_with_their_weights(columns, dtype):
+    """A product, its gradient and the weight of `dense_layer`, against the table of nf4 and the scales of its blocks.
+
+    The code for AVX-512 mistakes the blocks of rows of 16, 32 or 48 numbers, for example.
+    """
+    torch.manual_seed(columns)
+    model = nn.Sequential(nn.Linear(columns, 33))
+    model.get_output_embeddings = model.get_input_embeddings = lambda: None
+    quantize_(model.to(dtype), device=torch.device("cpu"), compute_dtype=torch.float32)
+    layer, state = model[0], model[0].weight.quant_state
+    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    packed = layer.weight.detach().flatten()
+    table = functional.get_4bit_type("nf4", device="cpu")
+    numbers = table[torch.stack([packed >> 4, packed & 15], 1).flatten().long()][: 33 * columns]
+    weight = (numbers * scales.repeat_interleave(64)[: 33 * columns]).view(33, columns)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(dense_layer(layer).weight.float(), weight, **tolerance)
+    x = torch.randn(5, columns, requires_grad=True)
+    for needs_gradient in (True, False):
+        with torch.set_grad_enabled(needs_gradient):
+            y = layer(x)
+        torch.testing.assert_close(y, x @ weight.T + layer.bias.float(), **tolerance)
+        if needs_gradient:
+            y.sin().sum().backward()
+            torch.testing.assert_close(x.grad, y.detach().cos() @ weight, **tolerance)
 
 
 def test_a_second_loading_gives_the_same_bits(path):
