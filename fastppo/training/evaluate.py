@@ -11,6 +11,7 @@ from fastppo.models import ModelError, backbone_and_head, load_causal_lm
 from fastppo.models.adapters import load_adapters
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.source import ADAPTERS
+from fastppo.models.value import HEAD_FILE
 from fastppo.training.config import Config, build_config, to_dict
 from fastppo.training.data import DataError
 from fastppo.training.device import choose_device
@@ -47,6 +48,8 @@ def evaluate_policy(config: Config, model: str | None = None) -> tuple[dict[str,
         raise DataError("there are no held-out prompts; give data.eval or data.eval_size")
     folder = Path(model or "").expanduser()
     adapters = model is not None and os.path.exists(folder / ADAPTERS)
+    if adapters and (folder / HEAD_FILE).exists():
+        raise ModelError(f"{model}: holds a critic of adapters ({HEAD_FILE}); name the folder of the policy, final/")
     base_config = dataclasses.replace(config.model, lora=None)
     if adapters:  # the reference is the model without them, not a copy
         base_config.reference = "none"

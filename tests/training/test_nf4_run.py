@@ -114,6 +114,8 @@ def test_what_is_saved_and_its_evaluation(world, run):
     assert metrics == {name: last[name] for name in metrics}
     samples = [json.loads(line) for line in (out / "samples" / "after.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in rows] == [row["completion"] for row in samples]
+    with pytest.raises(ModelError, match=r"final-value: holds a critic of adapters \(value_head"):
+        evaluate_policy(settings, str(out / "final-value"))
     with pytest.raises(ModelError, match=r"final: the folder holds adapters \(adapter_config\.json\), not a model"):
         Trainer(config(world, out.with_name("again"), model__name_or_path=str(out / "final")))
 
