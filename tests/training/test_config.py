@@ -379,11 +379,10 @@ def test_the_examples_are_valid():
         assert all((path.parents[1] / source).exists() for source in (data.train, data.eval) if source)
 
 
-def test_the_large_example_is_valid_and_can_be_divided():
+def test_the_example_for_eight_gpus_is_valid_and_can_be_divided():
     """Without its model and prompts; its reward, whose file is named as from the repository's root, is loaded."""
     root = Path(__file__).parents[2]
-    [path] = (root / "examples" / "large").glob("*.yaml")
-    config = load_config(path)
+    config = load_config(root / "examples/large/llama_8b_8x80gb.yaml")
     assert (config.distributed.strategy, config.model.value_model, config.model.reference) == (
         "fsdp2",
         "separate",
