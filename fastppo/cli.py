@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return _show(overview() if arguments.section is None else explain(arguments.section))
         planned = arguments.command == "plan"  # by one process, for however many
+        if planned and os.environ.get("RANK", "0") != "0":
+            return 0
         if distributed := None if planned else _distributed():
             distributed.connect()  # first, so that of all processes one tells of an error
             if os.environ["RANK"] != "0":
@@ -107,8 +109,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("--plain", action="store_true", help="one plain line a step, also on a terminal")
     plan = commands.add_parser("plan", help="the memory that a run needs, from its configuration alone", **run)
     plan.add_argument("config", help="the run's YAML file")
-    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each GPU (default: this machine's)")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, each with a GPU (default: 1)")
+    of_each = (
+        "of each GPU in GiB, as nvidia-smi counts them: one sold as 24 GB has about 23.5 (default: this machine's)"
+    )
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help=of_each)
+    plan.add_argument("--gpus", type=int, metavar="N", help="processes, each with a GPU (default: torchrun's, else 1)")
     evaluate = commands.add_parser("eval", help="sample held-out prompts and score the completions", **run)
     evaluate.add_argument("config", help="the run's YAML file")
     evaluate.add_argument("--model", help="a policy to evaluate in place of the configuration's, e.g. runs/x/final")
@@ -124,9 +129,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if arguments.command == "eval" and arguments.samples < 0:
         parser.error(f"--samples must be at least 0, got {arguments.samples}")
     if arguments.command == "plan" and not 0 < (1.0 if arguments.gpu_memory is None else arguments.gpu_memory) < 1e6:
-        parser.error(f"--gpu-memory must be above 0, in GiB, got {arguments.gpu_memory:g}")
-    if arguments.command == "plan" and not 1 <= arguments.gpus <= 10**6:
-        parser.error(f"--gpus must be at least 1, got {arguments.gpus}")
+        parser.error(f"--gpu-memory must be above 0 and below 1000000, in GiB, got {arguments.gpu_memory:g}")
+    if arguments.command == "plan" and not 1 <= (1 if arguments.gpus is None else arguments.gpus) <= 10**6:
+        parser.error(f"--gpus must be from 1 to 1000000, got {arguments.gpus}")
     return arguments, overrides
 
 
@@ -222,9 +227,10 @@ def _train(arguments: argparse.Namespace, config) -> int:
 
 
 def _plan(arguments: argparse.Namespace, config) -> int:
+    from fastppo.training.distributed.launch import world_size
     from fastppo.training.plan import machine_of, page, plan
 
-    return _show(page(plan(config, machine_of(config, arguments.gpu_memory, arguments.gpus))))
+    return _show(page(plan(config, machine_of(config, arguments.gpu_memory, arguments.gpus or world_size()))))
 
 
 def _evaluate(arguments: argparse.Namespace, config) -> int:

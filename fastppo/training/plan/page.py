@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastppo.training.plan.plan import Plan
 
 _GIB = 2**30
+_AMPLE = 0.9  # of the memory: what a plan may be wrong by
 
 
 def gib(num_bytes: int) -> str:
@@ -21,7 +22,7 @@ def verdict(plan: Plan) -> str:
     peak, machine = plan.memory.peak, plan.machine
     each = f" for each of {machine.processes} processes" if machine.processes > 1 else ""
     where = "GPU" if machine.device == "cuda" else "CPU"
-    fits = "fits" if plan.fits else "does not fit"
+    fits = "does not fit" if not plan.fits else "fits" if peak.total <= _AMPLE * machine.memory else "just fits"
     there = f"{gib(machine.memory)} of {where} memory{each}"
     return f"{fits}: needs {gib(peak.total)} at its peak, the {peak.name}; there are {there}"
 
@@ -67,6 +68,7 @@ def _explain(plan: Plan) -> list[str]:
         context = gib(CONTEXT if machine.processes == 1 else CONTEXT_OF_SEVERAL)
         lines.append(f"Reserve, by assumption: {context} for CUDA and its libraries, and {FRAGMENTED:.0%} of the "
                      "tensors for the allocator's gaps.")  # fmt: skip
+        lines.append("A GiB is 2**30 bytes: a GPU sold as 24 GB has about 23.5 of them, one of 80 GB about 79.")
     else:
         lines.append(f"Reserve, by assumption: {gib(PROCESS)} for Python and its packages.")
     lines += [f"Note: {note}." for note in plan.memory.notes]

@@ -32,7 +32,9 @@ def out_of_memory(error: BaseException, config: Config) -> str:
     happened = f"out of memory in phase `{phase}` ({one_line(error, 350)})"
     try:
         plan = _plan(config)
-        planned = next((p for p in plan.memory.phases if p.name.startswith(phase)), plan.memory.peak)
+        names = ("policy update", "critic update", "optimizer step") if phase == "update" else (phase,)
+        there = [p for p in plan.memory.phases if p.name in names]
+        planned = max(there or plan.memory.phases, key=lambda p: p.total)
         advice = advise(config, plan.machine, plan.memory)
         what = f"planned were {gib(planned.total)} of {gib(plan.machine.memory)} for it"
         changes = ", or ".join(f"{a.change} (saves {gib(a.saves)})" for a in advice)
