@@ -57,16 +57,27 @@ def machine_of(config: Config, memory_gib: float | None, processes: int) -> Mach
 
 
 def _most_tokens(config: Config, machine: Machine, memory: Memory) -> int:
-    """Every moment grows by the same number of bytes with every sequence of a pass; the least that any allows."""
+    """Every moment grows by the same number of bytes with every sequence of a pass; the least that any allows.
+
+    Except for scratch, which has a budget: so what two sizes tell is corrected by what the size itself takes.
+    """
     shape, sequences = memory.shape, config.rollout.num_prompts * config.rollout.num_generations
-    other = memory_of(config, machine, rows=2 * shape.rows)
     # All that a pass can have.
-    rows = math.ceil(sequences / config.algorithm_config.num_mini_batches / machine.processes)
+    most = math.ceil(sequences / config.algorithm_config.num_mini_batches / machine.processes)
+    rows = _most_rows(memory, memory_of(config, machine, rows=2 * shape.rows), machine, most)
+    if 0 < rows < most and rows != shape.rows:
+        rows = _most_rows(memory, memory_of(config, machine, rows=rows), machine, most)
+    return rows * (shape.prompt + shape.completion)
+
+
+def _most_rows(memory: Memory, other: Memory, machine: Machine, rows: int) -> int:
+    """Sequences of a pass that fit, at most so many, by what two numbers of them take."""
     for phase, larger in zip(memory.phases, other.phases, strict=True):
         for moment, total in phase.moments.items():
-            each, free = (larger.moments[moment] - total) / shape.rows, machine.memory - total
+            each = (larger.moments[moment] - total) / (other.shape.rows - memory.shape.rows)
+            free = machine.memory - total
             if each <= 0 and free < 0:
                 return 0
             if each > 0:
-                rows = min(rows, math.floor(shape.rows + free / each))
-    return max(0, rows) * (shape.prompt + shape.completion)
+                rows = min(rows, math.floor(memory.shape.rows + free / each))
+    return max(0, rows)
