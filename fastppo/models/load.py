@@ -103,10 +103,36 @@ def load_context_length(config: ModelConfig) -> int | None:
     Raises:
         ModelError: there is no such model.
     """
+    return _context_length(load_configuration(config))
+
+
+def load_configuration(config: ModelConfig) -> PretrainedConfig:
+    """transformers' configuration of a model; the next caller gets the same one, so change copies only.
+
+    Raises:
+        ModelError: there is none to be had.
+    """
+    source = resolve(config.name_or_path, allow_download=config.allow_download)
+    file = Path(source.path, source.gguf_file or "config.json")
+    changed = file.stat().st_mtime_ns if file.exists() else None
+    return _load_configuration(source, changed, config.trust_remote_code, config.allow_download)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_configuration(
+    source: ModelSource, changed: int | None, trust_remote_code: bool, allow_download: bool
+) -> PretrainedConfig:
+    """From a GGUF file it takes over a second, and a run needs it twice.
+
+    Args:
+        changed: when the file did, so that another one is read anew.
+    """
     from transformers import AutoConfig
 
-    source = resolve(config.name_or_path, allow_download=config.allow_download)
-    return _context_length(load_pretrained(AutoConfig, source, config))
+    from fastppo.models.config import ModelConfig
+
+    permissions = ModelConfig(trust_remote_code=trust_remote_code, allow_download=allow_download)
+    return load_pretrained(AutoConfig, source, permissions)
 
 
 def load_model(auto_class: Any, source: ModelSource, config: ModelConfig, device: torch.device) -> PreTrainedModel:

@@ -15,12 +15,12 @@ import torch
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.algorithm import Algorithm
 from fastppo.engines.budget import DEFAULT_SCRATCH_BYTES, SHARE_OF_A_GPU, scratch_bytes
-from fastppo.models.load import load_pretrained
+from fastppo.models.load import load_configuration, load_pretrained
 from fastppo.models.source import ModelError, resolve
 from fastppo.training.config import Config
 from fastppo.training.distributed import strategy_of
 from fastppo.training.plan.live import Bytes
-from fastppo.training.plan.skeleton import build_models, configuration_of, num_bytes, num_layers, tensors_of
+from fastppo.training.plan.skeleton import num_bytes, num_layers, tensors_of
 from fastppo.training.plan.trace import Shape, Traced, sizes_of, trace
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "weight copies", "KV cache", "scratch", "reserve")
@@ -78,7 +78,7 @@ def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
     """
     rollout, section = config.rollout, config.algorithm_config
     completion, prompt = rollout.max_new_tokens, config.data.max_prompt_length
-    limit = getattr(configuration_of(config.model).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(load_configuration(config.model).get_text_config(), "max_position_embeddings", None)
     prompt = max(1, min(prompt, limit - completion)) if limit else prompt
     sequences = rollout.num_prompts * rollout.num_generations
     own = math.ceil(sequences / processes)
@@ -87,9 +87,10 @@ def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
     if config.batch.max_tokens is not None:
         own_rows = max(1, min(step, config.batch.max_tokens // (prompt + completion)))
     passes = math.ceil(step / own_rows)
-    return Shape(
-        prompt, completion, rows or own_rows, passes, min(own, rollout.generation_batch_size), rollout.num_generations
-    )
+    held_out = config.eval.num_prompts if config.data.eval is not None else config.data.eval_size
+    held_out = math.ceil(min(held_out, config.eval.num_prompts) / processes)
+    sampled, evaluated = (min(n, rollout.generation_batch_size) for n in (max(own, held_out), held_out))
+    return Shape(prompt, completion, rows or own_rows, passes, sampled, evaluated, rollout.num_generations, processes)
 
 
 def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memory:
@@ -109,12 +110,12 @@ def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memo
 
 
 def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool) -> Traced:
-    depth = num_layers(configuration_of(config.model))
+    depth = num_layers(load_configuration(config.model))
     options = {"sharded": sharded}
     if depth is not None and config.model.value_name_or_path is None:
         small, larger = (trace(config, algorithm, shape, d, device, **options) for d in (_DEPTH, _DEPTH + 1))
         whole = small.at(_DEPTH, larger, depth)
-        if whole.sizes == sizes_of(config, build_models(config, algorithm, None, device)):  # layers are alike
+        if whole.sizes == sizes_of(config, algorithm, None, device):  # layers are alike
             return whole
     return trace(config, algorithm, shape, None, device, **options)
 
@@ -135,6 +136,13 @@ class _Phases:
         if "critic update" in self.traced.moments:
             phases.append(self._update("critic update"))
         phases += [self._optimizer_step(), self._checkpoint()]
+        length, budget = self.shape.prompt + self.shape.completion, self.config.batch.max_tokens
+        if budget is not None and budget < length:
+            self.notes.append(
+                f"batch.max_tokens {budget} is less than the longest sequence; training needs it to be more"
+            )
+        if self.config.eval.perplexity is not None:
+            self.notes.append("the texts of eval.perplexity are taken to be no longer than these sequences")
         return Memory(phases, self.shape, self.notes)
 
     # What stays
@@ -229,7 +237,7 @@ class _Phases:
         plain = copy.deepcopy(self.config)
         plain.model.quantization = plain.model.lora = None
         plain.model.value_model, plain.model.reference = "shared", "none"
-        return sizes_of(plain, build_models(plain, self.algorithm, None, self.machine.device)).policy
+        return sizes_of(plain, self.algorithm, None, self.machine.device).policy
 
     def _rollout(self) -> Phase:
         shape, model = self.shape, self.config.model
@@ -334,7 +342,7 @@ class _Phases:
     def _scratch(self, *, loss: bool) -> int:
         """Of the operators on the head, which have a budget whatever the number of tokens."""
         tokens = self.shape.rows * self.shape.completion
-        causal = configuration_of(self.config.model).get_text_config()
+        causal = load_configuration(self.config.model).get_text_config()
         width, vocabulary = causal.hidden_size, causal.vocab_size
         if not self.cuda:
             budget = scratch_bytes(torch.device("cpu"))

@@ -16,10 +16,10 @@ from fastppo.algorithms.algorithm import Algorithm
 from fastppo.models.attention import NAME
 from fastppo.models.config import ModelConfig
 from fastppo.models.head import backbone_of, causal_of
-from fastppo.models.load import disable_dropout, enable_gradient_checkpointing, load_pretrained
+from fastppo.models.load import disable_dropout, enable_gradient_checkpointing, load_configuration, why
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.quantize import layers_to_quantize
-from fastppo.models.source import ModelError, resolve
+from fastppo.models.source import ModelError
 from fastppo.training.config import Config
 
 if TYPE_CHECKING:
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 FLASH = "fastppo_plan"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@functools.lru_cache(maxsize=8)
-def read_configuration(name_or_path: str, allow_download: bool, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model by name.
-
-    Raises:
-        ModelError: there is none to be had.
-    """
-    from transformers import AutoConfig
-
-    config = ModelConfig(name_or_path=name_or_path, allow_download=allow_download, trust_remote_code=trust_remote_code)
-    return load_pretrained(AutoConfig, resolve(name_or_path, allow_download=allow_download), config)
-
-
-def configuration_of(config: ModelConfig) -> PretrainedConfig:
-    return read_configuration(config.name_or_path, config.allow_download, config.trust_remote_code)
 
 
 def build_models(config: Config, algorithm: Algorithm, depth: int | None, device_type: str) -> PolicyModels:
@@ -85,7 +68,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def _causal_lm(config: ModelConfig, depth: int | None, device_type: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    hf = copy.deepcopy(configuration_of(config))
+    hf = copy.deepcopy(load_configuration(config))
     if depth is not None:
         text = hf.get_text_config()
         text.num_hidden_layers = depth
@@ -97,7 +80,7 @@ def _causal_lm(config: ModelConfig, depth: int | None, device_type: str) -> nn.M
                 hf, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
             ).eval()
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{config.name_or_path}: no model can be made of its configuration ({error})") from error
+        raise ModelError(f"{config.name_or_path}: no model can be made of its configuration ({why(error)})") from error
     disable_dropout(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)

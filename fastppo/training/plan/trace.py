@@ -8,9 +8,11 @@ three tell of any number.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
 from fastppo.algorithms.experience import Experience
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, one_line
 from fastppo.models import activations, packing
 from fastppo.models.head import backbone_of, causal_of, logits_of
+from fastppo.models.load import why
 from fastppo.models.policy_models import PolicyModels
+from fastppo.models.source import ModelError
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.rollout.decode import cache_name
@@ -40,8 +44,10 @@ class Shape(NamedTuple):
     completion: int
     rows: int  # sequences of a forward or backward pass
     passes: int  # in an optimizer step
-    sampled: int  # sequences that are sampled together
+    sampled: int  # most sequences that are sampled together, in a step or an evaluation
+    evaluated: int  # in an evaluation, each with a prompt of its own
     generations: int  # completions of a prompt
+    processes: int
 
 
 class Sizes(NamedTuple):
@@ -98,23 +104,80 @@ def trace(
     Args:
         device_type: of the device that is planned for.
         sharded: whether a layer's parameters are gathered before it runs, in autocast's precision.
+
+    Raises:
+        ModelError: the model cannot run on tensors without values.
     """
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError as error:
         raise ConfigError(f"a plan needs PyTorch's FakeTensorMode, which this version lacks ({error})") from None
 
-    models = build_models(config, algorithm, depth, device_type)
-    sizes = sizes_of(config, models)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        gathered = getattr(torch, config.model.autocast) if sharded and config.model.autocast else None
-        fake_(models, gathered)
-        phases = _Phases(config, algorithm, models, shape, cuda=device_type == "cuda", sharded=sharded)
-        moments = {phase: _moments(models, run) for phase, run in phases.phases()}
-    return Traced(sizes, moments, phases.cache)
+    build = functools.cache(lambda: build_models(config, algorithm, depth, device_type))
+    sizes = sizes_of(config, algorithm, depth, device_type, build)
+    keys = _keys(config, algorithm, shape, depth, device_type, sharded)
+    if any(key not in _known for key in keys.values()):
+        models = build()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            gathered = getattr(torch, config.model.autocast) if sharded and config.model.autocast else None
+            fake_(models, gathered)
+            phases = _Phases(config, algorithm, models, shape, cuda=device_type == "cuda", sharded=sharded)
+            try:
+                for phase, run in phases.phases():
+                    if keys[phase] not in _known:
+                        _known[keys[phase]] = _moments(models, run), phases.cache
+            except Exception as error:  # of any kind: a model that looks at values, or has no keys and values to keep
+                name = one_line(config.model.name_or_path, 200)
+                raise ModelError(f"{name}: a pass of it cannot be planned ({why(error)})") from error
+    known = {phase: _known[key] for phase, key in keys.items()}
+    return Traced(sizes, {phase: moments for phase, (moments, _) in known.items()}, known["rollout"][1])
 
 
-def sizes_of(config: Config, models: PolicyModels) -> Sizes:
+_known: dict[str, Any] = {}
+"""What was traced before, by all that it depends on: plans that differ in one key have most in common."""
+
+
+def _keys(
+    config: Config, algorithm: Algorithm, shape: Shape, depth: int | None, device_type: str, sharded: bool
+) -> dict[str, str]:
+    """What each phase depends on."""
+    models = _dependencies(config, algorithm, depth, device_type)
+    common = (models, shape.prompt, shape.completion, shape.generations, sharded)
+    rollout = ("rollout", *common, shape.sampled, shape.evaluated)
+    model, passes = config.model, (shape.rows, shape.passes == shape.processes == 1)
+    memory = model.gradient_checkpointing, model.activation_offloading
+    apart = ["critic update"] * (model.value_model != "shared" and algorithm.needs_values)
+    others = {
+        phase: (phase, *common, passes, memory, algorithm.backend, config.algorithm_config)
+        for phase in ("score", "policy update", *apart)
+    }
+    return {phase: repr(key) for phase, key in {"rollout": rollout, **others}.items()}
+
+
+def _dependencies(config: Config, algorithm: Algorithm, depth: int | None, device_type: str) -> tuple:
+    """What the sizes of a run's models depend on."""
+    alike = {"gradient_checkpointing": False, "activation_offloading": False, "offload_idle": False}
+    models = dataclasses.replace(config.model, **alike)
+    by_objective = config.algorithm_config.multi_objective_aggregation
+    return models, config.algorithm, algorithm.needs_values, by_objective, len(config.rewards), depth, device_type
+
+
+def sizes_of(
+    config: Config,
+    algorithm: Algorithm,
+    depth: int | None,
+    device_type: str,
+    build: Callable[[], PolicyModels] | None = None,
+) -> Sizes:
+    """The sizes of models of `depth` layers, None for all; `build` makes the models."""
+    key = repr(("sizes", config.optim.name, *_dependencies(config, algorithm, depth, device_type)))
+    if key not in _known:
+        models = build() if build is not None else build_models(config, algorithm, depth, device_type)
+        _known[key] = _sizes(config, models)
+    return _known[key]
+
+
+def _sizes(config: Config, models: PolicyModels) -> Sizes:
     policy, critic = (list(p.values()) for p in (models.policy_parameters(), models.value_parameters()))
     parts = [tensors_of(part) for part in (models.policy, models.value, models._reference)]
     linear = {id(m.weight): m.weight.numel() for m in models.policy.modules() if type(m) is nn.Linear}
@@ -230,7 +293,7 @@ class _Phases:
             cache = DynamicCache(config=causal.config)
             # Completions of one prompt share its pass on a CPU, which decodes by `fastppo.rollout.decode`.
             shared = shape.generations if backbone.fastppo_can_pack else 1
-            prompts = max(1, rows // shared)
+            prompts = max(1, rows // shared, shape.evaluated)
             ids = torch.zeros(prompts, shape.prompt, dtype=torch.long)
             step(ids, torch.ones_like(ids), cache)
             live.mark("prompts read")
@@ -303,7 +366,7 @@ class _Phases:
     @property
     def keeps_pass(self) -> bool:
         """Whether the pass that scores the policy serves the update, too: see `Scorer.score`."""
-        one = self.shape.passes == 1 and not self.sharded
+        one = self.shape.passes == self.shape.processes == 1
         once = self.config.algorithm_config.num_mini_batches == 1
         alone = self.algorithm.update_starts_with_scored_pass and not self.config.model.gradient_checkpointing
         return one and once and alone

@@ -39,7 +39,6 @@ def test_every_phase_needs_within_a_tenth_of_the_plan(tmp_path, case):
     memory = memory_of(config(tmp_path, **changes), Machine("cpu", 2**34, processes))
     planned = {phase.name: phase.tensors for phase in memory.phases}
     ranks = run_ranks(processes, measure, tmp_path, changes, seconds=400)
-    for phase in ranks[0]:
-        measured = max(peaks[phase] for peaks in ranks)
-        assert planned[phase] == pytest.approx(measured, rel=0.1), phase
+    ratios = {phase: planned[phase] / max(peaks[phase] for peaks in ranks) for phase in ranks[0]}
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
     assert ranks[0].keys() == planned.keys() - {"load"}

@@ -16,12 +16,16 @@ from torch import nn
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.cli import main
-from fastppo.training.plan import Machine, page, plan
+from fastppo.models.source import ModelError
+from fastppo.training.plan import Machine, machine_of, page, plan
+from fastppo.training.plan import trace as tracing
 from fastppo.training.plan.live import LiveBytes
+from fastppo.training.plan.page import gib
 from fastppo.training.plan.phases import memory_of, shape_of
 from fastppo.training.plan.report import out_of_memory
 from fastppo.training.plan.skeleton import Quantized
 from fastppo.training.plan.trace import trace
+from fastppo.training.scoring import Scorer
 
 ROOT = Path(__file__).parents[3]
 GPU = Machine("cuda", 24 * 2**30)
@@ -142,11 +146,112 @@ def test_the_page_has_the_verdict_first_and_marks_the_peak(model):
     assert page(plan(config(model), GPU)).startswith("fits: needs")
 
 
-def test_out_of_memory_says_what_was_planned(model):
+def test_plans_that_differ_in_one_key_trace_only_what_depends_on_it(model, monkeypatch):
+    moments, traced = tracing._moments, []
+    changes = {"rollout__max_new_tokens": 13, "model__value_model": "separate"}  # of no other test
+    monkeypatch.setattr(tracing, "_moments", lambda models, run: traced.append(run) or moments(models, run))
+    first = memory_of(config(model, **changes), GPU)
+    assert len(traced) == 2 * 4
+    assert memory_of(config(model, **changes), GPU) == first
+    memory_of(config(model, optim__name="paged_adamw_8bit", **changes), GPU)
+    assert len(traced) == 2 * 4
+    memory_of(config(model, rollout__generation_batch_size=2, **changes), GPU)
+    assert len(traced) == 2 * 5
+
+
+def test_the_pass_that_scores_is_kept_by_one_process_only(model):
+    lora = {"model__lora": {"r": 3}}
+    alone = memory_of(config(model, **lora), Machine("cpu", 2**34)).phases[2]
+    one_of_two = memory_of(config(model, rollout__num_prompts=8, **lora), Machine("cpu", 2**34, 2)).phases[2]
+    assert one_of_two.kinds["activations"] < 0.7 * alone.kinds["activations"]
+
+
+def test_an_evaluation_may_sample_more_than_a_step(model):
+    given = {"eval__num_prompts": 20, "rollout__generation_batch_size": 16}
+    assert shape_of(config(model), 1).sampled == 32  # held out by default
+    assert shape_of(config(model, data__eval_size=0), 1).sampled == 8
+    assert shape_of(config(model, **given), 1)[4:6] == (16, 16)
+    assert shape_of(config(model, **given), 2)[4:6] == (10, 10)
+
+
+def test_under_torchrun_the_first_process_plans_for_all(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({
+            "model": {"name_or_path": str(model), "lora": {"r": 3}},
+            "data": {"train": "x"},
+            "rewards": [{"name": "r", "function": "f:r"}],
+        })
+    )  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("advise", "_most_tokens"):  # take most of the time
+        monkeypatch.setattr(sys.modules["fastppo.training.plan.plan"], name, lambda *_: [])
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert main(["plan", str(tmp_path / "run.yaml"), "--gpu-memory", "24"]) == 0
+        out = capsys.readouterr().out
+        assert out == "" if rank == "1" else " for each of 2 processes\n" in out
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "llama", "num_hidden_layers": 0},
+        {"model_type": "mamba", "num_hidden_layers": 2, "time_step_rank": 4},
+        {"model_type": "vit"},
+    ],
+    ids=lambda architecture: architecture["model_type"],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(tmp_path, architecture):
+    sizes = {"hidden_size": 32, "vocab_size": 99, "num_attention_heads": 4, "intermediate_size": 40}
+    (tmp_path / "config.json").write_text(json.dumps(architecture | sizes))
+    with pytest.raises(ModelError, match=r"a pass of it cannot be planned|no model can be made of its configuration"):
+        memory_of(config(tmp_path), GPU)
+
+
+@pytest.mark.parametrize("phase", ["score", "update"])
+def test_out_of_memory_says_what_was_planned(model, phase, monkeypatch):
+    monkeypatch.setattr("fastppo.training.plan.report.advise", lambda *_: [])
     error = torch.OutOfMemoryError("CUDA out of memory")
-    error.phase = "score"
+    error.phase = phase
     text = out_of_memory(error, config(model))
-    assert text.startswith("out of memory in phase `score` (CUDA out of memory); planned were")
+    phases = {p.name: p for p in memory_of(config(model), machine_of(config(model), None, 1)).phases}
+    planned = gib(phases["policy update" if phase == "update" else phase].total)
+    assert text.startswith(f"out of memory in phase `{phase}` (CUDA out of memory); planned were {planned} of ")
+
+
+def test_a_run_out_of_memory_keeps_its_completed_steps(tmp_path, monkeypatch, capsys):
+    """The allocator's own error, in the second step."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The movie"}\n' * 4)
+    (tmp_path / "reward.py").write_text("def length(completions):\n    return [len(text) for text in completions]\n")
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({
+            "output_dir": str(tmp_path / "run"),
+            "total_steps": 3,
+            "report_to": "none",
+            "model": {"name_or_path": str(make_tiny_model(tmp_path / "model"))},
+            "data": {"train": str(tmp_path / "prompts.jsonl"), "eval_size": 0},
+            "rewards": [{"name": "r", "function": f"{tmp_path / 'reward.py'}:length"}],
+            "rollout": {"num_prompts": 2, "max_new_tokens": 3},
+            "checkpoint": {"every": 0},
+        })
+    )  # fmt: skip
+    scores, calls = Scorer.score, []
+
+    def score(*args, **kwargs):
+        calls.append(0)
+        return torch.empty(2**50) if len(calls) == 2 else scores(*args, **kwargs)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    monkeypatch.setattr("fastppo.training.plan.report.advise", lambda *_: [])
+    assert main(["train", str(tmp_path / "run.yaml")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("memory: ")
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("fastppo: out of memory in phase `score` (")
+    assert "you tried to allocate 4503599627370496 bytes" in error
+    assert "planned were" in error
+    assert "try a smaller model" in error
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
 
 
 def test_without_a_configuration_there_is_no_plan(model, tmp_path, capsys):
