@@ -11,7 +11,7 @@ import pytest
 from fastppo.training.config import load_config
 from fastppo.training.plan.phases import Machine, memory_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples/large").glob("*.yaml"))
 
 
@@ -41,7 +41,7 @@ def test_the_table_has_a_row_for_every_model_and_way(what_fits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "way"), [("Qwen3-8B", "nf4"), ("Llama-3.2-1B", "full")])
+@pytest.mark.parametrize(("model", "way"), [("Llama-3.2-1B", "nf4"), ("Llama-3.2-1B", "full")])
 def test_rows_of_the_table_are_what_is_planned_today(what_fits, model, way):
     """`python benchmarks/what_fits.py --write` writes them all."""
     assert what_fits.row(model, way) in what_fits.PAGE.read_text().splitlines()
