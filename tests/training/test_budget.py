@@ -20,6 +20,8 @@ from fastppo.training.inputs import Inputs
 from fastppo.training.rewards import RewardOutput
 from fastppo.training.scoring import Scorer
 
+pytestmark = pytest.mark.slow  # half a minute together
+
 BUDGETS = (256, 1000, 100_000)
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 

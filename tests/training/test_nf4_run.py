@@ -18,7 +18,7 @@ from fastppo.training.trainer import Trainer
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 
 def vowels(prompts, completions, **_):

@@ -19,7 +19,7 @@ from fastppo.models import activations, parked
 from fastppo.training.silent import Silent
 from fastppo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-SLOW = {name for name in VARIANTS if "exact" in name or "8-bit" in name or "4 bits" in name}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in VARIANTS])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_results_are_the_same_bits(world, tmp_path, device, name):
     changes, moves = VARIANTS[name]
     changes = {key: str(world / "texts.txt") if value == "TEXTS" else value for key, value in changes.items()}

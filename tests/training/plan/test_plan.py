@@ -63,6 +63,7 @@ def test_live_bytes_are_those_of_storages_that_are_still_there():
     assert [live.peaks[name].first.total for name in "abc"] == [80, 40, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -116,6 +117,7 @@ def test_a_quantized_layer_takes_what_that_of_bitsandbytes_takes():
     assert sum(t.numel() * t.element_size() for t in (planned.weight, planned.scales)) == taken
 
 
+@pytest.mark.slow
 def test_keys_lower_what_they_are_for(model):
     def peaks(**changes):
         return {phase.name: phase for phase in memory_of(config(model, **changes), GPU).phases}
@@ -132,6 +134,7 @@ def test_keys_lower_what_they_are_for(model):
     assert parked["rollout"].kinds["weights"] < separate["rollout"].kinds["weights"]
 
 
+@pytest.mark.slow
 def test_the_largest_budget_fits_and_a_twentieth_more_does_not(model):
     given = config(model, rollout__num_prompts=4096)
     machine = Machine("cuda", int(1.2 * 2**30))
@@ -162,6 +165,7 @@ def test_plans_that_differ_in_one_key_trace_only_what_depends_on_it(model, monke
     assert len(traced) == 2 * 5
 
 
+@pytest.mark.slow
 def test_the_pass_that_scores_is_kept_by_one_process_only(model):
     lora = {"model__lora": {"r": 3}}
     alone = memory_of(config(model, **lora), Machine("cpu", 2**34)).phases[2]
