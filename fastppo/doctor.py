@@ -24,7 +24,7 @@ _PACKAGES = (
     ("datasets", "prompts from the Hub or a saved dataset"),
     ("gguf", "GGUF models"),
     ("peft", "LoRA"),
-    ("bitsandbytes", "optim.name: adamw_8bit and paged_adamw_8bit"),
+    ("bitsandbytes", "model.quantization; optim.name: adamw_8bit and paged_adamw_8bit"),
     ("flash_attn", "FlashAttention 2 on a GPU"),
     ("vaderSentiment", "the vader_sentiment reward"),
     ("reasoning_gym", "the reasoning_gym reward"),
