@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms.experience import Experience, count_tokens
-from fastppo.algorithms.ranks import Passes, Ranks, T
+from fastppo.algorithms.ranks import Pass, Passes, Ranks, T
 from fastppo.errors import FastPPOError
 from fastppo.models.head import LMHead
 
@@ -133,7 +133,7 @@ class Learner:
         size = {"most_sequences": self.micro_batch_size, "max_tokens": self.max_tokens}
         return self.ranks.passes(*counts, **size, padded=self.max_tokens is not None and not self.models.packs)
 
-    def _select(self, experience: Experience, passes: Passes) -> Iterator[Experience]:
+    def _select(self, experience: Experience, passes: Iterable[Pass]) -> Iterator[Experience]:
         for rows, counts, *longest in passes:
             batch = experience.select(rows.to(self.models.device), *longest)
             yield batch if counts else dataclasses.replace(batch, mask=torch.zeros_like(batch.mask))
@@ -236,12 +236,13 @@ class Learner:
 
     def accumulate(self, mini_batch: Experience, *passes: Evaluate) -> dict[str, float]:
         """Metrics of losses over micro-batches; where gradients are enabled, also sum up their gradients."""
-        batches = []  # with their weights, which are waited for before the first pass is launched
-        if mini_batch.mask.any():
-            for batch in self.micro_batches(mini_batch):
-                batches.append((batch, self._part_weight(batch, mini_batch), batch.token_share(mini_batch)))
+        shares = []  # waited for before the first pass is launched
+        divided = self._passes(mini_batch) if mini_batch.mask.any() else ()
+        for batch in self._select(mini_batch, divided):
+            shares.append((self._part_weight(batch, mini_batch), batch.token_share(mini_batch)))
         names, values, weights = [], [], []
-        for evaluate, (batch, weight, share) in itertools.product(passes, batches):
+        for evaluate, (part, (weight, share)) in itertools.product(passes, zip(divided, shares, strict=True)):
+            (batch,) = self._select(mini_batch, [part])  # anew, so that one at a time is in memory
             loss, metrics = evaluate(batch)
             if torch.is_grad_enabled():
                 (weight * loss).backward()
