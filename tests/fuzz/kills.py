@@ -7,8 +7,9 @@ into the file system: the n-th of the run, counted by an audit hook.
 The runs are forks of this process, which has imported everything and started no thread, and their reports have empty
 plots, which take nine tenths of so small a run: one takes a second, not ten.
 
-With several processes torchrun is such a fork too, and starts ranks as forks of its own. The signal comes to one rank,
-to torchrun, or kills all of them. The last resume may be on another number of ranks, and then ends close by.
+With several processes torchrun is such a fork too, and starts ranks that it forked before its first thread: a fork of
+several threads may hang at a lock that another of them held. The signal comes to one rank, to torchrun, or kills all of
+them. The last resume may be on another number of ranks, and then ends close by.
 """
 
 from __future__ import annotations
@@ -264,8 +265,9 @@ def train(config: Path, words: list[str], log: Path, processes: int = 1, strike:
 
 
 def launch(argv: list[str], log: Path, pipe: int, strike: Strike | None, processes: int) -> None:
-    """torchrun, which forks the ranks; never returns."""
+    """torchrun, whose children the ranks are; never returns."""
     status, modules, launcher = 1, set(sys.modules), os.getpid()
+    ranks = [fork_rank(argv, log, pipe, strike, processes, launcher) for _ in range(processes)]
     from torch.distributed import run as torchrun  # which not every PyTorch has
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -275,19 +277,9 @@ def launch(argv: list[str], log: Path, pipe: int, strike: Strike | None, process
             super().__init__("rank")
 
         def _execute_child(self, *_arguments: Any) -> None:
-            signals = signal.valid_signals()
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until torchrun's handlers are gone
-            self.pid, self._child_created = os.fork(), True
-            if self.pid == 0:
-                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                    signal.signal(number, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                os.setsid()
-                os.environ |= self.environment
-                os.closerange(3, pipe), os.closerange(pipe + 1, 1024)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                run_child(argv, log, pipe, strike, processes, launcher)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            (self.pid, start), self._child_created = ranks.pop(0), True
+            with contextlib.suppress(BrokenPipeError), os.fdopen(start, "w") as file:  # it may have been killed
+                json.dump(self.environment, file)
 
     try:
         write_to(beside(log), os.O_TRUNC)
@@ -301,6 +293,30 @@ def launch(argv: list[str], log: Path, pipe: int, strike: Strike | None, process
         report_modules(pipe, modules)
         os.write(pipe, f"launcher {time.monotonic()}\n".encode())
         os._exit(status)
+
+
+def fork_rank(
+    argv: list[str], log: Path, pipe: int, strike: Strike | None, processes: int, launcher: int
+) -> tuple[int, int]:
+    """A rank that waits for its environment, and the file to write that to. It ends if that is closed empty."""
+    read, write = os.pipe()
+    signals = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in the rank until it starts
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.dup2(read, 0)
+        os.closerange(3, pipe), os.closerange(pipe + 1, 1024)
+        environment = b"".join(iter(lambda: os.read(0, 1 << 16), b""))
+        if not environment:
+            os._exit(0)
+        os.environ |= json.loads(environment)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        run_child(argv, log, pipe, strike, processes, launcher)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    os.close(read)
+    return pid, write
 
 
 def run_child(
