@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -267,7 +268,6 @@ def test_the_table_has_the_phases_of_a_step(gpu):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 @needs_triton
 def test_a_dry_run_takes_both_steps_of_a_model_in_four_bits(tmp_path):
     for name in ("bitsandbytes", "peft"):

@@ -261,7 +261,8 @@ def test_a_run_out_of_memory_keeps_its_completed_steps(tmp_path, monkeypatch, ca
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
 
 
-def test_without_a_configuration_there_is_no_plan(model, tmp_path, capsys):
+def test_without_a_configuration_there_is_no_plan(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(plan.__globals__, "advise", lambda *_: [])
     (tmp_path / "run.yaml").write_text(
         "model: {name_or_path: nobody/nothing}\ndata: {train: x.jsonl}\nrewards: [{name: r, function: f:r}]\n"
     )
