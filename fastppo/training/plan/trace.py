@@ -23,7 +23,7 @@ from fastppo.algorithms.experience import Experience
 from fastppo.errors import ConfigError, one_line
 from fastppo.models import activations, packing
 from fastppo.models.head import backbone_of, causal_of, logits_of
-from fastppo.models.load import why
+from fastppo.models.load import load_configuration, why
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.source import ModelError
 from fastppo.ops.linear_kl import linear_kl
@@ -158,8 +158,11 @@ def _dependencies(config: Config, algorithm: Algorithm, depth: int | None, devic
     """What the sizes of a run's models depend on."""
     alike = {"gradient_checkpointing": False, "activation_offloading": False, "offload_idle": False}
     models = dataclasses.replace(config.model, **alike)
-    by_objective = config.algorithm_config.multi_objective_aggregation
-    return models, config.algorithm, algorithm.needs_values, by_objective, len(config.rewards), depth, device_type
+    names = filter(None, (models.name_or_path, models.value_name_or_path))
+    # Whole, not by name: a file may change between two plans.
+    configurations = [load_configuration(dataclasses.replace(models, name_or_path=name)) for name in names]
+    values = algorithm.needs_values, config.algorithm_config.multi_objective_aggregation, len(config.rewards)
+    return models, *configurations, config.algorithm, *values, depth, device_type
 
 
 def sizes_of(

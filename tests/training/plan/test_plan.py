@@ -165,6 +165,16 @@ def test_plans_that_differ_in_one_key_trace_only_what_depends_on_it(model, monke
     assert len(traced) == 2 * 5
 
 
+def test_a_configuration_that_was_changed_is_traced_anew(model, tmp_path):
+    file, tree = tmp_path / "config.json", json.loads((model / "config.json").read_text())
+    peaks = []
+    for width in (tree["intermediate_size"], 5 * tree["intermediate_size"]):
+        file.write_text(json.dumps(tree | {"intermediate_size": width}))
+        peaks.append(memory_of(config(tmp_path), GPU).phases[3])  # the policy's update
+    assert peaks[1].kinds["weights"] > peaks[0].kinds["weights"]
+    assert peaks[1].kinds["activations"] > peaks[0].kinds["activations"]
+
+
 @pytest.mark.slow
 def test_the_pass_that_scores_is_kept_by_one_process_only(model):
     lora = {"model__lora": {"r": 3}}
