@@ -45,7 +45,9 @@ class Experience:
     objectives: dict[str, float] | None = None
     """K names and weights; `scores` is the weighted sum of `objective_scores`."""
     rollout_logprobs: Tensor | None = None
-    """[B, T] log-probabilities by the engine that sampled the tokens, where it is not the one that scored them."""
+    """[B, T] log-probabilities of the tokens as the engine sampled them; `old_logprobs` are the models' own."""
+    importance_weights: Tensor | None = None
+    """[B, T] ≥ 0, weights of the tokens' surrogates that correct for the engine's distribution; None for 1."""
     kl: Tensor | None = None
     """[B, T] KL of the sampling policy to the reference, by the configured estimator; None without a reference."""
     ref_logprobs: Tensor | None = None

@@ -53,6 +53,7 @@ from fastppo.models.packing import completion_hidden
 from fastppo.models.source import hub_offline
 from fastppo.ops.linear_logprob import linear_logprob
 from fastppo.ops.reference import sampled_kl
+from fastppo.rollout.choose import open_engine
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.draw import sequence_keys
 from fastppo.rollout.prompt import Prompt
@@ -288,7 +289,8 @@ class PPOTrainer(Trainer):
             generation_batch_size=args.local_rollout_forward_batch_size,
         )
         eos = tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        options = {"device": self.args.device, "eos_ids": [] if eos is None else [eos]}
+        engine = open_engine(self.model.policy, sampling, self.args.device)
+        options = {"engine": engine, "device": self.args.device, "eos_ids": [] if eos is None else [eos]}
         keys = sequence_keys(str(torch.randint(2**62, ()).item()), len(prompts))  # the generator's state is Trainer's
         with self.compute_loss_context_manager():
             return sample(self.model.policy, tokenizer, prompts, keys, sampling, **options)

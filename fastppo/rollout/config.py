@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fastppo.config_fields import STRICT, FiniteFloat, PositiveInt
+from fastppo.config_fields import STRICT, FiniteFloat, PositiveFloat, PositiveInt, Text
+
+
+@dataclass(config=STRICT)
+class VLLMConfig:
+    """Options of `rollout.engine: vllm`."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Number of ranks that share one engine."""
+    gpu_memory_utilization: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    """Share of the GPU's memory for vLLM's weights and cache. Default: what `fastppo plan` leaves to it."""
+    enforce_eager: bool = False
+    """Capture no CUDA graphs: slower, with less memory and a quicker start."""
 
 
 @dataclass(config=STRICT)
@@ -24,3 +37,15 @@ class RolloutConfig:
     """Divides the logits, for sampling and for log-probabilities, entropy and KL."""
     generation_batch_size: PositiveInt = 64
     """Maximum number of sequences that are decoded together."""
+    engine: Literal["auto", "loop", "transformers", "continuous", "vllm"] = "auto"
+    """What samples: our own `loop` on a CPU, transformers' `generate()`, its continuous batching, or vLLM. `auto`
+    takes the fastest that fits; `fastppo doctor` says which and why."""
+    stop: list[Text] = field(default_factory=list)
+    """Strings that end a completion, beside the EOS tokens. The string stays in the completion."""
+    correction: Literal["none", "truncate", "mask", "sequence_mask", "sequence_ratio"] = "none"
+    """Weigh the surrogates by the ratio of the policy's probabilities to those that the engine sampled with."""
+    correction_min: PositiveFloat = 0.5
+    """Lower bound of the ratio; `mask` and `sequence_mask` drop what is below."""
+    correction_max: PositiveFloat = 2.0
+    """Upper bound of the ratio; above it, it is truncated or dropped."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)

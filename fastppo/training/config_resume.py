@@ -21,6 +21,8 @@ MAY_CHANGE = frozenset({
     "device", "distributed", "backend", "model.attn_implementation", "model.gradient_checkpointing",
     "model.activation_offloading", "model.offload_idle", "batch.max_tokens",
     "rollout.generation_batch_size", "rewards.N.batch_size", "ALGORITHM.gradient_accumulation_steps",
+    # What samples: other completions, of the same distribution.
+    "rollout.engine", "rollout.vllm",
     # What is permitted.
     "model.allow_download", "model.trust_remote_code",
     # What is saved and shown, and what is done about trouble.

@@ -20,6 +20,7 @@ from fastppo.models.policy_models import PolicyModels
 from fastppo.ops import reference as formulas
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.rollout.choose import open_engine
 from fastppo.rollout.draw import sequence_keys
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
@@ -63,6 +64,7 @@ class Scorer:
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
         self.ranks, self.held_out, self._texts = ranks or Ranks(), held_out, texts
+        self.engine = open_engine(models.policy, config.rollout, models.device)
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self.max_tokens = config.batch.max_tokens
@@ -76,8 +78,7 @@ class Scorer:
             progress: is told how many completions have ended.
         """
         keys = sequence_keys(f"{self.config.seed}/{name}", len(prompts))
-        cap = getattr(self.config.algorithm_config, "importance_sampling_cap", None)
-        options = {"device": self.models.device, "with_logprobs": cap is not None, "progress": progress}
+        options = {"engine": self.engine, "device": self.models.device, "progress": progress}
         share = self.ranks.share(len(prompts))
         mine = slice(share.start, max(share.stop, share.start + 1))  # one at least, so that there is a rollout
 

@@ -7,9 +7,10 @@ import torch
 from tiny import make_tiny_model
 
 from fastppo.models import ModelError
-from fastppo.rollout import sample as sample_module
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.draw import sequence_keys
+from fastppo.rollout.generate import TransformersEngine
+from fastppo.rollout.loop import LoopEngine
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import sample
 
@@ -33,23 +34,21 @@ def policy(request, tmp_path):
     return model, tokenizer
 
 
-@pytest.fixture(params=["decode", "generate"])
-def sampler(request, monkeypatch):
-    if request.param == "generate":
-        monkeypatch.setattr(sample_module, "can_decode", lambda _: False)
-    return request.param
+@pytest.fixture(params=[LoopEngine, TransformersEngine])
+def engine(request):
+    return request.param()
 
 
 def generation_configs(model) -> list:
     return [(name, id(m.__dict__.get("generation_config"))) for name, m in model.named_modules()]
 
 
-def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, sampler):
+def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, engine):
     model, tokenizer = policy
     prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3)]
     prompts = [prompt for prompt in prompts for _ in range(3)]
     before = generation_configs(model)
-    rollout = sample(model, tokenizer, prompts, KEYS[: len(prompts)], CONFIG, device=CPU, with_logprobs=True)
+    rollout = sample(model, tokenizer, prompts, KEYS[: len(prompts)], CONFIG, engine=engine, device=CPU)
     assert generation_configs(model) == before
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -72,7 +71,7 @@ def test_recorded_logprobs_are_those_of_the_model_at_this_temperature(policy, sa
         assert rollout.mask[row].sum() == (ends[0] + 1 if ends else length)
 
 
-def test_a_completion_depends_on_its_own_prompt_and_key(policy, sampler):
+def test_a_completion_depends_on_its_own_prompt_and_key(policy, engine):
     """In one batch, in halves, one by one, shuffled, beside longer prompts; in float64, since rounding may differ."""
     model, tokenizer = policy
     model.double()
@@ -83,7 +82,7 @@ def test_a_completion_depends_on_its_own_prompt_and_key(policy, sampler):
     def completions(rows, batch_size=64, beside=()):
         config = RolloutConfig(max_new_tokens=12, generation_batch_size=batch_size)
         given = [prompts[row] for row in rows] + [longer for _ in beside]
-        options = {"device": CPU, "with_logprobs": True, "eos_ids": list(range(60))}
+        options = {"engine": engine, "device": CPU, "eos_ids": list(range(60))}
         rollout = sample(model, tokenizer, given, torch.cat([keys[rows], KEYS[list(beside)]]), config, **options)
         tokens = rollout.sequences[:, -rollout.mask.shape[1] :]
         whole = zip(tokens, rollout.logprobs, rollout.mask, strict=True)
@@ -108,7 +107,7 @@ def test_a_completion_depends_on_its_own_prompt_and_key(policy, sampler):
             torch.testing.assert_close(other[row][1], logprobs, rtol=1e-6, atol=1e-6)
 
 
-def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, sampler):
+def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, engine):
     """torch.compile wraps the model, which still owns the generation config: greedy, with at most 20 tokens."""
     model, tokenizer = policy
     compiled = torch.compile(model, backend="eager")
@@ -120,8 +119,8 @@ def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, sample
         prompts,
         KEYS[: len(prompts)],
         CONFIG,
+        engine=engine,
         device=CPU,
-        with_logprobs=True,
         eos_ids=[],
     )
     assert rollout.mask.shape == (8, 6)
@@ -129,17 +128,17 @@ def test_a_compiled_policy_is_sampled_by_this_configuration_alone(policy, sample
     assert generation_configs(model) == before
 
 
-def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy, sampler):
+def test_a_failure_restores_the_generation_config_and_names_what_is_not_finite(policy, engine):
     model, tokenizer = policy
     before = generation_configs(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, device=CPU, with_logprobs=True)
+        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, engine=engine, device=CPU)
     assert generation_configs(model) == before
 
 
-def test_an_added_pad_token_changes_nothing(policy, sampler):
+def test_an_added_pad_token_changes_nothing(policy, engine):
     """The tokenizer has a token more than the embedding has rows; some rows end early and are padded with it."""
     model, tokenizer = policy
     prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3, 5)]
@@ -148,7 +147,7 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
         if added:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
             assert tokenizer.pad_token_id == model.get_input_embeddings().weight.shape[0]
-        options = {"device": CPU, "eos_ids": range(150)}
+        options = {"engine": engine, "device": CPU, "eos_ids": list(range(150))}
         rollouts.append(sample(model, tokenizer, prompts * 4, KEYS[:16], CONFIG, **options))
     own, added = rollouts
     assert own.ended.any()
@@ -169,28 +168,28 @@ def test_an_added_pad_token_changes_nothing(policy, sampler):
     ],
     ids=["no embedding", "negative", "empty"],
 )
-def test_a_prompt_that_cannot_be_read_is_refused(policy, ids, message):
+def test_a_prompt_that_cannot_be_read_is_refused(policy, engine, ids, message):
     model, tokenizer = policy
     prompts = [Prompt("", [4, 5], {}), Prompt("", ids, {})]
     with pytest.raises(ModelError, match=message):
-        sample(model, tokenizer, prompts, KEYS[:2], CONFIG, device=CPU)
+        sample(model, tokenizer, prompts, KEYS[:2], CONFIG, engine=engine, device=CPU)
 
 
 @pytest.mark.parametrize("eos", [0.5, "x", {}, [2, None]])
-def test_a_strange_eos_token_id_is_refused(policy, monkeypatch, eos):
+def test_a_strange_eos_token_id_is_refused(policy, engine, monkeypatch, eos):
     model, tokenizer = policy
     monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
     with pytest.raises(ModelError, match=r"^the model's eos_token_id: expected .*, got"):
-        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, device=CPU)
+        sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, engine=engine, device=CPU)
 
 
-def test_progress_counts_the_completions_that_have_ended(policy, sampler):
+def test_progress_counts_the_completions_that_have_ended(policy, engine):
     model, tokenizer = policy
     prompts, told = [Prompt("", [3, 4, 5], {}) for _ in range(7)], []
-    options = {"device": CPU, "eos_ids": list(range(3, 150)), "progress": told.append}
+    options = {"engine": engine, "device": CPU, "eos_ids": list(range(3, 150)), "progress": told.append}
     sample(model, tokenizer, prompts, KEYS[: len(prompts)], CONFIG, **options)
     assert told == sorted(told)
     assert {3, 6, 7} <= set(told)  # batches of three
     assert told[-1] == 7
-    if sampler == "decode":
+    if isinstance(engine, LoopEngine):
         assert len(told) > 3

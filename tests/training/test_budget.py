@@ -47,7 +47,9 @@ def rollout():
     order = torch.randperm(20, generator=generator)
     ended = torch.ones(20, dtype=torch.bool)
     groups = torch.arange(4).repeat_interleave(5)
-    return Rollout(tokens[order], real.long()[order], mask[order], [""] * 20, ended, groups[order])
+    return Rollout(
+        tokens[order], real.long()[order], mask[order], [""] * 20, ended, groups[order], torch.zeros(mask.shape)
+    )
 
 
 def build(model, **changes):

@@ -20,7 +20,7 @@ MUST_AGREE = {
     "data": "train eval train_split eval_split eval_size prompt_column apply_chat_template system_prompt "
     "max_prompt_length overlong",
     "rewards.N": "name function model label weight threshold multiplier_learning_rate normalize",
-    "rollout": "num_prompts num_generations max_new_tokens temperature",
+    "rollout": "num_prompts num_generations max_new_tokens temperature stop correction correction_min correction_max",
     "ALGORITHM": "num_mini_batches loss_agg entropy_coef gamma whiten_advantages whiten_rewards kl_coef kl_estimator "
     "kl_in kl_controller kl_target kl_horizon kl_coef_final multi_objective_aggregation reference_refresh_steps "
     "missing_eos_penalty cliprange_value",

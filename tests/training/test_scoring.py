@@ -67,7 +67,13 @@ def make_rollout():
     sequences = torch.randint(3, 300, real.shape).masked_fill(~real, 0)
     count = len(PROMPTS)
     return Rollout(
-        sequences, real.long(), real[:, width:], ["text"] * count, torch.ones(count).bool(), torch.arange(count) // 2
+        sequences,
+        real.long(),
+        real[:, width:],
+        ["text"] * count,
+        torch.ones(count).bool(),
+        torch.arange(count) // 2,
+        torch.zeros(real[:, width:].shape),
     )
 
 
@@ -125,7 +131,7 @@ def test_scores_are_those_of_a_float64_computation(model, estimator, parts):
         )
         assert (found[~rollout.mask] == 0).all(), name
     assert experience.ref_hidden is None
-    assert experience.rollout_logprobs is None
+    assert experience.rollout_logprobs is rollout.logprobs
 
 
 def test_one_value_for_each_of_several_objectives(model):
@@ -233,11 +239,3 @@ def test_evaluation_reports_weighted_rewards_lengths_and_kl(model, monkeypatch):
     assert [row["completion"] for row in rows] == rollout.completions
     assert rows[1]["prompt"] == "My dog"
     assert rows[0]["rewards"]["letters"] == len(rollout.completions[0])
-
-
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_the_importance_sampling_cap_asks_for_the_samplers_logprobs(model, cap):
-    scorer = make_scorer(model, ppo__importance_sampling_cap=cap)
-    rollout = scorer.sample(prompts(scorer), "test")
-    assert (rollout.logprobs is not None) == (cap is not None)
-    assert scorer.score(rollout, no_rewards(rollout)).rollout_logprobs is rollout.logprobs

@@ -14,7 +14,7 @@ from fastppo.training.rewards import RewardError
 def on_cpu(rollout: Rollout, count: int) -> Rollout:
     """Its first `count` completions, in the host's memory."""
     fields = rollout._asdict().items()
-    return Rollout(**{k: v[:count].cpu() if isinstance(v, Tensor) else v and v[:count] for k, v in fields})
+    return Rollout(**{k: v[:count].cpu() if isinstance(v, Tensor) else v[:count] for k, v in fields})
 
 
 def join_rollouts(parts: list[Rollout], prompts: list[Prompt], pad: int, device: torch.device) -> Rollout:
@@ -29,10 +29,8 @@ def join_rollouts(parts: list[Rollout], prompts: list[Prompt], pad: int, device:
     lengths = [part.mask.shape[1] for part in parts]
     widths = [part.sequences.shape[1] - length for part, length in zip(parts, lengths, strict=True)]
 
-    def join(name: str, fill: int | float | bool, *, with_prompts: bool = False) -> Tensor | None:
+    def join(name: str, fill: int | float | bool, *, with_prompts: bool = False) -> Tensor:
         tensors = [getattr(part, name) for part in parts]
-        if tensors[0] is None:
-            return None
         padded = [
             F.pad(tensor, (max(widths) - width if with_prompts else 0, max(lengths) - length), value=fill)
             for tensor, width, length in zip(tensors, widths, lengths, strict=True)

@@ -28,7 +28,7 @@ from fastppo.models.policy_models import PolicyModels
 from fastppo.models.source import ModelError
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
-from fastppo.rollout.decode import cache_name
+from fastppo.rollout.loop import cache_name
 from fastppo.training.config import Config
 from fastppo.training.plan.live import Bytes, LiveBytes, Peak
 from fastppo.training.plan.skeleton import build_models, fake_, layers_of, num_bytes, tensors_of
@@ -294,7 +294,7 @@ class _Phases:
 
         with self.models.autocast():
             cache = DynamicCache(config=causal.config)
-            # Completions of one prompt share its pass on a CPU, which decodes by `fastppo.rollout.decode`.
+            # Completions of one prompt share its pass on a CPU, which decodes by `fastppo.rollout.loop`.
             shared = shape.generations if backbone.fastppo_can_pack else 1
             prompts = max(1, rows // shared, shape.evaluated)
             ids = torch.zeros(prompts, shape.prompt, dtype=torch.long)

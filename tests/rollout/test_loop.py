@@ -13,10 +13,10 @@ from architectures import random_model
 from tiny import make_tiny_model
 from torch import nn
 
-from fastppo.rollout import decode as decode_module
-from fastppo.rollout.decode import _prepared_weights, can_decode, decode
+from fastppo.rollout import loop as loop_module
 from fastppo.rollout.draw import draw, sequence_keys
-from fastppo.rollout.sample import _generate
+from fastppo.rollout.generate import generate
+from fastppo.rollout.loop import _prepared_weights, can_decode, decode
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,7 +86,7 @@ def test_models_that_generation_calls_otherwise_are_not_decoded():
     assert not can_decode(random_model("falcon_h1", head_scale=1.0))  # keeps states of another kind
 
 
-@pytest.mark.parametrize("sampler", [decode, _generate])
+@pytest.mark.parametrize("sampler", [decode, generate])
 def test_memory_at_a_large_vocabulary(sampler):
     """A frozen bfloat16 head of 34 MB: once for each of 16 prompts it would be 540 MB."""
     vocabulary, vm = 262_144, Path("/proc/self/status")
@@ -152,7 +152,7 @@ def test_the_model_is_left_exactly_as_it_was(model, lora, failing, monkeypatch):
     config = model.config.to_dict()
     if failing:
         calls = iter([draw])  # the second token fails
-        monkeypatch.setattr(decode_module, "draw", lambda *args: next(calls)(*args))
+        monkeypatch.setattr(loop_module, "draw", lambda *args: next(calls)(*args))
         with pytest.raises(StopIteration):
             sample(model)
     else:
@@ -172,13 +172,13 @@ def test_the_model_is_left_as_it_was_when_its_weights_cannot_be_prepared(model, 
     attributes = everything(model)
     made = []
 
-    class Fails(decode_module._Product):
+    class Fails(loop_module._Product):
         def __init__(self, *args):
             if len(made) == 3:
                 raise MemoryError
             made.append(super().__init__(*args))
 
-    monkeypatch.setattr(decode_module, "_Product", Fails)
+    monkeypatch.setattr(loop_module, "_Product", Fails)
     with pytest.raises(MemoryError):
         sample(model)
     assert everything(model) == attributes

@@ -22,12 +22,23 @@ from transformers import DynamicCache, GenerationMixin
 
 from fastppo.models.head import backbone_of, causal_of, logits_of
 from fastppo.rollout.draw import draw, random_numbers
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.padded import PaddedEngine
 
 # The linear layers that attention and the gated MLP of most architectures call on the same tensor, in this order.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class LoopEngine(PaddedEngine):
+    def decode(
+        self, ids: Tensor, mask: Tensor, keys: Tensor, sampling: Sampling, progress: Callable[[int], None]
+    ) -> tuple[Tensor, Tensor]:
+        options = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        pad = sampling.tokenizer.pad_token_id
+        return decode(self.policy, ids, mask, keys, eos=sampling.eos, pad=pad, progress=progress, **options)
 
 
 def can_decode(policy: nn.Module) -> bool:

@@ -1,0 +1,28 @@
+"""Which engine samples a run's completions."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastppo.rollout.config import RolloutConfig
+from fastppo.rollout.engine import Engine, EngineError
+from fastppo.rollout.generate import TransformersEngine
+from fastppo.rollout.loop import LoopEngine, can_decode
+
+
+def open_engine(policy: nn.Module, config: RolloutConfig, device: torch.device) -> Engine:
+    """The engine that `rollout.engine` asks for, or what fits best on this device.
+
+    Raises:
+        EngineError: that engine cannot sample from this policy here.
+    """
+    name = config.engine
+    if name == "auto":
+        # On a CPU most of generate()'s time is not the model's.
+        name = "loop" if device.type == "cpu" and can_decode(policy) else "transformers"
+    if name == "loop" and device.type != "cpu":
+        raise EngineError(f"rollout.engine: loop samples on a CPU, this run is on {device}; set it to auto")
+    if name == "loop" and not can_decode(policy):
+        raise EngineError("rollout.engine: loop does not know how this model keeps its states; set it to transformers")
+    return {"loop": LoopEngine, "transformers": TransformersEngine}[name]()
