@@ -37,7 +37,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
-    """Text that ends a completion, which keeps the token that completed it."""
+    """Strings that end a completion once its text, special tokens included, contains one. The token that completes the
+    string is the last."""
     batch_size: int = 64
     """Most sequences decoded together, for engines that don't choose themselves."""
 

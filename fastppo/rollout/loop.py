@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +23,52 @@ from transformers import DynamicCache, GenerationMixin
 
 from fastppo.models.head import backbone_of, causal_of, logits_of
 from fastppo.rollout.draw import draw, random_numbers
-from fastppo.rollout.engine import Sampling
-from fastppo.rollout.padded import PaddedEngine
+from fastppo.rollout.padded import Batch, PaddedEngine
 
 # The linear layers that attention and the gated MLP of most architectures call on the same tensor, in this order.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of which a DynamicCache keeps the states
 
 
 class LoopEngine(PaddedEngine):
-    def decode(
-        self, ids: Tensor, mask: Tensor, keys: Tensor, sampling: Sampling, progress: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor]:
-        options = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        pad = sampling.tokenizer.pad_token_id
-        return decode(self.policy, ids, mask, keys, eos=sampling.eos, pad=pad, progress=progress, **options)
+    """Decodes on a CPU with a policy that `can_decode` accepts, with or without adapters.
+
+    Meanwhile the policy's linear layers may run on prepared weights, see `_prepared_weights`.
+    """
+
+    def decode(self, ids: Tensor, mask: Tensor, keys: Tensor, batch: Batch) -> None:
+        causal = causal_of(self.policy)
+        backbone, cache = backbone_of(causal), DynamicCache(config=causal.config)
+        arguments = {cache_name(causal): cache, "use_cache": True}
+
+        def step(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            """[b, V] logits after the last of these tokens."""
+            hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).last_hidden_state
+            return logits_of(causal, hidden[:, -1])
+
+        with _prepared_weights(self.policy, len(ids)):
+            prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
+            positions = (prompts[0].cumsum(1) - 1).clamp(min=0)
+            logits = step(prompts[1], prompts[0], positions)[copies]
+            cache.batch_select_indices(copies)
+            positions = positions[copies, -1:]
+            rows = torch.arange(len(ids))  # those that go on
+            for place in itertools.count():
+                numbers = random_numbers(keys, place, logits.shape[1])
+                tokens, logprobs = draw(logits, batch.sampling.temperature, numbers)
+                going = batch.add(rows.tolist(), tokens, logprobs)
+                if not going.any():
+                    break
+                if not going.all():
+                    rows, keys, tokens, mask, positions = (x[going] for x in (rows, keys, tokens, mask, positions))
+                    cache.batch_select_indices(going.nonzero().squeeze(1))
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+                positions = positions + 1
+                logits = step(tokens[:, None], mask, positions)
 
 
 def can_decode(policy: nn.Module) -> bool:
-    """Whether generate() would call this model's backbone just as `decode` does."""
+    """Whether generate() would call this model's backbone just as `LoopEngine` does."""
     causal = causal_of(policy)
     return (
         getattr(type(causal), "prepare_inputs_for_generation", None) is GenerationMixin.prepare_inputs_for_generation
@@ -51,72 +77,6 @@ def can_decode(policy: nn.Module) -> bool:
         and {"position_ids", "use_cache", cache_name(causal)} <= _accepted(backbone_of(causal))
         and set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) <= _LAYER_TYPES
     )
-
-
-@torch.no_grad()
-def decode(
-    policy: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    keys: Tensor,
-    *,
-    eos: list[int],
-    pad: int,
-    max_new_tokens: int,
-    temperature: float,
-    progress: Callable[[int], None] = lambda ended: None,
-) -> tuple[Tensor, Tensor]:
-    """Sample one completion for every prompt on a CPU.
-
-    Args:
-        policy: a causal language model that `can_decode` accepts, with or without adapters. During the call its linear
-            layers may run on prepared weights, see `_prepared_weights`.
-        ids, mask: [B, P] int64, prompts padded on the left.
-        keys: [B] int64, of `sequence_keys`.
-        eos: tokens that end a completion; pad: fills a row after its end.
-        max_new_tokens: most tokens of a completion.
-        temperature: divides the logits.
-        progress: is told how many completions have ended, whenever more have.
-
-    Returns:
-        Tokens [B, T] int64, T ≤ max_new_tokens, and their log-probabilities [B, T] float32.
-
-    Raises:
-        FloatingPointError: the policy's probabilities are not finite.
-    """
-    causal = causal_of(policy)
-    backbone, cache = backbone_of(causal), DynamicCache(config=causal.config)
-    arguments = {cache_name(causal): cache, "use_cache": True}
-
-    def step(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """[b, V] logits after the last of these tokens."""
-        hidden = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).last_hidden_state
-        return logits_of(causal, hidden[:, -1])
-
-    tokens = torch.full((len(ids), max_new_tokens), pad, dtype=torch.long)
-    logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
-    stop = torch.tensor(eos, dtype=torch.long)
-    with _prepared_weights(policy, len(ids)):
-        prompts, copies = torch.unique(torch.stack([mask, ids]), dim=1, return_inverse=True)
-        positions = (prompts[0].cumsum(1) - 1).clamp(min=0)
-        logits = step(prompts[1], prompts[0], positions)[copies]
-        cache.batch_select_indices(copies)
-        positions = positions[copies, -1:]
-        rows = torch.arange(len(ids))  # those that have not ended
-        for column in range(max_new_tokens):
-            chosen, logprobs[rows, column] = draw(logits, temperature, random_numbers(keys, column, logits.shape[1]))
-            tokens[rows, column] = chosen
-            going = ~torch.isin(chosen, stop)
-            if column + 1 == max_new_tokens or not going.any():
-                break
-            if not going.all():
-                rows, keys, chosen, mask, positions = (x[going] for x in (rows, keys, chosen, mask, positions))
-                cache.batch_select_indices(going.nonzero().squeeze(1))
-                progress(len(ids) - len(rows))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = positions + 1
-            logits = step(chosen[:, None], mask, positions)
-    return tokens[:, : column + 1], logprobs[:, : column + 1]
 
 
 def cache_name(causal: nn.Module) -> str:

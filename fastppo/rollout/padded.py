@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.models import backbone_of, readable_ids
+from fastppo.rollout.ending import Growing
 from fastppo.rollout.engine import Completion, Engine, Sampling
 
 
@@ -28,30 +29,46 @@ class PaddedEngine(Engine):
         sampling: Sampling,
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
-        pad, eos, size = sampling.tokenizer.pad_token_id, set(sampling.eos), sampling.batch_size
+        pad, size = sampling.tokenizer.pad_token_id, sampling.batch_size
         rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         ids = readable_ids(backbone_of(self.policy), ids, mask)
         device = backbone_of(self.policy).get_input_embeddings().weight.device
         completions: list[Completion] = []
-        for batch in zip(*(x.to(device).split(size) for x in (ids, mask, keys)), strict=True):
+        for part in zip(*(x.to(device).split(size) for x in (ids, mask, keys)), strict=True):
             done = len(completions)
-            tokens, logprobs = self.decode(*batch, sampling, lambda ended, done=done: progress(done + ended))
-            for row, values in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-                # Tokens count up to the first EOS, which is included; what follows is padding.
-                length = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
-                completions.append(Completion(row[:length], values[:length], row[length - 1] in eos))
-            progress(len(completions))
+            batch = Batch(len(part[0]), sampling, lambda ended, done=done: progress(done + ended))
+            self.decode(*part, batch)
+            completions += [row.completion for row in batch.rows]
         return completions
 
-    def decode(
-        self, ids: Tensor, mask: Tensor, keys: Tensor, sampling: Sampling, progress: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [b, T] int64 and log-probabilities [b, T] float32 of one batch, padded after a row's end.
+    def decode(self, ids: Tensor, mask: Tensor, keys: Tensor, batch: Batch) -> None:
+        """Add tokens to each row of the batch until none goes on.
 
         Args:
             ids, mask: [b, P] int64, prompts padded on the left.
-            keys: [b] int64.
+            keys: [b] int64, of `sequence_keys`.
         """
         raise NotImplementedError
+
+
+class Batch:
+    """Completions that are decoded together."""
+
+    def __init__(self, count: int, sampling: Sampling, progress: Callable[[int], None]) -> None:
+        self.sampling, self.rows = sampling, [Growing(sampling) for _ in range(count)]
+        self._progress, self._ended = progress, 0
+
+    def add(self, rows: Sequence[int], tokens: Tensor, logprobs: Tensor) -> Tensor:
+        """Add one token [b] to each of b rows; a row that is over stays as it is.
+
+        Returns:
+            [b] bool, on the device of `tokens`: which of them go on.
+        """
+        new = zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
+        going = torch.tensor([self.rows[row].add(token, logprob) for row, token, logprob in new])
+        if (ended := sum(not row.goes_on for row in self.rows)) > self._ended:
+            self._ended = ended
+            self._progress(ended)
+        return going.to(tokens.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Rollout(NamedTuple):
 
     sequences: Tensor  # [B, P + T] int64
     attention_mask: Tensor  # [B, P + T] int64
-    mask: Tensor  # [B, T] bool: sampled tokens, EOS included
+    mask: Tensor  # [B, T] bool: sampled tokens, what ended them included
     completions: list[str]  # decoded, without special tokens
     ended: Tensor  # [B] bool: whether EOS or a stop string ended the completion, rather than max_new_tokens
     groups: Tensor  # [B] int64: completions of the same prompt have the same number
@@ -49,7 +50,7 @@ def sample(
     Args:
         keys: of `sequence_keys`, one for every prompt. A completion depends on its prompt and key and on no other's, up
             to the rounding of the model's products.
-        engine: what samples. It is woken, given the policy as it is now, and put to sleep again.
+        engine: what samples. It is woken, given the policy as it is now, and put to sleep again, also after an error.
         device: of the result.
         eos_ids: tokens that end a completion; by default the policy's own, or the tokenizer's.
         progress: is told how many completions have ended, whenever more have.
@@ -68,11 +69,17 @@ def sample(
         eos=_eos_ids(policy, tokenizer) if eos_ids is None else eos_ids,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        stop=tuple(config.stop),
         batch_size=config.generation_batch_size,
     )
-    engine.wake()
-    engine.sync(policy)
-    completions = engine.sample([prompt.input_ids for prompt in prompts], keys, sampling, progress)
+    try:
+        engine.wake()
+        engine.sync(policy)
+        completions = engine.sample([prompt.input_ids for prompt in prompts], keys, sampling, progress)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong first is what must be mended
+            engine.sleep()
+        raise
     engine.sleep()
 
     pad = tokenizer.pad_token_id

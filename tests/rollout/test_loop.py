@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 
 from fastppo.rollout import loop as loop_module
 from fastppo.rollout.draw import draw, sequence_keys
-from fastppo.rollout.generate import generate
-from fastppo.rollout.loop import _prepared_weights, can_decode, decode
+from fastppo.rollout.engine import Sampling
+from fastppo.rollout.generate import TransformersEngine
+from fastppo.rollout.loop import LoopEngine, _prepared_weights, can_decode
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,34 +35,46 @@ def model(tmp_path_factory):
     return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
+def completions(model, prompts, *, eos=(), max_new_tokens, temperature=1.0, engine=LoopEngine):
+    sampler = engine()
+    sampler.sync(model)
+    sampling = Sampling(SimpleNamespace(pad_token_id=0), list(eos), max_new_tokens, temperature)
+    return sampler.sample(prompts, KEYS[: len(prompts)], sampling)
+
+
+def tokens_of(*arguments, **options):
+    return [completion.tokens for completion in completions(*arguments, **options)]
+
+
+def greedy(model, prompts, max_new_tokens, eos=-1):
+    """By generate(), one prompt at a time."""
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": 0}
+    return [
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+        for ids in (torch.tensor([prompt]) for prompt in prompts)
+    ]
+
+
 def test_cold_sampling_is_greedy_generation(model):
     """Prompts of several lengths, some repeated; completions that end early, and at different times."""
-    pad, longest = model.config.pad_token_id, 12
-    lengths = torch.randint(1, 7, (5,))
-    ids = torch.full((5, int(lengths.max())), pad)
-    for row, length in enumerate(lengths):
-        ids[row, -length:] = torch.randint(3, 300, (int(length),))
-    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
-    order = torch.tensor([0, 3, 0, 1, 2, 4, 3, 0])
-    ids, mask = ids[order], mask[order]
-    plain = {"do_sample": False, "max_new_tokens": longest, "pad_token_id": pad}
-    free = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=-1, **plain)[:, ids.shape[1] :]
-    eos = [int(free[0, 2]), int(free[3, 5])]  # they end the completions of two prompts at least
-    expected = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=eos, **plain)[:, ids.shape[1] :]
-    tokens, _ = decode(model, ids, mask, KEYS[:8], eos=eos, pad=pad, max_new_tokens=longest, temperature=1e-6)
-    assert torch.equal(tokens, expected)
+    different = [torch.randint(3, 300, (int(length),)).tolist() for length in torch.randint(1, 7, (5,))]
+    prompts = [different[i] for i in (0, 3, 0, 1, 2, 4, 3, 0)]
+    free = greedy(model, prompts, 12)
+    eos = [free[0][2], free[1][5]]  # they end the completions of two prompts at least
+    expected = greedy(model, prompts, 12, eos)
+    got = completions(model, prompts, eos=eos, max_new_tokens=12, temperature=1e-6)
+    assert [completion.tokens for completion in got] == expected
+    assert [completion.ended for completion in got] == [tokens[-1] in eos for tokens in expected]
+    assert len({len(tokens) for tokens in expected}) > 1
 
 
 def test_an_end_elsewhere_changes_no_draw(model):
     """What a completion draws depends on its own past alone, not on how many others still run."""
-    ids = torch.randint(3, 300, (6, 4))
-    arguments = {"pad": 0, "max_new_tokens": 10, "temperature": 1.0}
-    free, _ = decode(model, ids, torch.ones_like(ids), KEYS[:6], eos=[-1], **arguments)
-    eos = int(free[0, 1])
-    ended, _ = decode(model, ids, torch.ones_like(ids), KEYS[:6], eos=[eos], **arguments)
-    for row, tokens in enumerate(free.tolist()):
-        own = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-        assert ended[row, : len(own)].tolist() == own
+    prompts = torch.randint(3, 300, (6, 4)).tolist()
+    free = tokens_of(model, prompts, max_new_tokens=10)
+    eos = free[0][1]
+    ended = tokens_of(model, prompts, max_new_tokens=10, eos=[eos])
+    assert ended == [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in free]
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "phi", "gpt2"])
@@ -70,14 +84,10 @@ def test_other_architectures_are_decoded_as_by_generation(kind):
     model = random_model(kind, head_scale=3.0, **window)
     model = with_lora(model) if kind != "gpt2" else model
     assert can_decode(model)
-    ids = torch.randint(3, 97, (4, 7))
-    mask = (torch.arange(7) >= torch.tensor([0, 3, 5, 1])[:, None]).long()
-    ids = ids * mask
-    plain = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": -1}
-    expected = model.generate(input_ids=ids, attention_mask=mask, **plain)[:, 7:]
-    tokens, logprobs = decode(model, ids, mask, KEYS[:4], eos=[-1], pad=0, max_new_tokens=6, temperature=1e-6)
-    assert torch.equal(tokens, expected)
-    assert (logprobs == 0).all()  # cold: certain
+    prompts = [torch.randint(3, 97, (length,)).tolist() for length in (7, 4, 2, 6)]
+    got = completions(model, prompts, max_new_tokens=6, temperature=1e-6)
+    assert [completion.tokens for completion in got] == greedy(model, prompts, 6)
+    assert all(completion.logprobs == [0.0] * 6 for completion in got)  # cold: certain
 
 
 def test_models_that_generation_calls_otherwise_are_not_decoded():
@@ -86,16 +96,15 @@ def test_models_that_generation_calls_otherwise_are_not_decoded():
     assert not can_decode(random_model("falcon_h1", head_scale=1.0))  # keeps states of another kind
 
 
-@pytest.mark.parametrize("sampler", [decode, generate])
-def test_memory_at_a_large_vocabulary(sampler):
+@pytest.mark.parametrize("engine", [LoopEngine, TransformersEngine])
+def test_memory_at_a_large_vocabulary(engine):
     """A frozen bfloat16 head of 34 MB: once for each of 16 prompts it would be 540 MB."""
     vocabulary, vm = 262_144, Path("/proc/self/status")
     config = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**config, num_attention_heads=2, tie_word_embeddings=True)
     model = with_lora(transformers.LlamaForCausalLM(config).bfloat16())
-    ids = torch.arange(16 * 4).view(16, 4)
-    arguments = {"eos": [-1], "pad": 0, "max_new_tokens": 2, "temperature": 1.0}
-    sampler(model, ids[:1], torch.ones_like(ids[:1]), KEYS[:1], **arguments)  # what libraries allocate once
+    prompts = torch.arange(16 * 4).view(16, 4).tolist()
+    tokens_of(model, prompts[:1], max_new_tokens=2, engine=engine)  # what libraries allocate once
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
@@ -105,8 +114,7 @@ def test_memory_at_a_large_vocabulary(sampler):
         return int(re.search(rf"{field}:\s+(\d+)", vm.read_text()).group(1)) // 1024
 
     before = megabytes("VmRSS")
-    tokens, _ = sampler(model, ids, torch.ones_like(ids), KEYS, **arguments)
-    assert tokens.shape == (16, 2)
+    assert [len(tokens) for tokens in tokens_of(model, prompts, max_new_tokens=2, engine=engine)] == [2] * 16
     assert megabytes("VmHWM") - before < 150
 
 
@@ -115,9 +123,8 @@ def autocast():
 
 
 def sample(model, count=5):
-    arguments = {"eos": [-1], "pad": 0, "max_new_tokens": count, "temperature": 1e-6}
     with autocast():
-        return decode(model, PROMPTS, torch.ones_like(PROMPTS), KEYS[:3], **arguments)
+        return tokens_of(model, PROMPTS.tolist(), max_new_tokens=count, temperature=1e-6)
 
 
 def swapped(model) -> set[str]:
