@@ -50,6 +50,7 @@ def ppo(
     *,
     ref=None,
     exact_kl=None,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -77,7 +78,7 @@ def ppo(
             objective = torch.minimum(ratio * advantage, bounded * advantage)
             if dual_clip is not None and advantage < 0:
                 objective = torch.maximum(objective, dual_clip * advantage)
-            loss = -objective
+            loss = -objective if importance_weights is None else -importance_weights[b][t] * objective
             if kl_coef:
                 if kl_estimator == "exact":
                     kl = exact_kl[b][t]

@@ -147,6 +147,7 @@ ARGUMENTS: dict[str, Rule] = {
     **dict.fromkeys(("hidden", "ref_hidden", "d_hidden", "logits", "ref_logits"), floats),
     **dict.fromkeys(("weight", "bias", "ref_weight", "ref_bias", "d_weight", "d_bias"), parameters),
     **dict.fromkeys(("old_logprobs", "ref_logprobs", "logprobs", "entropy", "advantages", "row_weights"), floats),
+    "importance_weights": floats,
     **dict.fromkeys(("rewards", "values", "old_values", "returns", "bootstrap", "x"), floats),
     **dict.fromkeys(("mask", "dones"), flags),
     "targets": tensor_of(INTEGERS, "int64 or int32 token ids"),

@@ -20,6 +20,7 @@ def clipped_loss_gradient(
     mask: Tensor,
     *,
     ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None = None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -36,6 +37,8 @@ def clipped_loss_gradient(
     _, clipped, dual_clipped = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
     constant = clipped | dual_clipped | ~mask | (log_ratio.abs() > MAX_LOG_RATIO)
     d_log_ratio = (-weights * advantages * ratio).masked_fill(constant, 0.0)
+    if importance_weights is not None:
+        d_log_ratio = d_log_ratio * importance_weights
     if ratio_level != "token":
         # One ratio stands for the whole sequence: each of its tokens gets what all of them ask for.
         d_log_ratio = d_log_ratio.sum(-1, keepdim=True).expand_as(ratio) * mask

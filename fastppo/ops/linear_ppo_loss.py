@@ -64,6 +64,7 @@ def linear_ppo_loss(
     advantages: Tensor,
     *,
     mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -85,7 +86,7 @@ def linear_ppo_loss(
 ) -> PPOLossOutput:
     """PPO's clipped loss with entropy bonus and KL penalty, without materializing the logits.
 
-        loss = Σ_n w_n (−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl_coef · KL − entropy_coef · H)
+        loss = Σ_n w_n (−i min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl_coef · KL − entropy_coef · H)
 
     Schulman et al., 2017 (arXiv:1707.06347); dual clip from Ye et al., 2020 (arXiv:1912.09729); sequence ratios from
     Zheng et al., 2025 (arXiv:2507.18071).
@@ -101,6 +102,8 @@ def linear_ppo_loss(
         mask: [..., T] bool, True for a sampled token; in every argument padding may hold anything. It costs
             nothing, but for backend="triton", where it takes part in two of the three products as zeros: the host then
             need not wait to learn how many tokens there are.
+        importance_weights: [..., T] of at least 0, a constant of the loss: i, which weighs a token's surrogate, not its
+            KL and entropy; 1 without. The metrics that count tokens count those of weight 0 too.
         clip_low, clip_high, dual_clip: the ratio's clip range, and the bound on −r A / |A| where A < 0.
         ratio_level: token, sequence (product over the sequence) or sequence-geometric (its geometric mean).
         ref_logprobs: [..., T]: log-probabilities under the reference, for kl_estimator k1, k2, k3.
@@ -137,7 +140,8 @@ def linear_ppo_loss(
     loss_options.check(has_ref_logprobs=ref_logprobs is not None, has_ref_model=has_ref_model, dims=targets.dim())
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     real = targets != IGNORED
-    tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
+    constants = (old_logprobs, advantages, ref_logprobs, importance_weights)
+    tokens = SampledTokens.open(mask, *constants, like=targets, dtype=dtype, real=real)
     rows = open_targets(torch.where(tokens.mask, targets, IGNORED), hidden, head, IGNORED, slices)
     ref = open_reference(hidden, head.weight, ref_hidden, ref_weight, ref_bias, group) if has_ref_model else None
     options = open_options("linear_ppo_loss", backend, hidden, temperature, logit_scale, softcap, slices)

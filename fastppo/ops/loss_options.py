@@ -11,7 +11,7 @@ from torch import Tensor
 from fastppo.engines import triton_kernels
 from fastppo.engines.engine import Upstream, regroup
 from fastppo.ops import reference
-from fastppo.ops.checks import check_mask, check_per_token
+from fastppo.ops.checks import check_mask, check_per_token, first_true, looks_at_values
 from fastppo.ops.clipped_loss_gradient import clipped_loss_gradient
 from fastppo.ops.once_differentiable import once_differentiable
 
@@ -60,8 +60,9 @@ class SampledTokens(NamedTuple):
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None
+    importance_weights: Tensor | None = None
 
-    SCHEMA = "Tensor mask, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs"
+    SCHEMA = "Tensor mask, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? importance_weights"
 
     @classmethod
     def open(
@@ -70,6 +71,7 @@ class SampledTokens(NamedTuple):
         old_logprobs: Tensor,
         advantages: Tensor,
         ref_logprobs: Tensor | None,
+        importance_weights: Tensor | None,
         *,
         like: Tensor,
         dtype: torch.dtype,
@@ -80,11 +82,17 @@ class SampledTokens(NamedTuple):
         Where `real` [..., T] bool is False a token counts as padding too.
         """
         mask = check_mask(mask, like, real=real)
+        if importance_weights is not None:
+            importance_weights = check_per_token("importance_weights", importance_weights, mask, dtype)
+            if looks_at_values(importance_weights) and (where := first_true(importance_weights < 0)) is not None:
+                found = importance_weights[where].item()
+                raise ValueError(f"importance_weights: expected numbers of at least 0, got {found} at {where}")
         return cls(
             mask,
             check_per_token("old_logprobs", old_logprobs, mask, dtype),
             check_per_token("advantages", advantages, mask, dtype),
             None if ref_logprobs is None else check_per_token("ref_logprobs", ref_logprobs, mask, dtype),
+            importance_weights,
         )
 
     def loss(
@@ -102,7 +110,14 @@ class SampledTokens(NamedTuple):
         rest = options._asdict()
         rest.pop("kl_estimator")
         return reference.clipped_loss(
-            logprobs, self.old_logprobs, self.advantages, self.mask, entropy=entropy, kl=kl, **rest
+            logprobs,
+            self.old_logprobs,
+            self.advantages,
+            self.mask,
+            entropy=entropy,
+            kl=kl,
+            importance_weights=self.importance_weights,
+            **rest,
         )
 
     def evaluate(
@@ -134,6 +149,7 @@ class SampledTokens(NamedTuple):
             self.advantages,
             self.mask,
             ref_logprobs=self.ref_logprobs,
+            importance_weights=self.importance_weights,
             **options._asdict(),
         )
         return Upstream(*(None if g is None else g.reshape(-1) for g in gradients))

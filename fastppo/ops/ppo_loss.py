@@ -28,6 +28,7 @@ def ppo_loss(
     logits: Tensor | None = None,
     targets: Tensor | None = None,
     mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -52,8 +53,9 @@ def ppo_loss(
         logits: [..., T, V] instead, with `targets` [..., T]; row t predicts targets[t].
         ref_logits: [..., T, V], for kl_estimator exact; only together with `logits`.
         inplace_backward: the backward writes ∂logits over the logits (see `selective_logprob`).
-        mask, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator, entropy_coef, loss_agg:
-            see `linear_ppo_loss`; temperature, logit_scale, softcap, backend apply to logits only.
+        mask, importance_weights, clip_low, clip_high, dual_clip, ratio_level, ref_logprobs, kl_coef, kl_estimator,
+            entropy_coef, loss_agg: see `linear_ppo_loss`.
+        temperature, logit_scale, softcap, backend: see `linear_ppo_loss`; of logits only.
 
     Returns:
         PPOLossOutput; `loss.backward()` reaches `logprobs` and `entropy`, or `logits`.
@@ -71,6 +73,7 @@ def ppo_loss(
     if (logits is None) != (targets is None):
         raise ValueError("targets: given with logits, to pick the sampled tokens' log-probabilities, and only then")
     exact_kl = None
+    constants = (old_logprobs, advantages, ref_logprobs, importance_weights)
     given = logits if logprobs is None else logprobs
     if backend is not None or logits is not None:  # with logprobs it makes no difference, but must be one there is
         backend = select("ppo_loss", given.device, given.dtype, backend)
@@ -81,7 +84,7 @@ def ppo_loss(
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
         real = targets != IGNORED
-        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=targets, dtype=dtype, real=real)
+        tokens = SampledTokens.open(mask, *constants, like=targets, dtype=dtype, real=real)
         logprobs, entropy, _, exact_kl = selective(
             "ppo_loss",
             logits,
@@ -97,7 +100,7 @@ def ppo_loss(
         if entropy_coef != 0.0 and entropy is None:
             raise ValueError(f"entropy: needed with logprobs for entropy_coef={entropy_coef}")
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        tokens = SampledTokens.open(mask, old_logprobs, advantages, ref_logprobs, like=logprobs, dtype=dtype)
+        tokens = SampledTokens.open(mask, *constants, like=logprobs, dtype=dtype)
         logprobs = torch.where(tokens.mask, logprobs.to(dtype), 0.0)
         if entropy is not None:
             check_shape("entropy", entropy, tuple(logprobs.shape), "like logprobs")

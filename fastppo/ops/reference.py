@@ -183,6 +183,7 @@ def clipped_loss(
     *,
     entropy: Tensor | None,
     kl: Tensor | None,
+    importance_weights: Tensor | None = None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -194,7 +195,9 @@ def clipped_loss(
     """PPO's clipped loss (Schulman et al., 2017, arXiv:1707.06347) with asymmetric clip, dual clip (Ye et al., 2020,
     arXiv:1912.09729), KL penalty and entropy bonus, all per-token tensors [..., T]:
 
-        Σ w · (−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl_coef · kl − entropy_coef · entropy)
+        Σ w · (−i · min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl_coef · kl − entropy_coef · entropy)
+
+    with w from loss_agg and i the importance weights, at least 0, or 1 without.
 
     Returns the loss and detached metrics, each a mean over real tokens: policy_loss (aggregated as the loss is),
     entropy, kl, approx_kl (k3 estimate of KL(π_old ‖ π)), clip_fraction (tokens whose gradient the clip removed),
@@ -204,6 +207,8 @@ def clipped_loss(
     weights = aggregation_weights(mask, loss_agg, logprobs.dtype)
     ratio = probability_ratio(logprobs, old_logprobs, mask, ratio_level)
     surrogate, clipped, dual_clipped = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
+    if importance_weights is not None:
+        surrogate = importance_weights.detach() * surrogate
     per_token = surrogate
     if kl is not None and kl_coef != 0.0:
         per_token = per_token + kl_coef * kl

@@ -1,11 +1,11 @@
 """PPO's clipped loss from the statistics of the sampled tokens: its value, its metrics, and its gradient, a token.
 
-    segment_sums   logprobs, old, advantages, ref, KL, entropy, mask  ->  partial [QUANTITIES, segments] float32
+    segment_sums   logprobs, old, advantages, weights, ref, KL, entropy, mask  ->  partial [QUANTITIES, segments] fp32
     loss_gradient  the same, and the partial sums  ->  d_logprobs, d_entropy, d_kl [N];  loss [], metrics [8 or 9]
 
 A segment is a sequence, or, where neither ratio nor weights ask for sequences, BLOCK tokens.
 
-Bytes: each reads at most 25 a token; the second writes 4 to 12. Its programs each read the tokens' counts, 4 a segment,
+Bytes: each reads at most 29 a token; the second writes 4 to 12. Its programs each read the tokens' counts, 4 a segment,
 which L2 holds. FLOPs: about 60 a token. Both are bound by latency: 8,192 tokens are 200 kB.
 Tiling: one program a segment, which walks it in blocks, twice where the ratio is the sequence's; then one a block of
 tokens, of which the first also adds up the segments. Sums are kept a lane and merged by a tree at the end, so that
@@ -30,7 +30,7 @@ RATIO_LEVELS = {"token": 0, "sequence": 1, "sequence-geometric": 2}
 LOSS_AGGS = {"token-mean": 0, "seq-mean-token-mean": 1, "seq-mean-token-sum": 2, "seq-mean-token-sum-norm": 3}
 # A log-ratio beyond this counts as this far, and has no gradient: its exponential would overflow, times an advantage.
 MAX_LOG_RATIO = tl.constexpr(60.0)
-TENSORS = ["mask", "logprobs", "old_logprobs", "advantages", "entropy", "ref_logprobs", "kl"]
+TENSORS = ["mask", "logprobs", "old_logprobs", "advantages", "importance_weights", "entropy", "ref_logprobs", "kl"]
 
 
 @triton.jit
@@ -86,10 +86,11 @@ def load_log_ratio(mask, logprobs, old_logprobs, token, inside):
 @triton.jit(do_not_specialize=["num_tokens", "length"], do_not_specialize_on_alignment=TENSORS)
 def segment_sums_kernel(
     mask,  # [N] bytes
-    # [N] float32, the last three or None
+    # [N] float32, the last four or None
     logprobs,
     old_logprobs,
     advantages,
+    importance_weights,
     entropy,
     ref_logprobs,
     kl,
@@ -133,11 +134,16 @@ def segment_sums_kernel(
             log_ratio = tl.where(real, sequence_ratio, 0.0)
         ratio = exp(bounded(log_ratio))
         surrogate, clipped, dual_clipped = surrogate_loss(ratio, advantage, low, high, dual)
+        constant = clipped | dual_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO)
+        d_surrogate = tl.where(constant, 0.0, -ratio * advantage)
+        if importance_weights is not None:
+            importance = tl.load(importance_weights + token, mask=real, other=0.0)
+            surrogate *= importance
+            d_surrogate *= importance
         surrogates += surrogate
+        d_ratio += d_surrogate
         clips += clipped.to(tl.float32)
         dual_clips += dual_clipped.to(tl.float32)
-        constant = clipped | dual_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO)
-        d_ratio += tl.where(constant, 0.0, -ratio * advantage)
         ratios += tl.where(real, ratio, 0.0)
         least = tl.minimum(least, tl.where(real, ratio, float("inf")))
         greatest = tl.maximum(greatest, tl.where(real, ratio, 0.0))
@@ -184,10 +190,11 @@ def segment_weight(count, AGG: tl.constexpr):
 )
 def loss_gradient_kernel(
     mask,  # [N] bytes
-    # [N] float32, the last three or None
+    # [N] float32, the last four or None
     logprobs,
     old_logprobs,
     advantages,
+    importance_weights,
     entropy,
     ref_logprobs,
     kl,
@@ -236,6 +243,8 @@ def loss_gradient_kernel(
         _, clipped, dual_clipped = surrogate_loss(ratio, advantage, low, high, dual)
         constant = clipped | dual_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO)
         d_logprob = tl.where(constant, 0.0, -weight * advantage * ratio)
+        if importance_weights is not None:
+            d_logprob *= tl.load(importance_weights + token, mask=real, other=0.0)
     else:
         # One ratio stands for the whole sequence: each of its tokens gets what all of them ask for.
         d_logprob = weight * tl.load(place + 10 * segments, mask=real, other=0.0)
@@ -313,6 +322,7 @@ def clipped_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -329,7 +339,8 @@ def clipped_loss(
 
     Args:
         logprobs, entropy, kl: N float32, contiguous; kl is the divergence of the whole distributions, or None.
-        mask: [..., T] bool; old_logprobs, advantages, ref_logprobs: [..., T] float32. Padding may hold anything.
+        mask: [..., T] bool; old_logprobs, advantages, ref_logprobs, importance_weights: [..., T] float32, the last two
+            or None. Padding may hold anything.
         kl_estimator: exact takes kl; the others ref_logprobs. With a kl_coef of 0 what there is stands in.
     """
     estimator = ""
@@ -341,7 +352,7 @@ def clipped_loss(
     length = BLOCK if ratio_level == "token" and loss_agg == "token-mean" else mask.shape[-1]
     segments = -(-num_tokens // length) if num_tokens else 0
     penalties = (ref_logprobs if estimator in ("k1", "k2", "k3") else None, kl if estimator == "exact" else None)
-    tensors = [mask.view(torch.uint8), logprobs, old_logprobs, advantages, entropy, *penalties]
+    tensors = [mask.view(torch.uint8), logprobs, old_logprobs, advantages, importance_weights, entropy, *penalties]
     tensors = [None if x is None else x.contiguous() for x in tensors]
     bounds = (1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip)
     partial = logprobs.new_empty(QUANTITIES, segments)

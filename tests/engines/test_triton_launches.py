@@ -126,7 +126,7 @@ def clipped(sequences: int, tokens: int, level: str) -> None:
     from fastppo_kernels.clipped_loss import clipped_loss
 
     x, mask = meta(sequences, tokens, dtype=torch.float32), meta(sequences, tokens, dtype=torch.bool)
-    clipped_loss(x, x, None, mask, x, x, x, 0.2, 0.2, None, level, 0.1, "k3", 0.01, "token-mean")
+    clipped_loss(x, x, None, mask, x, x, x, x, 0.2, 0.2, None, level, 0.1, "k3", 0.01, "token-mean")
 
 
 CALLS = [

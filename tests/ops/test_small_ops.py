@@ -24,11 +24,12 @@ from fastppo.ops.clipped_loss_gradient import clipped_loss_gradient
     estimator=st.sampled_from(["k1", "k2", "k3", "exact"]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     kl_coef=st.sampled_from([0.0, 0.3]),
+    weighted=st.booleans(),
     spread=st.sampled_from([0.5, 60.0]),  # of the log-ratios; beyond 60 they are bounded
     seed=st.integers(0, 2**31),
 )
 def test_the_loss_derivative_by_hand_is_autograds(
-    shape, level, agg, dual_clip, estimator, entropy_coef, kl_coef, spread, seed
+    shape, level, agg, dual_clip, estimator, entropy_coef, kl_coef, weighted, spread, seed
 ):
     g = torch.Generator().manual_seed(seed)
 
@@ -41,6 +42,7 @@ def test_the_loss_derivative_by_hand_is_autograds(
     options = {
         "clip_low": 0.2, "clip_high": 0.3, "dual_clip": dual_clip, "ratio_level": level, "kl_coef": kl_coef,
         "entropy_coef": entropy_coef, "loss_agg": agg,
+        "importance_weights": draw().clamp(min=0) if weighted else None,
     }  # fmt: skip
     penalty = kl if estimator == "exact" else reference.sampled_kl(logprobs, ref, estimator)
     loss, _ = reference.clipped_loss(logprobs, old, advantages, mask, entropy=entropy, kl=penalty, **options)
