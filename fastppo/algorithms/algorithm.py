@@ -181,9 +181,10 @@ class Algorithm:
         return StepOutput(policy.loss + critic.loss, policy.metrics | critic.metrics)
 
     def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
-        """−r A, with r = π(a|s) / π_old(a|s); entropy bonus and KL penalty as configured.
+        """−w r A, with r = π(a|s) / π_old(a|s); entropy bonus and KL penalty as configured.
 
-        At r = 1 its gradient is the policy gradient, that of −A log π. See `loss` for the arguments.
+        At r = 1 its gradient is the policy gradient, that of −A log π, weighed by the importance weights w where the
+        experience has some (`fastppo.algorithms.correction`). See `loss` for the arguments.
         """
         no_clip = {"clip_low": 1.0, "clip_high": math.inf}  # a ratio is between 0 and inf
         arguments = self.loss_arguments(batch, hidden, head, ref_head)
@@ -203,6 +204,7 @@ class Algorithm:
             "targets": batch.targets,
             "old_logprobs": batch.old_logprobs,
             "mask": batch.mask,
+            "importance_weights": batch.importance_weights,
             "entropy_coef": config.entropy_coef,
             "loss_agg": config.loss_agg,
             "kl_coef": self.kl_controller.value if penalized else 0.0,

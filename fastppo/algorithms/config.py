@@ -125,8 +125,6 @@ class PPOConfig(GroupScaleConfig, GAEConfig, JointCriticConfig):
     """Bound the loss of a negative advantage at this many times its size (Ye et al., 2020)."""
     ratio_level: Literal["token", "sequence", "sequence-geometric"] = "token"
     """One ratio a token, or one a sequence: the product, or the geometric mean (GSPO; Zheng et al., 2025)."""
-    importance_sampling_cap: PositiveFloat | None = None
-    """Truncated importance sampling: weigh each token by min(its probability when scored / when sampled, cap)."""
     target_kl: PositiveFloat | None = None
     """End a rollout's epochs once approx_kl to the rollout policy (nats a token) exceeds this."""
 

@@ -51,11 +51,12 @@ class ConservativePolicyIteration(PolicyThenCritic):
         greedy = _copy(learner.policy_parameters())
         ratios = self._ratios(learner, judged)
         check_finite("probability ratios of the greedy policy", ratios, judged.mask)
+        sampled = (ratios, judged.advantages, judged.mask, judged.importance_weights)
         if config.step_size == "bound":
-            alpha = bound_step_size(ratios, judged.advantages, judged.mask, gamma=config.gamma)
+            alpha = bound_step_size(*sampled, gamma=config.gamma)
         else:
-            alpha = held_out_step_size(ratios, judged.advantages, judged.mask)
-        advantage = policy_advantage(ratios, judged.advantages, judged.mask)
+            alpha = held_out_step_size(*sampled)
+        advantage = policy_advantage(*sampled)
         metrics |= {"cpi/step_size": alpha, "cpi/greedy_advantage": advantage}
         if alpha in (0, 1):
             learner.load_policy(greedy if alpha else old)
@@ -130,15 +131,18 @@ class ConservativePolicyIteration(PolicyThenCritic):
         return (logprobs - experience.old_logprobs).masked_fill(~experience.mask, 0.0).exp()
 
 
-def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
+def policy_advantage(ratios: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None) -> float:
     """E_{s ~ π, a ~ π'} A(s, a) − E_{s, a ~ π} A(s, a), of ratios π'(a|s) / π(a|s) and advantages, [B, T] each.
 
-    The second term is 0 for the true A, and noise for an estimate. Without a token it is 0.
+    The second term is 0 for the true A, and noise for an estimate. `weights` [B, T] are the importance weights where
+    another distribution than π sampled. Without a token it is 0.
     """
-    return ((ratios - 1.0) * advantages)[mask].sum().item() / max(mask.sum().item(), 1)
+    return ((ratios - 1.0) * _weighted(advantages, weights))[mask].sum().item() / max(mask.sum().item(), 1)
 
 
-def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: float) -> float:
+def bound_step_size(
+    ratios: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None, *, gamma: float
+) -> float:
     """The α that maximizes the improvement which Kakade & Langford's theorem 4.1 guarantees.
 
     After t tokens the mixture has left π with probability 1 − (1 − α)^t ≤ α t; then it can lose at most 2ε a token,
@@ -147,13 +151,13 @@ def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: 
     a factor.) ε is estimated by the largest sampled |A|, as the paper uses R.
 
     Args:
-        ratios, advantages: [B, T]; mask: [B, T] bool.
+        ratios, advantages, weights: [B, T], see `policy_advantage`; mask: [B, T] bool.
         gamma: the discount, which can make the horizon shorter than the longest completion.
 
     Returns:
         From 0 (no improvement is possible) to 1.
     """
-    advantage = policy_advantage(ratios, advantages, mask)
+    advantage = policy_advantage(ratios, advantages, mask, weights)
     if not 0.0 < advantage < math.inf:
         return 0.0
     horizon = float(mask.sum(1).max())
@@ -163,7 +167,7 @@ def bound_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, *, gamma: 
     return min(advantage / worst, 1.0) if worst > 0.0 else 1.0
 
 
-def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor) -> float:
+def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None) -> float:
     """The α of 1, ½, ¼, ..., 1/1024 with the largest estimated gain on sequences not used to learn the greedy policy.
 
     By the performance-difference lemma (Kakade & Langford, 2002, lemma 6.1) the mixture's gain in return is the mean
@@ -171,22 +175,26 @@ def held_out_step_size(ratios: Tensor, advantages: Tensor, mask: Tensor) -> floa
     of each term. One standard error is subtracted, so that an α with widely spread weights is not preferred.
 
     Args:
-        ratios, advantages: [B, T] of held-out sequences; mask: [B, T] bool.
+        ratios, advantages, weights: [B, T] of held-out sequences, see `policy_advantage`; mask: [B, T] bool.
 
     Returns:
         0 if no estimate is above 0.
     """
     best, best_alpha = 0.0, 0.0
-    advantages = advantages.masked_fill(~mask, 0.0)
+    advantages = _weighted(advantages, weights).masked_fill(~mask, 0.0)
     for alpha in (0.5**k for k in range(11)):
-        weights = (1.0 - alpha + alpha * ratios).masked_fill(~mask, 1.0).cumprod(1)
+        mixture = (1.0 - alpha + alpha * ratios).masked_fill(~mask, 1.0).cumprod(1)
         # Less the same sum under π itself, whose expectation is 0: it removes variance.
-        gains = ((weights - 1.0) * advantages).sum(1)
+        gains = ((mixture - 1.0) * advantages).sum(1)
         error = gains.std().item() / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         gain = gains.mean().item() - error
         if gain > best:
             best, best_alpha = gain, alpha
     return best_alpha
+
+
+def _weighted(advantages: Tensor, weights: Tensor | None) -> Tensor:
+    return advantages if weights is None else weights * advantages
 
 
 def _copy(parameters: Vector) -> Vector:

@@ -4,6 +4,9 @@
     x = (F + λI)⁻¹ g                                             conjugate gradients, from products with F alone
     θ ← θ_old + sqrt(2δ / xᵀF x) · x                             so that KL(π_old ‖ π) = δ to second order
 
+L's terms have the importance weights of `fastppo.algorithms.correction`, where there are some; so its gradient and the
+measured improvement do. F and the KL are exact over the vocabulary at the visited states, and have none.
+
 Kakade's step size is a constant; a constant KL (Rajeswaran et al., 2017, arXiv:1703.02660) does not need to be tuned to
 the scale of the rewards. TRPO (`fastppo.algorithms.trpo`) adds a line search.
 """

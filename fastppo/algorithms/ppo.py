@@ -16,12 +16,9 @@ Details, each an option of `fastppo.algorithms.config.PPOConfig`:
     adv_estimator             without a critic: GRPO (arXiv:2402.03300), RLOO (2402.14740), REINFORCE++ (2501.03262)
     whiten_advantages         over the batch, as OpenAI Baselines does
     target_kl                 early stop of the epochs at this approx_kl, as OpenAI Spinning Up does
-    importance_sampling_cap   truncated importance weights between two engines: Ionides, 2008; Yao et al., 2025
 """
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor
 
@@ -78,34 +75,13 @@ class PPO(Algorithm):
     def policy_loss(self, batch: Experience, hidden: Tensor, head: LMHead, ref_head: LMHead | None) -> StepOutput:
         """L_policy − entropy_coef · H, with the clip; `Algorithm.loss`, which has the arguments, adds the critic's."""
         config = self.config
-        advantages, metrics = batch.advantages, {}
-        if config.importance_sampling_cap is not None:
-            advantages, metrics = self._importance_weighted(batch)
         policy = linear_ppo_loss(
-            advantages=advantages,
+            advantages=batch.advantages,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             ratio_level=config.ratio_level,
             **self.loss_arguments(batch, hidden, head, ref_head),
         )
-        metrics |= policy_metrics(policy) | {"policy/clip_fraction": policy.metrics["clip_fraction"]}
+        metrics = policy_metrics(policy) | {"policy/clip_fraction": policy.metrics["clip_fraction"]}
         return StepOutput(policy.loss, metrics)
-
-    def _importance_weighted(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advantages times w = min(π_old / π_sampler, cap) [b, T], and metrics of w.
-
-        Truncated importance sampling weighs the surrogate. Weighing the advantage is the same, as w ≥ 0:
-        min(r A, clip(r) A), and max(·, c A) for A < 0, are positively homogeneous in A, so value, gradient and which
-        tokens are clipped agree. KL and entropy terms contain no advantage and are not weighted.
-        """
-        if batch.rollout_logprobs is None:
-            raise ValueError("rollout_logprobs: needed for importance_sampling_cap")
-        cap, mask = self.config.importance_sampling_cap, batch.mask
-        log_weights = (batch.old_logprobs - batch.rollout_logprobs).masked_fill(~mask, 0.0)
-        weights = log_weights.clamp(max=math.log(cap)).exp()
-        tokens = mask.sum().clamp(min=1)
-        return batch.advantages * weights, {
-            "policy/importance_weight": (weights * mask).sum() / tokens,
-            "policy/importance_capped": ((log_weights > math.log(cap)) & mask).sum() / tokens,
-        }

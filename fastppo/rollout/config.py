@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fastppo.config_fields import STRICT, FiniteFloat, PositiveFloat, PositiveInt, Text
+from fastppo.config_fields import STRICT, FiniteFloat, PositiveInt, Text
+
+Ratio = Annotated[FiniteFloat, Field(gt=0, le=1e10)]
 
 
 @dataclass(config=STRICT)
@@ -43,9 +45,10 @@ class RolloutConfig:
     stop: list[Text] = field(default_factory=list)
     """Strings that end a completion, beside the EOS tokens. The string stays in the completion."""
     correction: Literal["none", "truncate", "mask", "sequence_mask", "sequence_ratio"] = "none"
-    """Weigh the surrogates by the ratio of the policy's probabilities to those that the engine sampled with."""
-    correction_min: PositiveFloat = 0.5
-    """Lower bound of the ratio; `mask` and `sequence_mask` drop what is below."""
-    correction_max: PositiveFloat = 2.0
-    """Upper bound of the ratio; above it, it is truncated or dropped."""
+    """Weigh the surrogates by the ratio of the policy's probabilities to those that the engine sampled with: each
+    token's own, truncated (TIS) or masked (IcePop), or that of its completion."""
+    correction_min: Ratio | None = None
+    """Lower bound of the ratio, below which `mask` and `sequence_mask` drop a token or a completion. Default: 0.5."""
+    correction_max: Ratio | None = None
+    """Upper bound of the ratio; above it, it is truncated or dropped. Default: 5 for `mask`, 2 for the others."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)

@@ -48,7 +48,9 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _MAX_BYTES = 2**18  # far beyond any configuration; PyYAML takes minutes for more
 # Keys of earlier versions, and what to write instead.
 _REPLACED = {
-    "tensorboard": "replaced by report_to; write `report_to: tensorboard` for true, `report_to: none` for false"
+    "tensorboard": "replaced by report_to; write `report_to: tensorboard` for true, `report_to: none` for false",
+    "ppo.importance_sampling_cap": "replaced by rollout.correction; write `correction: truncate` and `correction_max:` "
+    "with this number in the rollout section",
 }
 
 

@@ -40,7 +40,7 @@ MAY_CHANGE = frozenset({
 # Options of algorithms that earlier versions had, with the values at which today's code computes the same.
 _REMOVED = {
     "length_penalty": 0.0, "reward_clip": None, "preconditioner": "none", "preconditioner_probes": 8,
-    "vector_dtype": "auto", "vector_device": "auto",
+    "vector_dtype": "auto", "vector_device": "auto", "importance_sampling_cap": None,
 }  # fmt: skip
 _ABSENT = object()
 

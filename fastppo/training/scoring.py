@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.algorithms.algorithm import Algorithm, head_arguments
+from fastppo.algorithms.correction import importance_weights
 from fastppo.algorithms.experience import Experience, check_finite, count_tokens
 from fastppo.algorithms.learner import NonFiniteError
 from fastppo.algorithms.ranks import Pass, Ranks
@@ -134,7 +135,8 @@ class Scorer:
 
         Returns:
             Experience with `old_logprobs`, `kl` and `ref_logprobs` [B, T], `old_values` [B, T] or [B, T, K] and
-            `ref_hidden` [B, T, D]: detached, 0 at padding, None where the configuration does not use them.
+            `ref_hidden` [B, T, D]: detached, 0 at padding, None where the configuration does not use them; and with
+            `importance_weights` [B, T], where the configuration has a correction.
 
         Raises:
             NonFiniteValue: one of them is NaN or infinite.
@@ -158,7 +160,7 @@ class Scorer:
         for what, values in (checked | {"log-probabilities at sampling": rollout.logprobs}).items():
             if values is not None:
                 check_finite(what, values, rollout.mask)
-        return Experience(
+        experience = Experience(
             sequences=rollout.sequences,
             attention_mask=rollout.attention_mask,
             mask=rollout.mask,
@@ -171,6 +173,29 @@ class Scorer:
             objectives=rewards.weights,
             **scores,
         )
+        if self.config.rollout.correction != "none":
+            experience.importance_weights, _ = self._correction(experience)
+        return experience
+
+    def _correction(self, experience: Experience) -> tuple[Tensor, Tensor]:
+        """Each token's importance weight [B, T], and whether a bound has changed it."""
+        rollout = self.config.rollout
+        options = (rollout.correction, rollout.correction_min, rollout.correction_max)
+        return importance_weights(experience.old_logprobs, experience.rollout_logprobs, experience.mask, *options)
+
+    def rollout_metrics(self, experience: Experience) -> dict[str, float]:
+        """How far the engine's log-probabilities are from the policy's, log π − log μ, and the weights they lead to."""
+        mask = experience.mask
+        if not mask.any():
+            return {}
+        gap = (experience.old_logprobs - experience.rollout_logprobs)[mask].double()
+        gaps = {"mean": gap.mean(), "min": gap.min(), "max": gap.max()}
+        metrics = {f"rollout/logprob_gap_{name}": value.item() for name, value in gaps.items()}
+        if experience.importance_weights is not None:
+            weights, changed = self._correction(experience)
+            metrics["rollout/importance_weight"] = weights[mask].double().mean().item()
+            metrics["rollout/corrected_fraction"] = changed[mask].double().mean().item()
+        return metrics
 
     def _score_part(self, rollout: Rollout, part: Pass, with_values: bool, keep: bool) -> dict[str, Tensor | None]:
         length, config, rows = part.completion, self.config.algorithm_config, part.rows.to(self.models.device)

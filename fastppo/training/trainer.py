@@ -364,7 +364,7 @@ class Trainer:
             updates = self.algorithm.update(self.learner, experience)
 
         controller = self.algorithm.kl_controller
-        metrics |= self.scorer.reward_metrics(rewards)
+        metrics |= self.scorer.reward_metrics(rewards) | self.scorer.rollout_metrics(experience)
         metrics |= {f"multiplier/{name}": rewards.weights[name] for name in self.rewards.multipliers}
         metrics |= {name: value.item() for name, value in shaped.items()}
         metrics |= {

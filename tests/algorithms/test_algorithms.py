@@ -184,13 +184,13 @@ def tree_reward(tree, sequences):
 
 @pytest.mark.parametrize("ratio_level", ["token", "sequence", "sequence-geometric"])
 @pytest.mark.parametrize("dual_clip", [None, 1.3])
-def test_truncated_importance_weights_weigh_the_surrogate(ratio_level, dual_clip):
-    """Weighted advantages against weighted terms of the loss, with the clips active, and KL and entropy left alone."""
+def test_importance_weights_weigh_the_surrogate(ratio_level, dual_clip):
+    """Against weighted terms of the loss, with the clips active, and KL and entropy left alone; some weights are 0."""
     tree = Tree(prompts=4, vocab=5, depth=4)
     models = TabularModels(tree, with_values=False)
     rows = torch.randint(len(tree.sequences), (40,))
     options = {
-        "adv_estimator": "rloo", "ratio_level": ratio_level, "dual_clip": dual_clip, "importance_sampling_cap": 1.4,
+        "adv_estimator": "rloo", "ratio_level": ratio_level, "dual_clip": dual_clip,
         "kl_coef": 0.3, "kl_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1,
     }  # fmt: skip
     config = make_config("ppo", 40, 4, groups_of=2, **options)
@@ -198,15 +198,10 @@ def test_truncated_importance_weights_weigh_the_surrogate(ratio_level, dual_clip
     experience = models.experience(rows, groups_of=2)
     algorithm.estimate_advantages(experience)
     experience.old_logprobs = experience.old_logprobs + 0.3 * torch.randn(40, 4, dtype=torch.float64)
-    experience.rollout_logprobs = experience.old_logprobs + 0.5 * torch.randn(40, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="rollout_logprobs"):
-        algorithm.loss(
-            dataclasses.replace(experience, rollout_logprobs=None), *models.hidden(*inputs(experience)), 0, 0
-        )
+    weight = experience.importance_weights = torch.rand(40, 4, dtype=torch.float64).mul(2).sub(0.5).clamp(min=0)
     metrics = learner.accumulate(experience, partial(learner.evaluate, algorithm.loss, with_values=True))
     ours, models.weight.grad = models.weight.grad, None
 
-    weight = (experience.old_logprobs - experience.rollout_logprobs).exp().clamp(max=1.4)
     log_p = models.logits().log_softmax(-1)[tree.states(experience.sequences)]
     new = log_p.gather(-1, experience.targets[..., None])[..., 0]
     log_ratio = new - experience.old_logprobs
@@ -221,8 +216,9 @@ def test_truncated_importance_weights_weigh_the_surrogate(ratio_level, dual_clip
     per_token = -weight * surrogate + 0.3 * (to_ref.exp() - 1 - to_ref) + 0.1 * (log_p.exp() * log_p).sum(-1)
     per_token.mean().backward()
     torch.testing.assert_close(ours, models.weight.grad, atol=1e-12, rtol=1e-9)
-    assert metrics["policy/importance_weight"] == pytest.approx(weight.mean().item())
-    assert metrics["policy/importance_capped"] == pytest.approx((weight == 1.4).double().mean().item())
+    clipped = ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+    assert metrics["policy/clip_fraction"] == pytest.approx(clipped.double().mean().item())
+    assert (clipped & (weight == 0)).any()
 
 
 def inputs(experience):

@@ -85,6 +85,8 @@ def test_round_trip(tmp_path):
         (["--seed", "1.0e+300"], "seed: "),
         (["--optim.learning_rate", "1e40"], "learning_rate: input should be less than or equal to 3.40282e+38, got"),
         (["--rollout.temperature", "1e-11"], "temperature: input should be greater than or equal to 1e-10, got"),
+        (["--ppo.importance_sampling_cap", "2"], "replaced by rollout.correction; write `correction: truncate`"),
+        (["--rollout.correction_max", "0"], "correction_max: input should be greater than 0, got 0"),
         (["--report_to", "true"], "report_to.0: True is not one of tensorboard, trackio, wandb, mlflow"),
         (["--output_dir", "~nosuchuser/x"], "output_dir: there is no such user, got '~nosuchuser/x'"),
         (["--data.train", "a\0b"], "data.train: expected text without NUL"),

@@ -134,6 +134,36 @@ def test_scores_are_those_of_a_float64_computation(model, estimator, parts):
     assert experience.rollout_logprobs is rollout.logprobs
 
 
+@pytest.mark.parametrize("method", ["none", "truncate", "sequence_mask"])
+def test_what_the_engine_sampled_with_is_compared_with_the_policy(model, method):
+    bounds = {"rollout__correction_min": 0.8, "rollout__correction_max": 1.25} if method == "sequence_mask" else {}
+    scorer, rollout = make_scorer(model, rollout__correction=method, **bounds), make_rollout()
+    policy = oracle(scorer, rollout, "k1")["old_logprobs"]
+    gap = (
+        torch.linspace(-0.6, 0.9, rollout.mask.numel()).view(rollout.mask.shape).double().masked_fill(~rollout.mask, 0)
+    )
+    rollout = rollout._replace(logprobs=(policy - gap).float())
+    experience = scorer.score(rollout, no_rewards(rollout))
+    metrics, real = scorer.rollout_metrics(experience), gap[rollout.mask]
+    expected = {"logprob_gap_mean": real.mean(), "logprob_gap_min": real.min(), "logprob_gap_max": real.max()}
+    if method == "none":
+        assert experience.importance_weights is None
+    else:
+        ratio, low, high = gap.exp(), 0.0, 2.0
+        if method == "sequence_mask":
+            ratio, low, high = gap.sum(1, keepdim=True).exp().expand_as(gap), 0.8, 1.25
+        outside = (ratio > high) | (ratio < low)
+        weights = ratio.clamp(max=high) if method == "truncate" else ratio.masked_fill(outside, 0.0)
+        weights = weights.masked_fill(~rollout.mask, 0.0)
+        torch.testing.assert_close(experience.importance_weights.double(), weights, rtol=1e-3, atol=1e-3)
+        expected["importance_weight"] = weights[rollout.mask].mean()
+        expected["corrected_fraction"] = outside[rollout.mask].double().mean()
+        assert 0 < expected["corrected_fraction"] < 1
+    assert metrics.keys() == {f"rollout/{name}" for name in expected}
+    for name, value in expected.items():
+        assert metrics[f"rollout/{name}"] == pytest.approx(value.item(), abs=1e-3)
+
+
 def test_one_value_for_each_of_several_objectives(model):
     scorer, rollout = make_scorer(model, num_values=2), make_rollout()
     values = scorer.score(rollout, no_rewards(rollout)).old_values

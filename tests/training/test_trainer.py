@@ -244,7 +244,8 @@ VARIANTS = {
         "ppo__kl_controller": "linear", "ppo__kl_horizon": 24, "ppo__reference_refresh_steps": 3,
     },
     "importance sampling": {
-        "ppo__importance_sampling_cap": 1.5, "model__autocast": "bfloat16", "rollout__temperature": 0.8,
+        "rollout__correction": "mask", "rollout__correction_max": 1.5,
+        "model__autocast": "bfloat16", "rollout__temperature": 0.8,
     },
     "objectives with values of their own": {
         "rewards": TWO_REWARDS, "ppo__kl_in": "loss", "ppo__multi_objective_aggregation": "normalize_then_sum",
@@ -296,14 +297,19 @@ def test_without_a_critic_there_is_no_value_anywhere(world, tmp_path, changes):
 def test_sampling_keeps_its_own_logprobs(world, tmp_path):
     """In float32 they are those of the scoring; so the importance weights are 1."""
     out = tmp_path / "run"
-    changes = {"ppo__importance_sampling_cap": 2.0, "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
+    changes = {"rollout__correction": "truncate", "rollout__temperature": 0.7, "rollout__generation_batch_size": 3}
     trainer = Trainer(config(world, out, **changes))
     rollout = trainer.scorer.sample([p for p in trainer.data.train[:4] for _ in range(2)], "test")
     experience = trainer.scorer.score(rollout, fixed_rewards(8))
     torch.testing.assert_close(experience.rollout_logprobs, experience.old_logprobs, atol=2e-4, rtol=1e-4)
     assert experience.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     trainer.train()
-    assert metrics_of(out)[1]["policy/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+    step = metrics_of(out)[1]
+    assert step["rollout/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+    assert step["rollout/corrected_fraction"] == 0.0
+    gap = [step[f"rollout/logprob_gap_{name}"] for name in ("min", "mean", "max")]
+    assert gap == sorted(gap)
+    assert max(gap[2], -gap[0]) < 1e-3
 
 
 def test_the_reference_is_refreshed(world, tmp_path):

@@ -398,6 +398,7 @@ class _Phases:
             ref_logprobs=token if self.models.has_reference else None,
             ref_hidden=torch.zeros(rows, completion, width) if exact else None,
             rollout_logprobs=token,
+            importance_weights=token if self.config.rollout.correction != "none" else None,
             advantages=token,
             returns=values,
         )

@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo__entropy_coef": 0.01,
         "ppo__loss_agg": "seq-mean-token-mean",
         "ppo__num_mini_batches": 2,
-        "ppo__importance_sampling_cap": 2.0,
+        "rollout__correction": "sequence_ratio",
         "ppo__reference_refresh_steps": 2,
         "model__gradient_checkpointing": True,
     },
