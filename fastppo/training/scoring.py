@@ -65,7 +65,8 @@ class Scorer:
     ) -> None:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
         self.ranks, self.held_out, self._texts = ranks or Ranks(), held_out, texts
-        self.engine = open_engine(models.policy, config.rollout, models.device)
+        longest = config.data.max_prompt_length + config.rollout.max_new_tokens
+        self.engine = open_engine(models.policy, config.rollout, models.device, max_length=longest)
         sequences = config.rollout.num_prompts * config.rollout.num_generations
         self.micro_batch_size = config.algorithm_config.micro_batch_size(sequences)
         self.max_tokens = config.batch.max_tokens
