@@ -13,12 +13,18 @@ from fastppo.rollout.vllm import VLLMEngine
 
 
 def open_engine(
-    policy: nn.Module, config: RolloutConfig, device: torch.device, *, max_length: int | None = None
+    policy: nn.Module,
+    config: RolloutConfig,
+    device: torch.device,
+    *,
+    max_length: int | None = None,
+    gpu_memory_utilization: float | None = None,
 ) -> Engine:
     """The engine that `rollout.engine` asks for, or what fits best on this device.
 
     Args:
         max_length: tokens of the longest sequence, for engines that reserve memory for it; None if nobody knows.
+        gpu_memory_utilization: share of the device's memory for vLLM.
 
     Raises:
         EngineError: that engine cannot sample from this policy here.
@@ -32,5 +38,5 @@ def open_engine(
     if name == "loop" and not can_decode(policy):
         raise EngineError("rollout.engine: loop does not know how this model keeps its states; set it to transformers")
     if name == "vllm":
-        return VLLMEngine(config, device, max_length=max_length)
+        return VLLMEngine(config, device, max_length=max_length, gpu_memory_utilization=gpu_memory_utilization)
     return {"loop": LoopEngine, "transformers": TransformersEngine}[name]()

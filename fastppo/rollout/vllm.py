@@ -36,7 +36,7 @@ class VLLMEngine(Engine):
         config: the rollout section of the configuration.
         device: the policy's.
         max_length: tokens of the longest sequence, prompt and completion together; None for what the model can read.
-        memory_share: of the device's memory for vLLM, where `rollout.vllm.gpu_memory_utilization` says nothing.
+        gpu_memory_utilization: share of the device's memory for vLLM, where `rollout.vllm` says nothing.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class VLLMEngine(Engine):
         device: torch.device,
         *,
         max_length: int | None = None,
-        memory_share: float | None = None,
+        gpu_memory_utilization: float | None = None,
     ) -> None:
         self.config, self.device, self.max_length = config, device, max_length
-        self.memory_share = config.vllm.gpu_memory_utilization or memory_share
+        self.gpu_memory_utilization = config.vllm.gpu_memory_utilization or gpu_memory_utilization
         self._llm: Any = None
 
     def sync(self, policy: nn.Module) -> None:
@@ -70,8 +70,10 @@ class VLLMEngine(Engine):
             from vllm import LLM
 
             _save_configuration(causal, Path(folder))
-            options = {} if self.memory_share is None else {"gpu_memory_utilization": self.memory_share}
-            if self.device.type == "cpu" and self.memory_share is None:
+            options = (
+                {} if self.gpu_memory_utilization is None else {"gpu_memory_utilization": self.gpu_memory_utilization}
+            )
+            if self.device.type == "cpu" and self.gpu_memory_utilization is None:
                 options["kv_cache_memory_bytes"] = 2**30
             return LLM(
                 folder,

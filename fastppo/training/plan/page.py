@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastppo.training.plan.phases import CONTEXT, CONTEXT_OF_SEVERAL, FRAGMENTED, KINDS, PROCESS
+from fastppo.training.plan.phases import AMPLE, CONTEXT, CONTEXT_OF_SEVERAL, FRAGMENTED, KINDS, PROCESS
 
 if TYPE_CHECKING:
     from fastppo.training.plan.plan import Plan
 
 _GIB = 2**30
-_AMPLE = 0.9  # of the memory: what a plan may be wrong by
 
 
 def gib(num_bytes: int) -> str:
@@ -22,7 +21,7 @@ def verdict(plan: Plan) -> str:
     peak, machine = plan.memory.peak, plan.machine
     each = f" for each of {machine.processes} processes" if machine.processes > 1 else ""
     where = "GPU" if machine.device == "cuda" else "CPU"
-    fits = "does not fit" if not plan.fits else "fits" if peak.total <= _AMPLE * machine.memory else "just fits"
+    fits = "does not fit" if not plan.fits else "fits" if peak.total <= AMPLE * machine.memory else "just fits"
     there = f"{gib(machine.memory)} of {where} memory{each}"
     return f"{fits}: needs {gib(peak.total)} at its peak, the {peak.name}; there are {there}"
 

@@ -6,6 +6,7 @@ weights, gradients, optimizer states, activations, copies of weights, keys and v
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from fastppo.training.distributed import strategy_of
 from fastppo.training.plan.live import Bytes
 from fastppo.training.plan.skeleton import num_bytes, num_layers, tensors_of
 from fastppo.training.plan.trace import Shape, Traced, sizes_of, trace
+from fastppo.training.plan.vllm import GRAPHS, OTHERWISE, VLLMBytes, vllm_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "weight copies", "KV cache", "scratch", "reserve")
 CONTEXT, CONTEXT_OF_SEVERAL = 600 * 2**20, 1200 * 2**20
@@ -30,6 +32,8 @@ FRAGMENTED = 0.05
 """Share of the tensors that PyTorch's allocator may hold besides them."""
 PROCESS = 600 * 2**20
 """Python and its packages, on a CPU."""
+AMPLE = 0.9
+"""Share of the memory that a plan which may be wrong should leave room in."""
 _DEPTH = 2
 _PAGED_FROM = 100_000  # numbers of a parameter whose moments bitsandbytes pages
 
@@ -40,6 +44,11 @@ class Machine(NamedTuple):
     device: str  # cuda or cpu
     memory: int  # bytes of a process
     processes: int = 1
+
+    @property
+    def device_memory(self) -> int:
+        """Of the whole device: processes on a CPU share one."""
+        return self.memory * (1 if self.device == "cuda" else self.processes)
 
 
 class Phase(NamedTuple):
@@ -64,10 +73,18 @@ class Memory(NamedTuple):
     phases: list[Phase]
     shape: Shape
     notes: list[str]
+    vllm: int | None = None
+    """Bytes that vLLM gets, where it samples."""
 
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
+
+
+def samples_by_vllm(config: Config, device: str) -> bool:
+    """Whether vLLM is the engine: asked for, or what `auto` takes on a GPU where it is installed."""
+    name = config.rollout.engine
+    return name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm") is not None)
 
 
 def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
@@ -87,10 +104,15 @@ def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
     if config.batch.max_tokens is not None:
         own_rows = max(1, min(step, config.batch.max_tokens // (prompt + completion)))
     passes = math.ceil(step / own_rows)
-    held_out = config.eval.num_prompts if config.data.eval is not None else config.data.eval_size
-    held_out = math.ceil(min(held_out, config.eval.num_prompts) / processes)
+    held_out = _held_out(config, processes)
     sampled, evaluated = (min(n, rollout.generation_batch_size) for n in (max(own, held_out), held_out))
     return Shape(prompt, completion, rows or own_rows, passes, sampled, evaluated, rollout.num_generations, processes)
+
+
+def _held_out(config: Config, processes: int) -> int:
+    """Sequences of an evaluation."""
+    there = config.eval.num_prompts if config.data.eval is not None else config.data.eval_size
+    return math.ceil(min(there, config.eval.num_prompts) / processes)
 
 
 def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memory:
@@ -130,6 +152,8 @@ class _Phases:
         self.apart = config.model.value_model != "shared" and algorithm.needs_values
         self.parked = self.cuda and config.model.offload_idle
         self.on_host = self.sharded and config.distributed.cpu_offload and self.cuda
+        self.vllm = self._vllm_bytes() if samples_by_vllm(config, machine.device) else None
+        self.vllm_room: int | None = None
 
     def memory(self) -> Memory:
         phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
@@ -143,7 +167,7 @@ class _Phases:
             )
         if self.config.eval.perplexity is not None:
             self.notes.append("the texts of eval.perplexity are taken to be no longer than these sequences")
-        return Memory(phases, self.shape, self.notes)
+        return Memory(phases, self.shape, self.notes, self.vllm_room)
 
     # What stays
 
@@ -209,7 +233,7 @@ class _Phases:
         for kinds in whole.values():
             if self.cuda:
                 context = CONTEXT if self.machine.processes == 1 else CONTEXT_OF_SEVERAL
-                kinds["reserve"] = context + int(FRAGMENTED * sum(kinds.values()))
+                kinds["reserve"] = context + self._asleep + int(FRAGMENTED * sum(kinds.values()))
             else:
                 kinds["reserve"] = PROCESS
         totals = {moment: sum(kinds.values()) for moment, kinds in whole.items()}
@@ -239,10 +263,52 @@ class _Phases:
         plain.model.value_model, plain.model.reference = "shared", "none"
         return sizes_of(plain, self.algorithm, None, self.machine.device).policy
 
+    @property
+    def _asleep(self) -> int:
+        """What vLLM has of a GPU in every phase."""
+        if self.vllm is None or not self.cuda:
+            return 0
+        return OTHERWISE if self.config.rollout.vllm.enforce_eager else GRAPHS + OTHERWISE
+
+    def _vllm_bytes(self) -> VLLMBytes:
+        config, shape, sizes = self.config, self.shape, self.sizes
+        model, adapters = config.model, 0
+        numbers = sizes.policy_numbers
+        if model.lora is not None:
+            numbers, adapters = self._dense() // getattr(torch, model.dtype).itemsize, sizes.trained_policy
+        weights = numbers * getattr(torch, model.autocast or model.dtype).itemsize
+        if model.quantization is not None and self.cuda:  # on a CPU it gets the weights dequantized
+            weights = sizes.policy - adapters
+        own = math.ceil(config.rollout.num_prompts * config.rollout.num_generations / shape.processes)
+        sequences = max(own, _held_out(config, shape.processes))
+        sizes = {"weights": weights, "adapters": adapters, "cache": self.traced.cache}
+        return vllm_bytes(config, **sizes, sequences=sequences, length=shape.prompt + shape.completion)
+
+    def _vllm_rollout(self, kinds: dict[str, int]) -> Phase:
+        """With vLLM awake, which gets what the trainer leaves and no more than it can use.
+
+        Args:
+            kinds: what the trainer has there.
+        """
+        memory, vllm, share = self.machine.memory, self.vllm, self.config.rollout.vllm.gpu_memory_utilization
+        without = self._phase("rollout", {"": kinds}).total
+        if share is None:
+            cache = vllm.cache_in((AMPLE * memory - without) / (1 + FRAGMENTED * self.cuda), fill=False)
+        else:
+            cache = vllm.cache_in(share * self.machine.device_memory, fill=True)
+        self.vllm_room = vllm.weights + vllm.activations + cache
+        kinds["weight copies"] += vllm.weights
+        kinds |= {"activations": vllm.activations, "KV cache": cache}
+        if self.config.model.lora is not None and self.cuda:
+            self.notes.append("asleep, vLLM keeps its weights, without the adapters, in the host's memory")
+        return self._phase("rollout", {"sampling": kinds})
+
     def _rollout(self) -> Phase:
         shape, model = self.shape, self.config.model
         weights = self._weights(critic=False, reference=False)
         gathered = self.sizes.policy_numbers * self._gathered_size if self.sharded else 0
+        if self.vllm is not None:
+            return self._vllm_rollout({"weights": weights, "weight copies": gathered, "optimizer": self._optimizer})
         laid_out = 0
         if not self.cuda and model.autocast and not self.sharded and model.lora is not None:
             laid_out = 2 * self.sizes.linear_numbers  # on a CPU `decode` lays weights out anew

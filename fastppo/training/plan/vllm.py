@@ -1,0 +1,58 @@
+"""What vLLM takes of the device beside the trainer: weights of its own, activations, keys and values.
+
+Its `gpu_memory_utilization` is a share of the whole device, of which keys and values get what weights and activations
+leave. More than all sequences of a rollout can fill would be in vain, so the share is no larger.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastppo.models.load import load_configuration
+from fastppo.training.config import Config
+
+BATCHED_TOKENS = 8192
+"""Tokens of one forward pass of vLLM, by its default."""
+GRAPHS, OTHERWISE = 2**30, 2**28
+"""What stays on a GPU while it is asleep: its CUDA graphs and its kernels' workspaces, or these alone."""
+
+
+class VLLMBytes(NamedTuple):
+    """Bytes of one process while vLLM is awake."""
+
+    weights: int
+    activations: int
+    cache: int
+    """Keys and values of all sequences at their full length."""
+    sequence: int
+    """Of `cache`: those of one sequence, which is the least that it runs with."""
+
+    def cache_in(self, room: float, *, fill: bool) -> int:
+        """Keys and values where there is so much room in all, which it fills or takes what it can use of."""
+        left = int(room) - self.weights - self.activations
+        return max(self.sequence, left if fill else min(self.cache, left))
+
+
+def vllm_bytes(config: Config, *, weights: int, adapters: int, cache: int, sequences: int, length: int) -> VLLMBytes:
+    """What vLLM needs for a rollout.
+
+    Args:
+        weights: bytes of the policy's weights, in the data type that vLLM has them in.
+        adapters: bytes of the policy's adapters.
+        cache: bytes of the keys and values of a token.
+        sequences: of one process, each of at most `length` tokens.
+    """
+    shared = config.rollout.vllm.tensor_parallel_size
+    model = load_configuration(config.model).get_text_config()
+    width, inner = model.hidden_size, getattr(model, "intermediate_size", None) or 4 * model.hidden_size
+    itemsize = getattr(torch, config.model.autocast or config.model.dtype).itemsize
+    # The hidden states, their residual and a gated MLP's two inner states; then logits, their float32 copy and its
+    # softmax, sorted once.
+    tokens, rows = max(BATCHED_TOKENS, length), min(sequences * shared, 256)
+    activations = tokens * (4 * width + 3 * inner // shared) * itemsize + rows * model.vocab_size * (itemsize + 3 * 4)
+    # What `shared` processes sample together, each keeps its part of the heads of.
+    return VLLMBytes(
+        weights // shared + adapters, activations, cache * length * sequences, -(-cache * length // shared)
+    )

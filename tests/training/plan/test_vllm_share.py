@@ -1,0 +1,93 @@
+"""What a plan leaves to vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import build_changed_config, make_tiny_model
+
+from fastppo.errors import ConfigError
+from fastppo.training.plan.phases import Machine, memory_of
+from fastppo.training.plan.vllm_share import vllm_memory_utilization
+
+GPU = Machine("cuda", 24 * 2**30)
+LAYERS, HEADS, HEAD_DIM, LENGTH = 2, 2, 8, 20 + 12  # of make_tiny_model, and of `config`
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), layers=LAYERS, vocab_size=331)
+
+
+def config(model: Path, **changes):
+    tree = {
+        "model": {"name_or_path": str(model)},
+        "data": {"train": "nowhere.jsonl", "max_prompt_length": 20, "eval_size": 0},
+        "rewards": [{"name": "r", "function": "nowhere:r"}],
+        "rollout": {"num_prompts": 4, "num_generations": 2, "max_new_tokens": 12, "engine": "vllm"},
+    }
+    return build_changed_config(tree, changes)
+
+
+def rollout_of(given, machine=GPU):
+    return next(phase for phase in memory_of(given, machine).phases if phase.name == "rollout")
+
+
+def test_vllm_has_weights_of_its_own_and_a_cache_of_all_sequences(model):
+    vllm, without = rollout_of(config(model)), rollout_of(config(model, rollout__engine="transformers"))
+    reference = policy = load_file(model / "model.safetensors").values()
+    assert without.kinds["weights"] >= sum(t.nbytes for t in (*policy, *reference))
+    assert vllm.kinds["weight copies"] == pytest.approx(sum(t.nbytes for t in policy), rel=0.01)
+    half = rollout_of(config(model, model__dtype="bfloat16"))
+    assert half.kinds["KV cache"] * 2 == vllm.kinds["KV cache"]
+    assert vllm.kinds["KV cache"] % (8 * LENGTH) == 0
+    assert rollout_of(config(model, rollout__num_prompts=12)).kinds["KV cache"] == 3 * vllm.kinds["KV cache"]
+
+
+def test_its_share_is_what_it_can_use_and_no_more_than_is_left(model):
+    given = config(model)
+    kinds = rollout_of(given).kinds
+    own = sum(kinds[kind] for kind in ("weight copies", "activations", "KV cache"))
+    assert vllm_memory_utilization(given, GPU) == pytest.approx(own / GPU.memory, abs=1e-4)
+    many, small = config(model, rollout__num_prompts=2**18), Machine("cuda", 3 * 2**30)
+    assert rollout_of(many, small).total == pytest.approx(0.9 * small.memory, rel=1e-3)
+    assert vllm_memory_utilization(many, small) < 0.4  # the rest is the trainer's, and the reserve
+
+
+def test_processes_on_a_cpu_see_all_of_its_memory(model):
+    one, two = Machine("cpu", 8 * 2**30), Machine("cpu", 4 * 2**30, 2)
+    given = config(model, rollout__num_prompts=64, distributed__strategy="replicate")
+    assert vllm_memory_utilization(given, two) < vllm_memory_utilization(given, one)
+
+
+def test_a_share_that_is_given_is_taken_and_planned_with(model):
+    given = config(model, rollout__vllm__gpu_memory_utilization=0.3, rollout__num_prompts=2**18)
+    assert vllm_memory_utilization(given, GPU) == 0.3
+    assert memory_of(given, GPU).vllm == pytest.approx(0.3 * GPU.memory, rel=1e-6)
+
+
+def test_where_it_does_not_fit_the_run_is_refused_in_a_sentence(model):
+    with pytest.raises(
+        ConfigError, match=r"vLLM does not fit beside the trainer: sampling needs .* there are 1\.1 GiB"
+    ):
+        vllm_memory_utilization(config(model), Machine("cuda", int(1.1 * 2**30)))
+
+
+def test_while_it_sleeps_little_of_it_is_left(model):
+    def update(**changes):
+        return next(p for p in memory_of(config(model, **changes), GPU).phases if p.name == "policy update").total
+
+    without, graphs = update(rollout__engine="transformers"), update()
+    eager = update(rollout__vllm__enforce_eager=True)
+    assert without < eager < graphs <= without + 1.3 * 2**30
+
+
+def test_a_model_that_cannot_be_planned_needs_a_share(model, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no such layer")
+
+    monkeypatch.setattr("fastppo.training.plan.vllm_share.memory_of", refuse)
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization: no plan to take it from; set it \(no such layer\)"):
+        vllm_memory_utilization(config(model), GPU)
