@@ -9,6 +9,7 @@ from tiny import make_tiny_model
 from fastppo.models import ModelError
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.draw import sequence_keys
+from fastppo.rollout.engine import EngineError
 from fastppo.rollout.generate import TransformersEngine
 from fastppo.rollout.loop import LoopEngine
 from fastppo.rollout.prompt import Prompt
@@ -191,5 +192,67 @@ def test_progress_counts_the_completions_that_have_ended(policy, engine):
     assert told == sorted(told)
     assert {3, 6, 7} <= set(told)  # batches of three
     assert told[-1] == 7
-    if isinstance(engine, LoopEngine):
-        assert len(told) > 3
+    assert len(told) > 3
+
+
+def test_a_stop_string_ends_a_completion_and_changes_nothing_before_its_end(policy, engine):
+    """The engine stops decoding there, also where no completion is as long as it may be; the text keeps the string."""
+    model, tokenizer = policy
+    prompts = [Prompt("", torch.randint(3, 300, (length,)).tolist(), {}) for length in (2, 5, 3, 5)] * 4
+    stop = ["e", "the", "a", "o", "\ufffd"]
+
+    def rollout(**changes):
+        config = RolloutConfig(max_new_tokens=20, generation_batch_size=7, **changes)
+        return sample(model, tokenizer, prompts, KEYS, config, engine=engine, device=CPU)
+
+    free, stopped = rollout(), rollout(stop=stop)
+    width = stopped.mask.shape[1]
+    assert width < free.mask.shape[1]
+    for row, text in enumerate(stopped.completions):
+        length = int(stopped.mask[row].sum())
+        own = stopped.sequences[row, -width:][:length]
+        assert torch.equal(own, free.sequences[row, -free.mask.shape[1] :][:length])
+        torch.testing.assert_close(stopped.logprobs[row, :length], free.logprobs[row, :length], rtol=1e-4, atol=1e-4)
+        assert stopped.ended[row]
+        assert any(string in text for string in stop) or own[-1] in (2, 7)
+        before = tokenizer.decode(own[:-1], skip_special_tokens=False)
+        assert not any(string in before for string in stop)
+
+
+def test_an_engine_sleeps_after_a_rollout_and_after_an_error(policy):
+    """Whatever fails, the error that comes out is the first."""
+    model, tokenizer = policy
+    done = []
+
+    class Recorded(LoopEngine):
+        fails = ""
+
+        def step(self, name):
+            done.append(name)
+            if name in self.fails:
+                raise EngineError(f"{name} failed")
+
+        def wake(self):
+            self.step("wake")
+
+        def sync(self, policy):
+            self.step("sync")
+            super().sync(policy)
+
+        def sample(self, *arguments):
+            self.step("sample")
+            return super().sample(*arguments)
+
+        def sleep(self):
+            self.step("sleep")
+
+    engine = Recorded()
+    options = {"engine": engine, "device": CPU}
+    sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, **options)
+    assert done == ["wake", "sync", "sample", "sleep"]
+    for number, name in enumerate(("wake", "sync", "sample"), 1):
+        done.clear()
+        engine.fails = (name, "sleep")
+        with pytest.raises(EngineError, match=f"^{name} failed"):
+            sample(model, tokenizer, [Prompt("", [4], {})], KEYS[:1], CONFIG, **options)
+        assert done == [*("wake", "sync", "sample")[:number], "sleep"]
