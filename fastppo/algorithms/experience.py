@@ -27,7 +27,7 @@ class Experience:
     attention_mask: Tensor
     """[B, P + T] int64, 1 for tokens."""
     mask: Tensor
-    """[B, T] bool, True for a sampled token, its EOS included."""
+    """[B, T] bool, True for a sampled token, what ended the completion included."""
     old_logprobs: Tensor
     """[B, T] log-probabilities under the policy that sampled the tokens."""
     scores: Tensor
@@ -35,7 +35,7 @@ class Experience:
     old_values: Tensor | None = None
     """[B, T] values at sampling time, or [B, T, K] where each objective has its own; None without a critic."""
     ended: Tensor | None = None
-    """[B] bool, whether the completion ended by EOS rather than by its allowed length."""
+    """[B] bool, whether EOS or a stop string ended the completion, rather than its allowed length."""
     groups: Tensor | None = None
     """[B] int64, equal for completions of the same prompt."""
     objective_scores: Tensor | None = None

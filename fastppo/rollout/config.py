@@ -43,7 +43,8 @@ class RolloutConfig:
     """What samples: our own `loop` on a CPU, transformers' `generate()`, its continuous batching, or vLLM. `auto`
     takes the fastest that fits; `fastppo doctor` says which and why."""
     stop: list[Text] = field(default_factory=list)
-    """Strings that end a completion, beside the EOS tokens. The string stays in the completion."""
+    """Strings that end a completion, beside the EOS tokens, once its text (special tokens included) contains one. The
+    token that completes the string is the last."""
     correction: Literal["none", "truncate", "mask", "sequence_mask", "sequence_ratio"] = "none"
     """Weigh the surrogates by the ratio of the policy's probabilities to those that the engine sampled with: each
     token's own, truncated (TIS) or masked (IcePop), or that of its completion."""

@@ -53,6 +53,25 @@ _REPLACED = {
     "with this number in the rollout section",
 }
 
+_TRUNCATED = (
+    "would leave tokens out of the distribution that completions are sampled from, while the losses normalize over the "
+    "whole vocabulary and never hold its logits; leave it out, or lower rollout.temperature"
+)
+# Keys of `rollout` that other libraries have, and why there are none here.
+_REFUSED = {
+    "rollout.top_p": _TRUNCATED,
+    "rollout.top_k": _TRUNCATED,
+    "rollout.min_p": _TRUNCATED,
+    "rollout.repetition_penalty": (
+        "would sample from another distribution than the one that is trained; leave it out, and lower the reward of "
+        "completions that repeat themselves"
+    ),
+    "rollout.min_new_tokens": (
+        "would ban EOS at first, so sample from another distribution than the one that is trained; leave it out, and "
+        "lower the reward of short completions, whose tokens a reward function receives as completion_ids"
+    ),
+}
+
 
 def _tracker_list(given: Any) -> Any:
     return [] if given in ("none", ["none"], None) else given if isinstance(given, list | tuple) else [given]
@@ -172,8 +191,8 @@ class WatchConfig:
     """Rules for the metrics of a run."""
 
     defaults: bool = True
-    """Warn about unusual KL, length, repetition, entropy, ratios, advantages, gradient norm, explained variance,
-    perplexity and held-out rewards. A rule of yours on the same metric replaces the default one."""
+    """Warn about unusual KL, length, repetition, entropy, ratios, sampler, advantages, gradient norm, explained
+    variance, perplexity and held-out rewards. A rule of yours on the same metric replaces the default one."""
     baseline_steps: PositiveInt = 5
     """Number of first steps that relative rules compare with."""
     lr_factor: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.5
@@ -367,8 +386,8 @@ def _first_problem(error: ValidationError) -> str:
             path, hint = [*path, str(part)], type_below(hint, part)
     key, given, problem = ".".join(path), first.get("input"), first["type"]
     if problem == "unexpected_keyword_argument":
-        if key in _REPLACED:
-            return f"{key}: {_REPLACED[key]}"
+        if known_elsewhere := (_REPLACED | _REFUSED).get(key):
+            return f"{key}: {known_elsewhere}"
         hint = did_you_mean(path[-1], known, ".".join([*path[:-1], ""]), otherwise="known here:")
         return f"{key}: unknown key{hint}"
     if problem == "literal_error":

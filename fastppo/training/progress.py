@@ -102,7 +102,7 @@ class ProgressDisplay:
             self._bar.update(0, completed=self._step, **facts | broken)
 
     def phase(self, text: str) -> None:
-        """Set what the trainer does now: "rollout", "reward", "update 1/2", "sample 8/32", "checkpoint"."""
+        """Set what the trainer does now: "rollout 25%", "reward", "update 1/2", "sample 8/32", "checkpoint"."""
         if self._bar is not None:
             self._bar.update(0, phase=_encodable(printable(text), self._console.encoding))
 

@@ -85,10 +85,11 @@ class Scorer:
 
         Args:
             name: of this rollout in the run. Together with the run's seed it decides the random numbers.
-            progress: is told how many completions have ended.
+            progress: is told how many completions have ended, as if all ranks had got as far as this one.
         """
         keys = sequence_keys(f"{self.config.seed}/{name}", len(prompts))
-        options = {"engine": self.engine, "device": self.models.device, "progress": progress}
+        options = {"engine": self.engine, "device": self.models.device}
+        options["progress"] = lambda ended: progress(min(ended * self.ranks.size, len(prompts)))
         share = self.ranks.share(len(prompts))
         mine = slice(share.start, max(share.stop, share.start + 1))  # one at least, so that there is a rollout
 

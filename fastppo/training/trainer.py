@@ -354,7 +354,10 @@ class Trainer:
         """
         metrics: dict[str, float] = {}
         with self._phase("rollout", metrics):
-            rollout = self.scorer.sample(prompts, f"rollback {self.watch.rollbacks}/step {self.step + 1}")
+            name = f"rollback {self.watch.rollbacks}/step {self.step + 1}"
+            rollout = self.scorer.sample(
+                prompts, name, lambda ended: self.progress.phase(f"rollout {ended / len(prompts):.0%}")
+            )
         with self._phase("reward", metrics):
             rewards = self.scorer.reward(prompts, rollout)
         with self._phase("score", metrics):

@@ -32,6 +32,7 @@ DEFAULT_RULES = (
     WatchRule("text/repetition", above=0.5, patience=3),
     WatchRule("policy/entropy", below=-0.8, relative=True, patience=3),
     WatchRule("policy/ratio_max", above=20.0, patience=3),
+    WatchRule("rollout/logprob_gap_mean", above=0.05, below=-0.05, patience=3),
     WatchRule("advantage/extreme", above=20.0, patience=3),
     WatchRule("grad_norm", above=9.0, relative=True, patience=3),
     WatchRule("value/explained_variance", below=-1.0, patience=20),
