@@ -9,14 +9,17 @@ import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import math
 import os
 import random
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ from fastppo.rollout.engine import Completion, Engine, EngineError, Sampling
 
 OLDEST, TOO_NEW = "0.32", "0.33"
 """The versions that the tests have run with; how weights are reloaded changes from one to the next."""
+_OTHERWISE = "set rollout.engine to transformers"
 _LEAST_TEMPERATURE = 0.01  # vLLM samples at this one instead of a lower one
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for adapters of
 _DEFAULTS = {
@@ -74,7 +78,7 @@ class VLLMEngine(Engine):
         if config.temperature < _LEAST_TEMPERATURE:
             raise EngineError(
                 f"rollout.temperature: vLLM samples at {_LEAST_TEMPERATURE} or more, got {config.temperature}; raise "
-                "it or set rollout.engine: transformers"
+                f"it or {_OTHERWISE}"
             )
         self.options, self.device, self.max_length = config.vllm, device, max_length
         self.share = config.vllm.gpu_memory_utilization or gpu_memory_utilization
@@ -111,7 +115,8 @@ class VLLMEngine(Engine):
             options |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         else:
             options |= {"load_format": "dummy"}  # `sync` brings the weights
-        return LLM(
+        _forget_groups()
+        llm = LLM(
             model,
             skip_tokenizer_init=True,  # prompts are tokens
             generation_config="vllm",  # rather than what the model's own says of top-p and the like
@@ -124,6 +129,10 @@ class VLLMEngine(Engine):
             enable_sleep_mode=self.device.type == "cuda",
             **options,
         )
+        client = llm.llm_engine.engine_core
+        client._finalizer.detach()
+        client._finalizer = weakref.finalize(client, _shut_down, client.engine_core)
+        return llm
 
     def _memory(self, policy: nn.Module) -> dict[str, Any]:
         if self.device.type != "cpu":
@@ -257,17 +266,18 @@ def _version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Errors of vLLM as EngineError, which says what helps where that is known."""
+    """Errors of vLLM as EngineError, which says what helps."""
     try:
         yield
     except (FastPPOError, FloatingPointError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        text = str(error)
-        hint = "set rollout.engine to transformers, or mend it"
-        if "KV cache" in text or "kv cache" in text or "free memory" in text.lower():
-            hint = "raise rollout.vllm.gpu_memory_utilization, or shorten prompts and completions"
-        raise EngineError(f"rollout.engine: {what} ({type(error).__name__}: {one_line(text, 300)}); {hint}") from error
+        # Of a long list of what it supports, and of pydantic's frame around the message, nothing is told.
+        why = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+        why = why.removeprefix("Value error, ").partition(" Supported architectures")[0]
+        no_room = "memory" in why.lower() or "kv cache" in why.lower()
+        helps = "set rollout.vllm.gpu_memory_utilization or shorten the sequences" if no_room else _OTHERWISE
+        raise EngineError(f"rollout.engine: {what} ({one_line(why or type(error).__name__, 300)}); {helps}") from error
 
 
 @contextlib.contextmanager
@@ -282,15 +292,34 @@ def _process_as_it_was() -> Iterator[None]:
     lacking = {name: value for name, value in _ALONE.items() if name not in os.environ}
     os.environ.update(lacking)
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    disabled = logging.root.manager.disable
+    logging.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         for name in lacking:
             os.environ.pop(name, None)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+
+
+def _shut_down(core: Any) -> None:
+    """As vLLM does it, without leaving all groups of this process, the trainer's too."""
+    with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+        core.shutdown()
+
+
+def _forget_groups() -> None:
+    """Those of an earlier engine, where the process has left them since; vLLM would use them again."""
+    from vllm.distributed import parallel_state
+
+    if not dist.is_initialized():
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, parallel_state.GroupCoordinator):
+                setattr(parallel_state, name, None)
 
 
 def _params(sampling: Sampling, key: int) -> Any:
@@ -354,7 +383,9 @@ def _lay_out_head(worker: Any) -> None:
 def _save_configuration(causal: nn.Module, folder: str) -> None:
     """What vLLM builds the model from."""
     config = copy.deepcopy(causal.config)
-    config.architectures = [type(causal).__name__]
+    # A sharded model has a class of its own.
+    known = next(kind for kind in type(causal).__mro__ if kind.__module__.startswith("transformers"))
+    config.architectures = [known.__name__]
     config.save_pretrained(folder)
 
 
@@ -363,6 +394,6 @@ def _folder_of_base(causal: nn.Module) -> str:
     if not any(folder.glob("*.safetensors")):
         raise EngineError(
             f"rollout.engine: vLLM reads the base of a quantized policy from a folder of safetensors, which "
-            f"{quote(str(folder))} is not; set rollout.engine to transformers"
+            f"{quote(str(folder))} is not; {_OTHERWISE}"
         )
     return str(folder)
