@@ -153,13 +153,13 @@ class _Phases:
         self.parked = self.cuda and config.model.offload_idle
         self.on_host = self.sharded and config.distributed.cpu_offload and self.cuda
         self.vllm = self._vllm_bytes() if samples_by_vllm(config, machine.device) else None
-        self.vllm_room: int | None = None
+        self.awake: dict[str, int] = {}  # what vLLM has then
+        self.asleep: dict[str, int] = {}
 
     def memory(self) -> Memory:
-        phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
-        if "critic update" in self.traced.moments:
-            phases.append(self._update("critic update"))
-        phases += [self._optimizer_step(), self._checkpoint()]
+        if self.vllm is not None:
+            self._make_room_for_vllm(self._phases())
+        phases = self._phases()
         length, budget = self.shape.prompt + self.shape.completion, self.config.batch.max_tokens
         if budget is not None and budget < length:
             self.notes.append(
@@ -167,7 +167,13 @@ class _Phases:
             )
         if self.config.eval.perplexity is not None:
             self.notes.append("the texts of eval.perplexity are taken to be no longer than these sequences")
-        return Memory(phases, self.shape, self.notes, self.vllm_room)
+        return Memory(phases, self.shape, self.notes, sum(self.awake.values()) or None)
+
+    def _phases(self) -> list[Phase]:
+        phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
+        if "critic update" in self.traced.moments:
+            phases.append(self._update("critic update"))
+        return [*phases, self._optimizer_step(), self._checkpoint()]
 
     # What stays
 
@@ -233,9 +239,11 @@ class _Phases:
         for kinds in whole.values():
             if self.cuda:
                 context = CONTEXT if self.machine.processes == 1 else CONTEXT_OF_SEVERAL
-                kinds["reserve"] = context + self._asleep + int(FRAGMENTED * sum(kinds.values()))
+                kinds["reserve"] = context + int(FRAGMENTED * sum(kinds.values()))
             else:
                 kinds["reserve"] = PROCESS
+            for kind, size in self.asleep.items() if name != "load" else ():
+                kinds[kind] += size
         totals = {moment: sum(kinds.values()) for moment, kinds in whole.items()}
         peak = max(totals, key=totals.get)
         return Phase(name, peak, whole[peak], totals)
@@ -263,13 +271,6 @@ class _Phases:
         plain.model.value_model, plain.model.reference = "shared", "none"
         return sizes_of(plain, self.algorithm, None, self.machine.device).policy
 
-    @property
-    def _asleep(self) -> int:
-        """What vLLM has of a GPU in every phase."""
-        if self.vllm is None or not self.cuda:
-            return 0
-        return OTHERWISE if self.config.rollout.vllm.enforce_eager else GRAPHS + OTHERWISE
-
     def _vllm_bytes(self) -> VLLMBytes:
         config, shape, sizes = self.config, self.shape, self.sizes
         model, adapters = config.model, 0
@@ -284,31 +285,37 @@ class _Phases:
         sizes = {"weights": weights, "adapters": adapters, "cache": self.traced.cache}
         return vllm_bytes(config, **sizes, sequences=sequences, length=shape.prompt + shape.completion)
 
-    def _vllm_rollout(self, kinds: dict[str, int]) -> Phase:
-        """With vLLM awake, which gets what the trainer leaves and no more than it can use.
+    def _make_room_for_vllm(self, phases: list[Phase]) -> None:
+        """It gets what the trainer leaves and no more than it can use, or the share that is given.
 
         Args:
-            kinds: what the trainer has there.
+            phases: without vLLM.
         """
-        memory, vllm, share = self.machine.memory, self.vllm, self.config.rollout.vllm.gpu_memory_utilization
-        without = self._phase("rollout", {"": kinds}).total
-        if share is None:
-            cache = vllm.cache_in((AMPLE * memory - without) / (1 + FRAGMENTED * self.cuda), fill=False)
+        memory, vllm, section = self.machine.memory, self.vllm, self.config.rollout.vllm
+        if self.cuda:
+            self.asleep = {"reserve": OTHERWISE + GRAPHS * (not section.enforce_eager)}
+            left = (AMPLE * memory - phases[1].total - self.asleep["reserve"]) / (1 + FRAGMENTED)
+            if self.config.model.lora is not None:
+                self.notes.append("asleep, vLLM keeps its weights, without the adapters, in the host's memory")
         else:
-            cache = vllm.cache_in(share * self.machine.device_memory, fill=True)
-        self.vllm_room = vllm.weights + vllm.activations + cache
-        kinds["weight copies"] += vllm.weights
-        kinds |= {"activations": vllm.activations, "KV cache": cache}
-        if self.config.model.lora is not None and self.cuda:
-            self.notes.append("asleep, vLLM keeps its weights, without the adapters, in the host's memory")
-        return self._phase("rollout", {"sampling": kinds})
+            left = AMPLE * memory - max(phase.total for phase in phases)
+        if section.gpu_memory_utilization is None:
+            cache = vllm.cache_in(left, fill=False)
+        else:
+            cache = vllm.cache_in(section.gpu_memory_utilization * self.machine.device_memory, fill=True)
+        self.awake = {"weight copies": vllm.weights, "activations": vllm.activations, "KV cache": cache}
+        if not self.cuda:  # where it cannot sleep
+            self.asleep = {kind: size for kind, size in self.awake.items() if kind != "activations"}
 
     def _rollout(self) -> Phase:
         shape, model = self.shape, self.config.model
         weights = self._weights(critic=False, reference=False)
         gathered = self.sizes.policy_numbers * self._gathered_size if self.sharded else 0
         if self.vllm is not None:
-            return self._vllm_rollout({"weights": weights, "weight copies": gathered, "optimizer": self._optimizer})
+            kinds = {"weights": weights, "weight copies": gathered, "optimizer": self._optimizer}
+            for kind, size in self.awake.items():
+                kinds[kind] = kinds.get(kind, 0) + (size if self.cuda or kind == "activations" else 0)
+            return self._phase("rollout", {"sampling": kinds})
         laid_out = 0
         if not self.cuda and model.autocast and not self.sharded and model.lora is not None:
             laid_out = 2 * self.sizes.linear_numbers  # on a CPU `decode` lays weights out anew

@@ -84,6 +84,22 @@ def test_while_it_sleeps_little_of_it_is_left(model):
     assert without < eager < graphs <= without + 1.3 * 2**30
 
 
+def test_on_a_cpu_it_does_not_sleep(model):
+    machine = Machine("cpu", 8 * 2**30)
+    memory = memory_of(config(model), machine)
+    for before, phase in zip(
+        memory_of(config(model, rollout__engine="loop"), machine).phases, memory.phases, strict=True
+    ):
+        if phase.name not in ("load", "rollout"):
+            cache = phase.kinds["KV cache"]
+            assert cache == memory.phases[1].kinds["KV cache"] > 0
+            assert phase.total == before.total + cache + memory.phases[1].kinds["weight copies"]
+    many, small = config(model, rollout__num_prompts=2**18, batch__max_tokens=64), Machine("cpu", 3 * 2**30)
+    assert (
+        memory_of(many, small).peak.total <= 0.9 * small.memory + memory_of(many, small).phases[1].kinds["activations"]
+    )
+
+
 def test_a_model_that_cannot_be_planned_needs_a_share(model, monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such layer")
