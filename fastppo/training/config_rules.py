@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastppo.algorithms.config import AlgorithmConfig
+from fastppo.algorithms.correction import BOUNDS
 from fastppo.errors import ConfigError, quote
+from fastppo.rollout.config import VLLMConfig
 
 if TYPE_CHECKING:
     from fastppo.training.config import Config
@@ -26,7 +28,7 @@ def check_consistency(config: Config) -> None:
     Raises:
         ConfigError: fields that are missing or don't go together.
     """
-    for rules in (_run, _model, _rewards, _watch, _other_algorithms, _algorithm, _options_in_use):
+    for rules in (_run, _rollout, _model, _rewards, _watch, _other_algorithms, _algorithm, _options_in_use):
         for problem in rules(config):
             raise ConfigError(problem)
 
@@ -52,6 +54,31 @@ def _run(config: Config) -> Iterator[str]:
         )
     if config.optim.lr_scheduler_type == "constant" and config.optim.warmup_steps:
         yield "optim.warmup_steps: the constant schedule has no warm-up; take constant_with_warmup"
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout, engine, device = config.rollout, config.rollout.engine, config.device
+    if engine == "loop" and device not in ("auto", "cpu"):
+        yield f"rollout.engine: loop samples on a CPU, and device is {quote(device)}; set it to auto"
+    if engine not in ("auto", "vllm"):
+        for key in _changed(rollout.vllm):
+            yield f"rollout.vllm.{key}: has no effect with rollout.engine: {engine}; set that to vllm"
+    if rollout.correction == "none":
+        for key in ("correction_min", "correction_max"):
+            if getattr(rollout, key) is not None:
+                yield f"rollout.{key}: has no effect without rollout.correction; set that to {', '.join(BOUNDS)}"
+        return
+    lowest, highest = BOUNDS[rollout.correction]
+    if lowest is None:
+        if rollout.correction_min is not None:
+            yield f"rollout.correction_min: has no effect with correction: {rollout.correction}, which lacks that bound"
+        return
+    low, high = rollout.correction_min or lowest, rollout.correction_max or highest
+    if low >= high:
+        yield (
+            f"rollout.correction_min: with {low:g} to {high:g} ({rollout.correction}'s bounds) no ratio is kept; it "
+            "must be below correction_max"
+        )
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -194,7 +221,7 @@ def _options_in_use(config: Config) -> Iterator[str]:
             yield f"{config.algorithm}.{key}: has no effect without {needed}"
 
 
-def _changed(section: AlgorithmConfig) -> list[str]:
+def _changed(section: AlgorithmConfig | VLLMConfig) -> list[str]:
     return [f.name for f in dataclasses.fields(section) if getattr(section, f.name) != getattr(type(section)(), f.name)]
 
 

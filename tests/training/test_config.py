@@ -143,6 +143,32 @@ def test_round_trip(tmp_path):
             ["--model.offload_idle", "true", "--model.reference", "none", "--ppo.kl_coef", "0"],
             "model.offload_idle: has no effect without a separate critic",
         ),
+        (
+            ["--rollout.engine", "vlm"],
+            "rollout.engine: 'vlm' is not one of auto, loop, transformers, continuous, vllm; did",
+        ),
+        (["--rollout.engine=loop", "--device=cuda"], "rollout.engine: loop samples on a CPU, and device is 'cuda'"),
+        (
+            ["--rollout.engine=continuous", "--rollout.vllm.enforce_eager=true"],
+            "rollout.vllm.enforce_eager: has no effect with rollout.engine: continuous; set that to vllm",
+        ),
+        (["--rollout.vllm.gpu_memory_utilization", "1.5"], "utilization: input should be less than or equal to 1"),
+        (["--rollout.vllm.gpu_memory_utilization", "0"], "utilization: input should be greater than 0"),
+        (["--rollout.vllm.tensor_parallel_size", "0"], "tensor_parallel_size: input should be greater than 0"),
+        (["--rollout.vllm", "3"], "rollout.vllm: expected keys and their values, got 3"),
+        (["--rollout.stop", "['']"], "rollout.stop.0: string should have at least 1 character"),
+        (["--rollout.stop", "END"], "rollout.stop: input should be a valid list, got 'END'"),
+        (
+            ["--rollout.correction_max", "3"],
+            "rollout.correction_max: has no effect without rollout.correction; set that",
+        ),
+        (
+            ["--rollout.correction=truncate", "--rollout.correction_min=0.1"],
+            "rollout.correction_min: has no effect with correction: truncate",
+        ),
+        (["--rollout.correction=mask", "--rollout.correction_min=5"], "correction_min: with 5 to 5 (mask's bounds) no"),
+        (["--rollout.correction=mask", "--rollout.correction_max=0"], "correction_max: input should be greater than 0"),
+        (["--rollout.correction", "tis"], "rollout.correction: 'tis' is not one of none, truncate, mask"),
         (["--optim.name", "paged_adamw_8bit", "--algorithm", "cpi"], "with paged_adamw_8bit every step of cpi"),
         (["--ppo.kl_coef_final", "3"], "ppo.kl_coef_final: has no effect without kl_controller: linear"),
         (

@@ -90,6 +90,13 @@ def strategy_of(config: Config, size: int) -> str | None:
     Raises:
         ConfigError: the run cannot be divided among them.
     """
+    share = config.rollout.vllm.tensor_parallel_size
+    if size % share:
+        processes = f"{size} processes" if size > 1 else "one process"
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size: {processes} cannot be divided into groups of {share}; start a "
+            f"multiple of {share} with torchrun, or set it to 1"
+        )
     if size == 1:
         return None
     strategy = config.distributed.strategy

@@ -61,7 +61,7 @@ def _changes(config: Config, machine: Machine, memory: Memory) -> Iterator[tuple
                 yield key, steps, f"{steps}"
         if cuda and not model.activation_offloading:
             yield "model.activation_offloading", True, "true"
-    if phase == "rollout" and memory.shape.sampled > 1:
+    if phase == "rollout" and memory.shape.sampled > 1 and memory.vllm is None:
         size = max(1, memory.shape.sampled // 4)
         yield "rollout.generation_batch_size", size, f"{size}"
     if model.lora is None:

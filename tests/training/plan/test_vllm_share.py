@@ -100,6 +100,18 @@ def test_on_a_cpu_it_does_not_sleep(model):
     )
 
 
+def test_processes_that_share_an_engine_share_its_weights(model):
+    def weights(size: int) -> int:
+        given = config(model, rollout__num_prompts=8, rollout__vllm__tensor_parallel_size=size)
+        return rollout_of(given, Machine("cuda", GPU.memory, 4)).kinds["weight copies"]
+
+    assert weights(1) - weights(2) == pytest.approx(2 * (weights(2) - weights(4)), abs=4)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: 4 processes cannot be divided into groups of 3"):
+        weights(3)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: one process cannot be divided into groups of 2"):
+        rollout_of(config(model, rollout__vllm__tensor_parallel_size=2))
+
+
 def test_a_model_that_cannot_be_planned_needs_a_share(model, monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such layer")
