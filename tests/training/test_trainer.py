@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -10,18 +11,19 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import start_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import build_changed_config, make_tiny_model, metrics_of, same, weights_of
 
 from fastppo.algorithms.learner import NonFiniteError
+from fastppo.cli import main
 from fastppo.models import ValueHead, ValueModel
 from fastppo.training.checkpoint import CheckpointError, find_checkpoint
 from fastppo.training.config import ConfigError
@@ -668,62 +670,63 @@ def test_bad_input_is_refused_before_any_work(world, tmp_path, monkeypatch, chan
     assert list((tmp_path / "run").rglob("*")) == []
 
 
-class Process:
-    """`fastppo train` as a process of its own, 12 steps, a checkpoint after each.
+def train_until_told(world, out, folder, hold, *extra):
+    """`fastppo train`, 12 steps, a checkpoint after each, in a process that has imported the packages.
 
     Its reward function touches `folder/reached` at call `hold`, and waits at the next for `folder/release`, so that the
     run cannot end, or go on far, before the test has done what it is about.
     """
+    import yaml
 
-    def __init__(self, world, out, *extra, hold=None):
-        import yaml
+    from fastppo.training import trainer
+    from fastppo.training.config import to_dict
 
-        from fastppo.training.config import to_dict
+    def without_plots(out):  # which take most of a tiny run's time
+        (out / "report.html").touch()
+        return out / "report.html"
 
-        path = world / f"{out.name}.yaml"
-        path.write_text(yaml.safe_dump(to_dict(config(world, out, total_steps=12, checkpoint__every=1))))
-        self.folder = out.with_name(f"{out.name}-{time.monotonic_ns()}")
-        self.folder.mkdir()
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-        if hold is not None:
-            environment["HOLD"] = f"{self.folder}:{hold}"
-        with open(self.folder / "output", "w") as output:  # not a pipe, which blocks the run once it is full
-            command = [sys.executable, "-m", "fastppo", "train", str(path), *extra]
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=world
-            )
+    trainer.write_report = without_plots
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config(world, out, total_steps=12, checkpoint__every=1))))
+    if hold is not None:
+        os.environ["HOLD"] = f"{folder}:{hold}"
+    with open(folder / "output", "w") as output, contextlib.redirect_stdout(output):
+        return main(["train", str(path), *extra])
 
-    def wait(self):
-        """The exit status, and what was printed."""
-        try:
-            return self.process.wait(timeout=300), (self.folder / "output").read_text()
-        finally:
-            self.process.kill()
 
-    def wait_until_reached(self):
-        deadline = time.monotonic() + 300
-        while not (self.folder / "reached").exists():
-            assert self.process.poll() is None, (self.folder / "output").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+def start_training(world, out, *extra, hold=None):
+    """The process, the pipe for its exit status, and the folder that it tells how far it is in."""
+    folder = out.with_name(f"{out.name}-{time.monotonic_ns()}")
+    folder.mkdir()
+    [(process, report)] = start_ranks(1, train_until_told, world, out, folder, hold, *extra)
+    return process, report, folder
+
+
+def wait_until_reached(process, folder):
+    deadline = time.monotonic() + 300
+    while not (folder / "reached").exists():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.mark.slow
 def test_kill_9_and_resume_give_the_bits_of_a_run_that_was_never_killed(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = Process(world, whole)
+    undisturbed = start_training(world, whole)
     extra = []
     for _ in range(3):
-        run = Process(world, killed, *extra, hold=3)
-        run.wait_until_reached()
+        process, _, folder = start_training(world, killed, *extra, hold=3)
+        wait_until_reached(process, folder)
         time.sleep(0.3 * random.random())  # while the step is scored, updates the policy and is saved; or in the next
-        run.process.kill()
-        status, output = run.wait()
-        assert status == -signal.SIGKILL, output
+        process.kill()
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL
         extra = ["--resume"]
-    for run in (Process(world, killed, "--resume"), undisturbed):
-        status, output = run.wait()
-        assert status == 0, output
+    for process, report, _ in (start_training(world, killed, "--resume"), undisturbed):
+        assert report.poll(300)
+        assert report.recv() == (0, None)
+        process.join(timeout=60)
     assert same(weights_of(whole), weights_of(killed))
     assert metrics_of(whole) == metrics_of(killed)
 
@@ -731,14 +734,15 @@ def test_kill_9_and_resume_give_the_bits_of_a_run_that_was_never_killed(world, t
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves_it(world, tmp_path):
     out = tmp_path / "run"
-    run = Process(world, out, hold=3)  # an evaluation, step 1, step 2
-    run.wait_until_reached()
-    run.process.send_signal(signal.SIGINT)
-    (run.folder / "release").touch()
-    status, output = run.wait()
-    assert status == 128 + signal.SIGINT, output
-    assert "stopping after this step" in output
+    process, report, folder = start_training(world, out, hold=3)  # an evaluation, step 1, step 2
+    wait_until_reached(process, folder)
+    os.kill(process.pid, signal.SIGINT)
+    (folder / "release").touch()
+    assert report.poll(300)
+    assert report.recv() == (128 + signal.SIGINT, None)
+    process.join(timeout=60)
+    assert "stopping after this step" in (folder / "output").read_text()
+    assert (out / "report.html").exists()
     step = metrics_of(out)[-1]["step"]
     assert step in (2, 3)
     assert Trainer(config(world, out, total_steps=12, checkpoint__every=1), resume=True).step == step
-    assert (out / "report.html").exists()
