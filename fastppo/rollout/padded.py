@@ -30,9 +30,7 @@ class PaddedEngine(Engine):
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
         pad, size = sampling.tokenizer.pad_token_id, sampling.batch_size
-        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        ids, mask = pad_left(prompts, pad)
         ids = readable_ids(backbone_of(self.policy), ids, mask)
         device = backbone_of(self.policy).get_input_embeddings().weight.device
         completions: list[Completion] = []
@@ -72,3 +70,10 @@ class Batch:
             self._ended = ended
             self._progress(ended)
         return going.to(tokens.device)
+
+
+def pad_left(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, P] int64, of prompts padded on the left."""
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

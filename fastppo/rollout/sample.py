@@ -15,6 +15,7 @@ from fastppo.errors import quote
 from fastppo.models import ModelError
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.engine import Engine, Sampling
+from fastppo.rollout.padded import pad_left
 from fastppo.rollout.prompt import Prompt
 
 
@@ -82,11 +83,8 @@ def sample(
         raise
     engine.sleep()
 
-    pad = tokenizer.pad_token_id
-    rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-    prompt_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    tokens = _padded([completion.tokens for completion in completions], pad, torch.long)
+    ids, prompt_mask = pad_left([prompt.input_ids for prompt in prompts], tokenizer.pad_token_id)
+    tokens = _pad_right([completion.tokens for completion in completions], tokenizer.pad_token_id, torch.long)
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
     numbers: dict[int, int] = {}  # of each prompt, which is one object however often it is repeated
@@ -98,7 +96,7 @@ def sample(
         completions=tokenizer.batch_decode(tokens, skip_special_tokens=True),
         ended=torch.tensor([completion.ended for completion in completions], device=device),
         groups=torch.tensor(groups, device=device),
-        logprobs=_padded([completion.logprobs for completion in completions], 0.0, torch.float32).to(device),
+        logprobs=_pad_right([completion.logprobs for completion in completions], 0.0, torch.float32).to(device),
     )
 
 
@@ -112,6 +110,6 @@ def _eos_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return eos
 
 
-def _padded(rows: list[list], fill: float, dtype: torch.dtype) -> Tensor:
+def _pad_right(rows: list[list], fill: float, dtype: torch.dtype) -> Tensor:
     """Rows as one tensor, filled on the right."""
     return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=fill)

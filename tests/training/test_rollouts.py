@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import build_changed_config, make_tiny_model, metrics_of
 
+from fastppo.rollout.engine import EngineError
 from fastppo.rollout.loop import LoopEngine
 from fastppo.training.metrics import read_alarms
 from fastppo.training.trainer import Trainer
@@ -121,3 +122,24 @@ def test_a_sampler_that_is_behind_the_policy_shows_in_the_gap_and_raises_an_alar
     assert gaps[0] < 1e-4  # before any update
     assert all(gap > 0.3 if behind else gap < 1e-4 for gap in gaps[1:]), gaps
     assert ("rollout/logprob_gap_mean" in alarms) == behind, [row["rollout/logprob_gap_mean"] for row in rows]
+
+
+def test_a_run_whose_engine_fails_keeps_its_completed_steps_and_goes_on(world, tmp_path):
+    rollouts_of(Trainer(config(world, tmp_path / "whole")))
+    trainer = Trainer(config(world, tmp_path / "run", checkpoint__every=10))
+    sample, calls = trainer.scorer.engine.sample, []
+
+    def fail(*arguments):
+        calls.append(trainer.step)
+        if trainer.step == 2:
+            raise EngineError("the engine is out of memory; lower it")
+        return sample(*arguments)
+
+    trainer.scorer.engine.sample = fail
+    with pytest.raises(EngineError, match="the engine is out of memory"):
+        trainer.train()
+    assert calls == [0, 0, 1, 2]  # an evaluation and three steps
+    resumed = Trainer(config(world, tmp_path / "run", checkpoint__every=10), resume=True)
+    assert resumed.step == 2
+    resumed.train()
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
