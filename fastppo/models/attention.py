@@ -10,8 +10,9 @@ Scores and softmax are float32, as in the fused kernel. The backward pass needs 
 scores would take more memory than everything else, use scaled_dot_product_attention.
 
 `fastppo_varlen` takes sequences packed in one row (`fastppo.models.packed_row`) to PyTorch's `varlen_attn`, for a GPU
-without flash-attn. Other calls, as in generation, use scaled_dot_product_attention. It has not run on a GPU yet; the
-layout and the arguments are tested with a function for a CPU in place of `varlen_attn`.
+without flash-attn. Other calls, as in generation, use scaled_dot_product_attention. `fastppo_paged_flash` does so for
+transformers' continuous batching, whose own choice without flash-attn has a dense mask over all keys of all sequences.
+Neither has run on a GPU yet; layout and arguments are tested with a function for a CPU in place of `varlen_attn`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -33,11 +34,12 @@ except ImportError:  # PyTorch before 2.10
 
 NAME = "fastppo_short"
 VARLEN = "fastppo_varlen"
+PAGED = "fastppo_paged_flash"  # transformers gives no mask to attention whose name has "flash" in it
 LONGEST = 512  # keys, for as many queries
 
 # Further arguments of some architectures, which the plain products do not support.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions", "cu_seq_lens_q")
-_UNSUPPORTED_IN_ROWS = ("softcap", "s_aux", "position_bias", "output_attentions", "sliding_window")
+_UNSUPPORTED_IN_ROWS = ("softcap", "s_aux", "position_bias", "output_attentions")
 
 
 def attention(
@@ -121,22 +123,72 @@ def attention_in_a_row(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("varlen_attn has no window passed to it")
+    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return _attend_in_rows(query, key, value, lengths, dropout, scaling, None, kwargs), None
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """As `attention_in_a_row` for continuous batching, where each sequence has more keys than queries, or as many.
+
+    Before transformers 5.23 the attention function itself adds to the cache and reads from it.
+    """
+    cu_seq_lens_k, longest_key = (kwargs.get(f"{name}_k") for name in ("cu_seq_lens", _longest(kwargs)))
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    if "cache" in kwargs:
+        indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+        states = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, **indices)
+        key, value = (x.transpose(0, 1)[None] for x in states)
+    if isinstance(cu_seq_lens_k, dict):
+        layers = "sliding_attention" if window else "full_attention"
+        cu_seq_lens_k, longest_key = cu_seq_lens_k[layers], longest_key[layers]
+    lengths = (kwargs["cu_seq_lens_q"], cu_seq_lens_k.to(torch.int32), kwargs[f"{_longest(kwargs)}_q"], longest_key)
+    return _attend_in_rows(query, key, value, lengths, dropout, scaling, window, kwargs), None
+
+
+def _longest(kwargs: dict) -> str:
+    return "max_length" if "max_length_q" in kwargs else "max_seqlen"
+
+
+def _attend_in_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[Tensor, Tensor, int, int],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    kwargs: dict,
+) -> Tensor:
+    """[1, N, H, d]. The queries of a sequence are its last ones; each sees `window` keys, itself the last of them."""
     if dropout or any(kwargs.get(name) is not None for name in _UNSUPPORTED_IN_ROWS):
-        raise NotImplementedError("varlen_attn has no dropout, soft cap, sink or bias, and no window is passed to it")
+        raise NotImplementedError("varlen_attn has no dropout, soft cap, sink or bias")
     device = query.device.type
     # As autocast does for scaled_dot_product_attention; rotary embeddings have made queries and keys float32.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [N, heads, d]
-    options = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    options = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}  # causal
     if "enable_gqa" in _arguments(varlen_attn):
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    return varlen_attn(query, key, value, *lengths, **options)[None], None
+    return varlen_attn(query, key, value, *lengths, **options)[None]
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, _mask)
 AttentionInterface.register(VARLEN, attention_in_a_row)
 AttentionMaskInterface.register(VARLEN, sdpa_mask)
+for name in (PAGED, f"paged|{PAGED}"):  # before transformers 5.23 with the prefix
+    AttentionInterface.register(name, paged_attention)
+    AttentionMaskInterface.register(name, flash_attention_mask)
