@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -21,6 +22,7 @@ _PACKAGES = (
     ("transformers", "the trainer"),
     ("safetensors", "checkpoints"),
     ("pydantic", "configuration files"),
+    ("vllm", "rollout.engine: vllm"),
     ("datasets", "prompts from the Hub or a saved dataset"),
     ("gguf", "GGUF models"),
     ("peft", "LoRA"),
@@ -64,7 +66,24 @@ def report() -> str:
                 state += ", but by name alone: every check has passed on sm_90, and none has run on this chip"
             lines.append(f"  {name:16} {state}")
         lines += [f"    {op:18} -> {select(op, device, torch.float32)}" for op in BACKENDS]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Rollouts (rollout.engine)", *_engines(devices)])
+
+
+def _engines(devices: list[torch.device]) -> Iterator[str]:
+    if importlib.util.find_spec("transformers") is None:
+        yield "  none             transformers is not installed"
+        return
+    from fastppo.rollout.choose import NAMES as engines
+    from fastppo.rollout.choose import auto, why_not
+
+    for device in devices:
+        for name in engines:
+            reason = why_not(name, device)
+            yield f"  {name:16} unusable on {device}: {reason}" if reason else f"  {name:16} usable on {device}"
+        name, why = auto(device)
+        known = {"loop": "a model whose states it knows", "continuous": "a model that it knows, in half precision"}
+        for_ = f"; for {known[name]}, else transformers" if name in known else ""
+        yield f"    {'auto':18} -> {name}: {why}{for_}"
 
 
 def _version(package: str) -> str | None:
