@@ -200,6 +200,9 @@ class VLLMEngine(Engine):
                             engine.abort_request([request.request_id])
                 if len(ended) > before:
                     progress(ended)
+        except FloatingPointError:
+            self._llm.collective_rpc(_clear_cache)
+            raise
         finally:  # an exception may leave some
             engine.abort_request([str(index) for index in range(len(sequences)) if index not in ended])
         return [completion.completion for completion in growing]
@@ -304,6 +307,13 @@ def _process_as_it_was() -> Iterator[None]:
             os.environ.pop(name, None)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+
+
+def _clear_cache(worker: Any) -> None:
+    """Blocks are used again, and attention on a CPU multiplies what is beyond a sequence's end by 0: NaN stays NaN."""
+    for cache in worker.model_runner.kv_caches:
+        for tensor in [cache] if isinstance(cache, Tensor) else cache:
+            tensor.zero_()
 
 
 def _shut_down(core: Any) -> None:
