@@ -16,9 +16,9 @@ from fastppo.engines.dispatch import BACKENDS
 
 B, T, D, V = 3, 4, 8, 37
 TRAINED = ("hidden", "weight", "bias", "logits", "logprobs", "entropy", "values")
-PER_TOKEN = ("targets", "old_logprobs", "ref_logprobs", "advantages", "mask", "hidden", "ref_hidden", "logits",
-             "ref_logits", "logprobs", "entropy", "values", "returns", "old_values", "rewards", "dones", "x",
-             "d_hidden", "row_weights")  # fmt: skip
+PER_TOKEN = ("targets", "old_logprobs", "ref_logprobs", "advantages", "importance_weights", "mask", "hidden",
+             "ref_hidden", "logits", "ref_logits", "logprobs", "entropy", "values", "returns", "old_values", "rewards",
+             "dones", "x", "d_hidden", "row_weights")  # fmt: skip
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "hidden": hidden, "weight": weight, "bias": bias, "ref_hidden": ref_hidden,
         "ref_weight": torch.randn(V, D) / math.sqrt(D), "ref_bias": torch.randn(V),
         "old_logprobs": now + 0.3 * torch.randn(B, T), "ref_logprobs": now + 0.3 * torch.randn(B, T),
-        "advantages": torch.randn(B, T),
+        "advantages": torch.randn(B, T), "importance_weights": 2 * torch.rand(B, T),
     }  # fmt: skip
     return {name: value.to(dtype) for name, value in x.items()} | {"targets": targets}
 
@@ -68,7 +68,7 @@ def operators(backend: str) -> dict[str, tuple]:
         x[name] = x[name] + 100.0  # its exponential overflows: no distance to a maximum
     head = {name: x[name] for name in ("hidden", "weight", "bias")}
     reference = {name: x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
-    rollout = {name: x[name] for name in ("old_logprobs", "advantages", "ref_logprobs")}
+    rollout = {name: x[name] for name in ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")}
     targets, mask, loss = {"targets": x["targets"]}, {"mask": torch.ones(B, T)}, {"kl_coef": 0.3, "entropy_coef": 0.1}
     sequences = {"ratio_level": "sequence-geometric", "loss_agg": "seq-mean-token-mean", "dual_clip": 1.5}
     exact = {"kl_estimator": "exact"} | loss
@@ -347,7 +347,9 @@ def dtypes_may_differ(backend: str, dtype: torch.dtype, other: torch.dtype) -> N
     ref_logits = torch.nn.functional.linear(x["ref_hidden"], x["ref_weight"]).detach().bfloat16().to(dtype)
     head = {name: x[name] for name in ("hidden", "weight", "bias")}
     reference = {name: x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
-    rollout = {name: x[name] for name in ("targets", "old_logprobs", "advantages", "ref_logprobs")}
+    rollout = {
+        name: x[name] for name in ("targets", "old_logprobs", "advantages", "ref_logprobs", "importance_weights")
+    }
     exact = {"kl_coef": 0.3, "kl_estimator": "exact", "entropy_coef": 0.1}
     calls = [
         (fastppo.linear_kl, head | reference),

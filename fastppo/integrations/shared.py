@@ -52,15 +52,11 @@ def weighted_ppo_loss(
     """`fastppo.ppo_loss` of log π / π_old [B, T], each token weighed by `weights` [B, T] ≥ 0; returns loss and metrics.
 
     The ratio is passed as log-probabilities with old ones of 0, since the libraries clamp it more tightly than
-    `ppo_loss`. The weights multiply the advantages: a factor of at least 0 commutes with min and clip.
+    `ppo_loss`.
     """
     old = torch.zeros_like(log_ratio)
-    if weights is None:
-        out = ppo_loss(old, advantages, logprobs=log_ratio, **options)
-        return out.loss, out.metrics
-    loss = ppo_loss(old, advantages * weights, logprobs=log_ratio, **options).loss
-    # The metrics count clipped tokens, those of weight 0 included.
-    return loss, ppo_loss(old, advantages, logprobs=log_ratio.detach(), **options).metrics
+    out = ppo_loss(old, advantages, logprobs=log_ratio, importance_weights=weights, **options)
+    return out.loss, out.metrics
 
 
 def replace_gradient(value: Tensor, source: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def compute_policy_loss(
         loss_agg_mode: see `agg_loss`.
         config: verl's ActorConfig, or any mapping that also has its attributes: clip_ratio, clip_ratio_low,
             clip_ratio_high, clip_ratio_c, global_batch_info.
-        rollout_is_weights: [B, T] importance weights π_train / π_rollout, at least 0.
+        rollout_is_weights: [B, T] importance weights π_train / π_rollout, at least 0, of any of verl's rollout
+            corrections; what it rejects is missing from response_mask.
 
     Returns:
         The loss, and actor/pg_clipfrac, actor/ppo_kl (k1, nats a token) and actor/pg_clipfrac_lower.
@@ -136,7 +137,7 @@ def compute_policy_loss(
     log_ratio = (log_prob - old_log_prob.detach()).clamp(-20.0, 20.0)  # verl's bounds
     low, high = ("clip_ratio" if config.get(name) is None else name for name in ("clip_ratio_low", "clip_ratio_high"))
     names = {"clip_low": low, "clip_high": high, "dual_clip": "clip_ratio_c", "loss_agg": "loss_agg_mode"}
-    with callers_names(logprobs="log_prob", **names):
+    with callers_names(logprobs="log_prob", importance_weights="rollout_is_weights", **names):
         loss, metrics = weighted_ppo_loss(
             log_ratio,
             advantages,

@@ -129,9 +129,11 @@ LOSSES = (("sequence-geometric", "k3"), ("token", "k1"), ("token", "exact"))
 
 def loss_case(level: str, estimator: str) -> None:
     rows, tokens = [meta(N) for _ in range(3)], [meta(8, N // 8) for _ in range(3)]
+    importance_weights = meta(8, N // 8) if level == "token" else None
     loss_agg = "token-mean" if level == "token" else "seq-mean-token-mean"
     clipped_loss.clipped_loss(
-        *rows, meta(8, N // 8, dtype=torch.bool), *tokens, None, 0.2, 0.2, None, level, 0.1, estimator, 0.01, loss_agg
+        *rows, meta(8, N // 8, dtype=torch.bool), *tokens, importance_weights,
+        0.2, 0.2, None, level, 0.1, estimator, 0.01, loss_agg,
     )  # fmt: skip
 
 

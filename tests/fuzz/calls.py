@@ -225,7 +225,9 @@ def random_loss(draw: Draw, call: Call, *, exact: bool) -> None:
     args["advantages"] = (draw.pick([1.0, 0.0, 1e3]) * draw.randn(*call.lead)).to(precise)
     if args.get("kl_estimator", "exact") != "exact":
         args["ref_logprobs"] = (now + spread * draw.randn(*call.lead)).to(precise)
-    fill_padding(draw, call, "old_logprobs", "advantages", "ref_logprobs")
+    if draw.chance(0.3):
+        args["importance_weights"] = draw.randn(*call.lead).clamp(0.0, 1.0).to(precise)
+    fill_padding(draw, call, "old_logprobs", "advantages", "ref_logprobs", "importance_weights")
 
 
 def linear_ppo_loss(draw: Draw) -> Call:

@@ -232,9 +232,9 @@ class Loss:
             "loss_agg",
         )
         self.options = {name: a[name] for name in names if name in a}
-        self.old, self.advantages, self.ref = (
+        self.old, self.advantages, self.ref, self.weights = (
             None if a.get(n) is None else a[n].double().reshape(-1, max(call.lead[-1], 1))
-            for n in ("old_logprobs", "advantages", "ref_logprobs")
+            for n in ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
         )
 
     def __call__(self, rows: dict[str, Tensor]) -> Tensor:
@@ -246,7 +246,7 @@ class Loss:
 
         return oracle.ppo(
             grid(rows["logp"]), grid(rows["entropy"]), self.old, self.advantages, mask.tolist(), ref=self.ref,
-            exact_kl=grid(rows["kl"]), **self.options,
+            exact_kl=grid(rows["kl"]), importance_weights=self.weights, **self.options,
         )  # fmt: skip
 
     def magnitude(self, rows: dict[str, Tensor]) -> float:

@@ -134,7 +134,17 @@ WRONG_VALUES: dict[str, list] = {
     "backend": ["cuda", "", 7, b"cpu", ["cpu"], {}, object()],
     **{name: ["nope", "", None, 3, ["k1"], b"k1", {}] for name in ("ratio_level", "loss_agg", "kl_estimator", "kind")},
 }  # fmt: skip
-FINITE = ("old_logprobs", "advantages", "ref_logprobs", "returns", "old_values", "rewards", "row_weights", "x")
+FINITE = (
+    "old_logprobs",
+    "advantages",
+    "ref_logprobs",
+    "importance_weights",
+    "returns",
+    "old_values",
+    "rewards",
+    "row_weights",
+    "x",
+)
 
 
 def check_invalid(draw: Draw, call: Call) -> None:

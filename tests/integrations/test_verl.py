@@ -13,6 +13,7 @@ import torch
 from rl_libraries import assert_same, draw, find, load, parameters, replaced_pairs, value_and_gradient
 from torch import Tensor
 
+from fastppo.algorithms.correction import importance_weights
 from fastppo.integrations import patching
 from fastppo.integrations import verl as adapter
 
@@ -460,3 +461,59 @@ def test_verls_fused_forward_of_a_model_gives_the_same_with_and_without_the_patc
         (out.log_probs * upstream[0] + out.entropy * upstream[1]).sum().backward()
         results.append((out.log_probs, out.entropy, *[p.grad.clone() for p in model.parameters()]))
     assert_same(*results, 1e-4)
+
+
+LOW, HIGH = 0.8, 1.25  # reciprocal, since verl compares the reciprocal of a sequence's ratio in its rejection
+CORRECTIONS = {
+    "token, truncated": ("truncate", {"rollout_is": "token", "rollout_is_threshold": HIGH}),
+    "token, icepop": ("mask", {"rollout_is": "token", "rollout_is_threshold": f"{LOW}_{HIGH}"}),
+    "sequence, truncated": ("sequence_ratio", {"rollout_is": "sequence", "rollout_is_threshold": HIGH}),
+    "sequence, masked": ("sequence_mask", {"rollout_is": "sequence", "rollout_is_threshold": f"{LOW}_{HIGH}"}),
+    "sequence, rejected": (
+        "sequence_mask",
+        {"rollout_is": "sequence", "rollout_is_threshold": 1e3}
+        | {"rollout_rs": "seq_sum_k1", "rollout_rs_threshold": f"{LOW}_{HIGH}"},
+    ),
+    "token, normalized": (None, {"rollout_is": "token", "rollout_is_batch_normalize": True}),
+    "geometric rejection": (None, {"rollout_is": None, "rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.8_1.2"}),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_rollout_corrections_pass_through(algos, patched, name):
+    """Decoupled: verl's weights and masks, by its loss and by ours. Bypass: verl's losses, on our aggregation."""
+    method, options = CORRECTIONS[name]
+    correct = load("verl.trainer.ppo.rollout_corr_helper").compute_rollout_correction_and_rejection_mask
+    correction = load("verl.trainer.config.algorithm").RolloutCorrectionConfig
+    configs = load("verl.workers.config")
+    torch.manual_seed(0)
+    mask, old, advantages = rollout_mask(6, 5), draw(6, 5) - 3, draw(6, 5)
+    rollout, log_probs = (old + draw(6, 5, scale=0.3) for _ in range(2))
+    weights, kept, _ = correct(old, rollout, mask.long(), **options)
+    weights = weights and weights.batch["rollout_is_weights"]
+    if method is not None:
+        own, changed = importance_weights(old, rollout, mask, method, LOW, HIGH)
+        assert_same(own, weights * kept)
+        assert changed.any()
+        assert (own > 0).any()
+
+    def run(name, corrected, **bypass):
+        function = algos.get_policy_loss_fn(name)
+        policy_loss = configs.PolicyLossConfig(rollout_correction=correction(**options, **bypass))
+        config = configs.ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss)
+
+        def loss(x):
+            return function(old, x, advantages, kept, config=config, rollout_is_weights=corrected)
+
+        return value_and_gradient(loss, log_probs)
+
+    bypass = [{"bypass_mode": True, "loss_type": loss_type} for loss_type in ("ppo_clip", "reinforce")]
+    mine = [run("fastppo", weights), *(run("bypass_mode", None, **mode) for mode in bypass)]
+    adapter.unpatch()
+    try:
+        theirs = [run("vanilla", weights), *(run("bypass_mode", None, **mode) for mode in bypass)]
+    finally:
+        adapter.patch()
+    for ((loss, metrics), gradient), ((their_loss, their_metrics), their_gradient) in zip(mine, theirs, strict=True):
+        assert_same((loss, gradient), (their_loss, their_gradient))
+        assert metrics == pytest.approx(their_metrics, abs=1e-6)

@@ -21,6 +21,7 @@ MASK = torch.ones(B, T, dtype=torch.bool)
 HEAD = {"hidden": HIDDEN, "weight": WEIGHT, "bias": BIAS}
 REFERENCE = {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": BIAS}
 ROLLOUT = {"old_logprobs": TOKENS, "advantages": TOKENS, "mask": MASK, "ref_logprobs": TOKENS}
+ROLLOUT["importance_weights"] = TOKENS
 
 
 def scratch_budget(num_bytes: int) -> None:

@@ -216,9 +216,11 @@ def ppo_inputs(b=4, t=7, d=11, v=97, seed=None):
     advantages = torch.randn(b, t, generator=generator)
     mask = torch.rand(b, t, generator=generator) < 0.7
     mask[1] = False  # a sequence without a token
+    importance_weights = (2.5 * torch.rand(b, t, generator=generator) - 0.5).clamp(min=0)
     return {
         "hidden": hidden.view(b, t, d), "weight": weight, "bias": bias, "targets": targets, "old": old, "ref": ref,
         "advantages": advantages, "mask": mask, "ref_hidden": ref_hidden.view(b, t, 5), "ref_weight": ref_weight,
+        "importance_weights": importance_weights,
     }  # fmt: skip
 
 
@@ -343,6 +345,41 @@ def test_selective_logprob_matches_the_oracle(transform, inplace, backend):
             assert all(o.flatten()[n] == 0 for o in out)
     total.backward()
     torch.testing.assert_close(leaf.grad.double(), leaf64.grad, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [PPO_CASES[2], PPO_CASES[5], PPO_CASES[7], PPO_CASES[8]], ids=str)
+def test_importance_weights_weigh_the_surrogate(case, backend):
+    """From hidden states, logits and log-probabilities, against the oracle; and each metric but one is as without."""
+    x = ppo_inputs(seed=1)
+    weights = {"importance_weights": x["importance_weights"]}
+    want, want_grads = oracle_ppo(x, case | {"importance_weights": x["importance_weights"].double()})
+    assert (weights["importance_weights"] == 0).any()
+    garbage = {"importance_weights": x["importance_weights"].masked_fill(~x["mask"], -math.inf)}
+    rollout = (x["targets"], x["old"], x["advantages"])
+    ref = {"ref_hidden": x["ref_hidden"], "ref_weight": x["ref_weight"], "ref_logprobs": x["ref"]}
+    options = {"mask": x["mask"], "backend": backend, **case}
+    h, w, bias = leaves(x["hidden"], x["weight"], x["bias"])
+    out = fastppo.linear_ppo_loss(h, w, *rollout, bias=bias, **ref, **options, **garbage)
+    out.loss.backward()
+    (logit_h,) = leaves(x["hidden"])
+    logits = torch.nn.functional.linear(logit_h, x["weight"], x["bias"])
+    ref = {"ref_logits": torch.nn.functional.linear(x["ref_hidden"], x["ref_weight"]), "ref_logprobs": x["ref"]}
+    from_logits = fastppo.ppo_loss(*rollout[1:], logits=logits, targets=x["targets"], **ref, **options, **garbage)
+    from_logits.loss.backward()
+    for loss in (out.loss, from_logits.loss):
+        torch.testing.assert_close(loss.detach().double(), want, atol=2e-5, rtol=2e-5)
+    for got, expected in zip((h.grad, w.grad, bias.grad, logit_h.grad), (*want_grads, want_grads[0]), strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=5e-5, rtol=5e-5)
+    if case.get("kl_estimator") != "exact":
+        given = {"logprobs": out.logprobs, "entropy": out.entropy, "ref_logprobs": x["ref"]}
+        loss = fastppo.ppo_loss(*rollout[1:], **given, **options, **weights).loss
+        torch.testing.assert_close(loss.double(), want, atol=2e-5, rtol=2e-5)
+    plain = fastppo.ppo_loss(*rollout[1:], logits=logits, targets=x["targets"], **ref, **options).metrics
+    assert plain.pop("policy_loss") != from_logits.metrics["policy_loss"]
+    assert plain["clip_fraction"] + plain["dual_clip_fraction"] > 0
+    for name, value in plain.items():
+        torch.testing.assert_close(from_logits.metrics[name], value, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -703,6 +740,11 @@ BAD = [
     ({"advantages": torch.full((4, 7), float("nan"))}, ValueError, "advantages"),
     ({"old_logprobs": torch.full((4, 7), float("inf"))}, ValueError, "old_logprobs"),
     ({"old_logprobs": torch.zeros(4, 8)}, ValueError, "old_logprobs"),
+    (
+        {"importance_weights": torch.full((4, 7), -0.5)},
+        ValueError,
+        "importance_weights: expected numbers of at least 0",
+    ),
     ({"mask": torch.ones(4, 8, dtype=torch.bool)}, ValueError, "mask"),
     ({"bias": torch.zeros(96)}, ValueError, "bias"),
     ({"kl_coef": 0.1}, ValueError, "ref_logprobs"),

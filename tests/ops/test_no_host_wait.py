@@ -132,7 +132,7 @@ def test_linear_ppo_loss(options, backend, dtype, masked, scaled):
             ref_hidden, ref_weight, ref_bias = model(dtype, bias=masked, dim=8)
             given |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         elif "kl_coef" in options:
-            given |= {"ref_logprobs": draw(B, T)}
+            given |= {"ref_logprobs": draw(B, T), "importance_weights": draw(B, T)}
         out = fastppo.linear_ppo_loss(
             hidden, weight, targets, draw(B, T), draw(B, T), mask=mask if masked else None, bias=bias, backend=backend,
             **given,
@@ -189,7 +189,7 @@ def test_losses_from_what_is_there(scaled):
         _, mask = tokens()
         out = fastppo.ppo_loss(
             draw(B, T), draw(B, T), logprobs=logprobs, entropy=entropy, mask=mask, entropy_coef=0.1, kl_coef=0.1,
-            ref_logprobs=draw(B, T), kl_estimator="k3",
+            ref_logprobs=draw(B, T), importance_weights=draw(B, T), kl_estimator="k3",
         )  # fmt: skip
         critic = fastppo.value_loss(values, draw(B, T), old_values=draw(B, T), mask=mask)
         (out.loss + critic.loss).backward()

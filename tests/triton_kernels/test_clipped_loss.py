@@ -28,7 +28,8 @@ def rollout(b, t, device, *, masked=0.3, spread=0.4):
     mask = torch.rand(b, t, device=device) >= masked
     mask[1:2] = False
     statistics = logprobs, 5 * torch.rand(b, t, device=device), torch.rand(b, t, device=device)
-    return statistics, SampledTokens(mask, old, torch.randn(b, t, device=device), ref)
+    weights = (2.5 * torch.rand(b, t, device=device) - 0.5).clamp(min=0)
+    return statistics, SampledTokens(mask, old, torch.randn(b, t, device=device), ref, weights)
 
 
 def fused(statistics, tokens, options):
@@ -43,7 +44,7 @@ def exact(statistics, tokens, options):
     statistics = [None if x is None else x.double().cpu() for x in statistics]
     tokens = SampledTokens(tokens.mask.cpu(), *(None if x is None else x.double().cpu() for x in tokens[1:]))
     loss, metrics = tokens.loss(*statistics, options)
-    rest = {"ref_logprobs": tokens.ref_logprobs, **options._asdict()}
+    rest = {"ref_logprobs": tokens.ref_logprobs, "importance_weights": tokens.importance_weights, **options._asdict()}
     d_logprobs, d_entropy, _, d_kl = clipped_loss_gradient(statistics[0], *tokens[1:3], tokens.mask, **rest)
     return [loss, torch.stack(list(metrics.values())), d_logprobs, d_entropy, d_kl]
 
@@ -67,7 +68,8 @@ def test_the_loss_and_its_gradients_are_those_of_loops(device, level, agg, estim
     leaves = [x.double().cpu().requires_grad_() for x in statistics]
     arguments = [leaves[0], leaves[1], tokens.old_logprobs.double().cpu(), tokens.advantages.double().cpu()]
     lists = [[list(row) for row in x] for x in (*arguments, tokens.ref_logprobs.double().cpu(), leaves[2])]
-    want = oracle.ppo(*lists[:4], tokens.mask.tolist(), ref=lists[4], exact_kl=lists[5], **options._asdict())
+    more = {"importance_weights": tokens.importance_weights.double().cpu(), **options._asdict()}
+    want = oracle.ppo(*lists[:4], tokens.mask.tolist(), ref=lists[4], exact_kl=lists[5], **more)
     gradients = torch.autograd.grad(want, leaves, allow_unused=True)
     loss, _, *got = fused(statistics, tokens, options)
     assert loss.item() == pytest.approx(want.item(), rel=2e-6, abs=1e-6)
@@ -86,11 +88,11 @@ def test_every_result_at_odd_sizes(device, shape, level):
 
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_what_is_not_given(device, given):
-    """No entropy, no exact KL, no reference: the metrics that they would give are left out."""
+    """No entropy, no exact KL, no reference: the metrics that they would give are left out. No importance weights."""
     (logprobs, entropy, kl), tokens = rollout(3, 9, device)
     statistics = [logprobs, entropy if given[0] else None, kl if given[1] else None]
-    tokens = tokens if given[2] else tokens._replace(ref_logprobs=None)
-    for options in (PLAIN, PLAIN._replace(kl_estimator="exact")):
+    tokens = (tokens if given[2] else tokens._replace(ref_logprobs=None))._replace(importance_weights=None)
+    for options in (PLAIN, PLAIN._replace(kl_estimator="exact"), PLAIN._replace(ratio_level="sequence")):
         assert_close(fused(statistics, tokens, options), exact(statistics, tokens, options))
 
 

@@ -363,6 +363,7 @@ def test_ppo_loss(device, case):
     old, ref = (now + 0.3 * torch.randn(b, t)).float(), (now + 0.3 * torch.randn(b, t)).float()
     advantages, mask = torch.randn(b, t), torch.rand(b, t) < 0.7
     mask[1] = False
+    weights = 2 * torch.rand(b, t) if case.get("kl_estimator") == "exact" or "dual_clip" in case else None
 
     def grid(flat):
         return [[flat[i * t + j] for j in range(t)] for i in range(b)]
@@ -370,7 +371,7 @@ def test_ppo_loss(device, case):
     kls = grid([oracle.divergence(z[n], ref_z[n], "reverse") for n in range(b * t)])
     want = oracle.ppo(
         grid([r[0] for r in rows]), grid([r[1] for r in rows]), old.double(), advantages.double(), mask.tolist(),
-        ref=ref.double(), exact_kl=kls, **case,
+        ref=ref.double(), exact_kl=kls, importance_weights=weights, **case,
     )  # fmt: skip
     want.backward()
 
@@ -380,6 +381,8 @@ def test_ppo_loss(device, case):
     elif "kl_coef" in case:
         kwargs |= {"ref_logprobs": ref.to(device)}
     h, w, bb = leaves(hidden.view(b, t, d), weight, bias)
+    if weights is not None:
+        kwargs["importance_weights"] = weights.to(device)
     out = fastppo.linear_ppo_loss(
         h, w, targets, old.to(device), advantages.to(device), mask=mask.to(device), bias=bb, backend="triton", **kwargs
     )
