@@ -639,7 +639,15 @@ def every_loss(h, w, x, backend):
     ref = (x["ref_hidden"], x["ref_weight"])
     return (
         fastppo.linear_ppo_loss(
-            h, w, x["targets"], x["old"], x["advantages"], entropy_coef=0.1, mask=x["mask"], backend=backend
+            h,
+            w,
+            x["targets"],
+            x["old"],
+            x["advantages"],
+            entropy_coef=0.1,
+            mask=x["mask"],
+            backend=backend,
+            importance_weights=x["importance_weights"],
         ).loss,
         fastppo.linear_logprob(h, w, x["targets"], return_entropy=True, backend=backend).entropy,
         fastppo.linear_kl(h, w, *ref, mask=x["mask"], backend=backend),
