@@ -11,6 +11,8 @@ Metrics with a unit or a meaning that the name does not say; any others may be l
     policy/entropy, policy/approx_kl           nats per token
     policy/skipped_steps, value/skipped_steps  optimizer steps, or 1 for a whole step, left out for a NaN or Inf
     completion/length                          tokens
+    rollout/logprob_gap_mean, _min, _max       log π − log μ of the sampled tokens, μ being what the engine sampled with
+    rollout/corrected_fraction                 share of tokens whose importance weight a bound has changed
     time/<phase>, time/step                    seconds
 """
 
