@@ -145,8 +145,9 @@ def test_the_first_update_starts_at_a_ratio_of_one(model, rollout, budget):
     """Also of sequences that are equally long, of which a shuffled batch would make other passes."""
     algorithm, learner, scorer, _ = build(model, batch__max_tokens=budget, ppo__num_ppo_epochs=1)
     sequences = rollout.sequences[rollout.groups.argsort(), :75]  # completions of 20 tokens, which share their prompts
-    everything = {"mask": torch.ones(20, 20, dtype=torch.bool), "attention_mask": torch.ones_like(sequences)}
-    experience = score(algorithm, scorer, rollout._replace(sequences=sequences, **everything))
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    whole = {"mask": mask, "attention_mask": torch.ones_like(sequences), "logprobs": torch.zeros(mask.shape)}
+    experience = score(algorithm, scorer, rollout._replace(sequences=sequences, **whole))
     metrics = algorithm.update(learner, experience)
     assert metrics["policy/ratio_max"] == metrics["policy/ratio_min"] == 1.0
 
