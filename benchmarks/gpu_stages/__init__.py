@@ -30,6 +30,7 @@ STAGES = {
     "graph": Stage(45, 30),
     "sanitizer": Stage(40, 40, attempts=1),
     "tests": Stage(240, 240, attempts=1),
+    "rollout": Stage(120, 90, attempts=2),
     "step_full": Stage(120, 90, attempts=2),
     "step_nf4": Stage(120, 90, attempts=2),
     "example": Stage(120, 120, attempts=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
@@ -24,6 +26,7 @@ PATH = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
         ("benchmarks/plot.py .", "Is a directory"),
         ("benchmarks/plot.py README.md", "README.md: not a report of either script"),
         ("benchmarks/plot.py x.json --output nowhere/x.png", "expected a file's name, in a folder that exists"),
+        ("benchmarks/rollout.py --engines loop,vlm", "--engines: vlm; there are vllm, continuous, loop, transformers"),
         ("examples/make_tiny_run.py README.md", "README.md: File exists"),
         ("examples/reasoning_prompts.py chain_sum x --set 3", "--set: expected KEY=VALUE, got '3'"),
         ("examples/reasoning_prompts.py chain_sum nowhere/x", "nowhere: no such folder"),
@@ -50,7 +53,25 @@ def test_mistakes_are_one_line(words, message, monkeypatch, capsys):
         ("-m pytest benchmarks/gae.py --benchmark-enable -k short", "benchmark 'short'"),
     ],
 )
-def test_runs(command, word, tmp_path):
+def test_runs(command, word):
+    run(command, word)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_rollouts_runs(tmp_path):
+    pytest.importorskip("transformers", minversion="5.17")
+    sizes = "--sequences 5 --new-tokens 4 --prompt-tokens 3 --rounds 1 --together 2"
+    model = make_tiny_model(tmp_path / "model")
+    run(f"benchmarks/rollout.py --engines continuous --model {model} {sizes} --output {tmp_path / 'x.json'}", "mixed")
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert [found["lengths"] for found in results] == ["equal", "mixed"]
+    assert results[0]["tokens_a_completion"] == 4
+    for found in results:
+        assert found["tokens_per_second"] > 0
+        assert found["largest_gap"] < 0.1  # bfloat16 autocast, which the engine's thread does not see
+
+
+def run(command, word):
     command = [sys.executable, *command.split()]
     env = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

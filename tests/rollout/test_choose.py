@@ -81,7 +81,8 @@ def test_doctor_says_which_and_why(installed, monkeypatch, capsys):
     monkeypatch.setattr("fastppo.doctor.unusable", lambda name, device: "not asked")
     monkeypatch.setattr("fastppo.doctor.select", lambda op, device, dtype: "chunked")
     assert main(["doctor"]) == 0
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.partition("rollout.engine)")[2].splitlines()[1:]]
+    printed = capsys.readouterr().out.partition("Rollouts (rollout.engine)\n")[2]
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
     assert [name for name, _ in lines] == [*choose.NAMES, "auto"] * 2
     cpu, gpu = dict(lines[:5]), dict(lines[5:])
     assert cpu["vllm"] == ("usable on cpu" if installed else "unusable on cpu: vllm needs vLLM; pip install it")
