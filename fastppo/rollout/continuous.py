@@ -33,7 +33,7 @@ try:
 except ImportError:  # transformers 4
     ContinuousBatchingConfig = None
 
-_MOST_TOKENS = 1024  # of a forward pass; a dense mask has as many rows, and a column for every token in the cache
+MOST_TOKENS = 1024  # of a forward pass; a dense mask has as many rows, and a column for every token in the cache
 _OPTIONS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)} if ContinuousBatchingConfig else set()
 _PAGE = "page_size" if "page_size" in _OPTIONS else "block_size"  # transformers before 5.23
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -171,7 +171,7 @@ def _config(attention: str, prompts: list[list[int]], keys: Tensor, sampling: Sa
     options = {
         _PAGE: page,
         "num_blocks": cache_tokens(together, longest, page) // page,
-        "max_batch_tokens": max(together, min(_MOST_TOKENS, sum(map(len, prompts)))),
+        "max_batch_tokens": max(together, min(MOST_TOKENS, sum(map(len, prompts)))),
         "max_requests_per_batch": together,
         "max_blocks_per_request": 2 * math.ceil((longest / page + 1) / 2),
         "safety_margin": 0.0,  # there is room for `together` sequences of any length

@@ -29,7 +29,7 @@ from fastppo.training.config import Config
 from fastppo.training.distributed.join import join_rewards, join_rollouts, on_cpu
 from fastppo.training.health import perplexity
 from fastppo.training.plan import machine_of
-from fastppo.training.plan.phases import samples_by_vllm
+from fastppo.training.plan.phases import engine_of
 from fastppo.training.plan.vllm_share import vllm_memory_utilization
 from fastppo.training.rewards import RewardError, RewardFunctions, RewardOutput
 from fastppo.training.rng import rng_state, seed_everything, set_rng_state
@@ -69,7 +69,7 @@ class Scorer:
         self.config, self.tokenizer, self.models, self.rewards = config, tokenizer, models, rewards
         self.ranks, self.held_out, self._texts = ranks or Ranks(), held_out, texts
         share = None
-        if samples_by_vllm(config, models.device.type):
+        if engine_of(config, models.device.type) == "vllm":
             machine = machine_of(config, None, self.ranks.size)
             share = self.ranks.first(lambda: vllm_memory_utilization(config, machine))
         longest = config.data.max_prompt_length + config.rollout.max_new_tokens

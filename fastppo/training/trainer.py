@@ -36,6 +36,7 @@ from fastppo.models.adapters import VALUE, merge_lora, save_adapters
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.quantize import check_bitsandbytes
 from fastppo.rollout.prompt import Prompt
+from fastppo.rollout.vllm import check_vllm
 from fastppo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -700,13 +701,15 @@ def _rng_group(rank: int) -> str:
 
 
 def _check_packages(config: Config) -> None:
-    """Raise ConfigError for a package that is missing or too old, before minutes of reading weights."""
+    """Raise ConfigError or EngineError for a package that is missing or too old, before minutes of reading weights."""
     if config.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError(f"model.lora needs peft; {install_command('demo')}")
     if config.model.quantization is not None:
         check_bitsandbytes("model.quantization")
     if config.optim.name != "adamw":
         check_bitsandbytes(f"optim.name: {config.optim.name}")
+    if config.rollout.engine == "vllm":
+        check_vllm()
 
 
 def _lock_output_dir(name: str) -> tuple[Path, FolderLock]:

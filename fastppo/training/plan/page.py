@@ -55,9 +55,13 @@ def page(plan: Plan) -> str:
 def _explain(plan: Plan) -> list[str]:
     shape, machine = plan.memory.shape, plan.machine
     length = shape.prompt + shape.completion
+    together = f"{shape.sampled} sequences together"
+    if plan.memory.vllm is not None:
+        together = f"which gets {gib(plan.memory.vllm)}: {plan.memory.vllm / machine.device_memory:.2f} of the memory"
     lines = [
         f"A pass: {shape.rows} sequences of {shape.prompt} + {shape.completion} tokens (data.max_prompt_length + "
-        f"rollout.max_new_tokens), {shape.rows * length:,} in all; {shape.sampled} sequences sampled together."
+        f"rollout.max_new_tokens), {shape.rows * length:,} in all.",
+        f"Sampled by {plan.memory.engine}, {together}.",
     ]
     if plan.most_tokens:
         lines.append(f"Largest batch.max_tokens that fits: {plan.most_tokens:,}.")

@@ -6,7 +6,6 @@ weights, gradients, optimizer states, activations, copies of weights, keys and v
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from typing import NamedTuple
@@ -16,14 +15,17 @@ import torch
 from fastppo.algorithms import ALGORITHMS
 from fastppo.algorithms.algorithm import Algorithm
 from fastppo.engines.budget import DEFAULT_SCRATCH_BYTES, SHARE_OF_A_GPU, scratch_bytes
+from fastppo.errors import ConfigError
 from fastppo.models.load import load_configuration, load_pretrained
 from fastppo.models.source import ModelError, resolve
+from fastppo.rollout.choose import auto
+from fastppo.rollout.continuous import MOST_TOKENS, cache_tokens
 from fastppo.training.config import Config
 from fastppo.training.distributed import strategy_of
 from fastppo.training.plan.live import Bytes
 from fastppo.training.plan.skeleton import num_bytes, num_layers, tensors_of
-from fastppo.training.plan.trace import Shape, Traced, sizes_of, trace
-from fastppo.training.plan.vllm import GRAPHS, OTHERWISE, VLLMBytes, vllm_bytes
+from fastppo.training.plan.trace import Shape, Traced, prompts_read, sizes_of, trace
+from fastppo.training.plan.vllm import GRAPHS, OTHERWISE, VLLMBytes, largest_batch, vllm_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "weight copies", "KV cache", "scratch", "reserve")
 CONTEXT, CONTEXT_OF_SEVERAL = 600 * 2**20, 1200 * 2**20
@@ -73,6 +75,8 @@ class Memory(NamedTuple):
     phases: list[Phase]
     shape: Shape
     notes: list[str]
+    engine: str
+    """What samples."""
     vllm: int | None = None
     """Bytes that vLLM gets, where it samples."""
 
@@ -81,10 +85,12 @@ class Memory(NamedTuple):
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def samples_by_vllm(config: Config, device: str) -> bool:
-    """Whether vLLM is the engine: asked for, or what `auto` takes on a GPU where it is installed."""
-    name = config.rollout.engine
-    return name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm") is not None)
+def engine_of(config: Config, device: str) -> str:
+    """The engine that samples: the one asked for, or what `auto` takes on such a device for a model that it knows."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine
+    name, _ = auto(torch.device(device))
+    return "transformers" if name == "continuous" and config.model.dtype == "float32" else name
 
 
 def shape_of(config: Config, processes: int, rows: int | None = None) -> Shape:
@@ -127,13 +133,16 @@ def memory_of(config: Config, machine: Machine, rows: int | None = None) -> Memo
     )
     shape = shape_of(config, machine.processes, rows)
     sharded = strategy_of(config, machine.processes) == "fsdp2"
-    traced = _traced(config, algorithm, shape, machine.device, sharded)
-    return _Phases(config, algorithm, machine, shape, traced).memory()
+    engine = engine_of(config, machine.device)
+    if engine == "loop" and machine.device == "cuda":
+        raise ConfigError("rollout.engine: loop samples on a CPU, and this is planned for a GPU; set it to auto")
+    traced = _traced(config, algorithm, shape, machine.device, sharded, engine)
+    return _Phases(config, algorithm, machine, shape, traced, engine).memory()
 
 
-def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool) -> Traced:
+def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sharded: bool, engine: str) -> Traced:
     depth = num_layers(load_configuration(config.model))
-    options = {"sharded": sharded}
+    options = {"sharded": sharded, "engine": engine}
     if depth is not None and config.model.value_name_or_path is None:
         small, larger = (trace(config, algorithm, shape, d, device, **options) for d in (_DEPTH, _DEPTH + 1))
         whole = small.at(_DEPTH, larger, depth)
@@ -143,7 +152,10 @@ def _traced(config: Config, algorithm: Algorithm, shape: Shape, device: str, sha
 
 
 class _Phases:
-    def __init__(self, config: Config, algorithm: Algorithm, machine: Machine, shape: Shape, traced: Traced) -> None:
+    def __init__(
+        self, config: Config, algorithm: Algorithm, machine: Machine, shape: Shape, traced: Traced, engine: str
+    ) -> None:
+        self.engine = engine
         self.config, self.algorithm, self.machine, self.shape = config, algorithm, machine, shape
         self.traced, self.sizes, self.notes = traced, traced.sizes, []
         self.cuda = machine.device == "cuda"
@@ -152,7 +164,7 @@ class _Phases:
         self.apart = config.model.value_model != "shared" and algorithm.needs_values
         self.parked = self.cuda and config.model.offload_idle
         self.on_host = self.sharded and config.distributed.cpu_offload and self.cuda
-        self.vllm = self._vllm_bytes() if samples_by_vllm(config, machine.device) else None
+        self.vllm = self._vllm_bytes() if engine == "vllm" else None
         self.awake: dict[str, int] = {}  # what vLLM has then
         self.asleep: dict[str, int] = {}
 
@@ -167,7 +179,7 @@ class _Phases:
             )
         if self.config.eval.perplexity is not None:
             self.notes.append("the texts of eval.perplexity are taken to be no longer than these sequences")
-        return Memory(phases, self.shape, self.notes, sum(self.awake.values()) or None)
+        return Memory(phases, self.shape, self.notes, self.engine, sum(self.awake.values()) or None)
 
     def _phases(self) -> list[Phase]:
         phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
@@ -283,7 +295,9 @@ class _Phases:
         own = math.ceil(config.rollout.num_prompts * config.rollout.num_generations / shape.processes)
         sequences = max(own, _held_out(config, shape.processes))
         sizes = {"weights": weights, "adapters": adapters, "cache": self.traced.cache}
-        return vllm_bytes(config, **sizes, sequences=sequences, length=shape.prompt + shape.completion)
+        shared = config.rollout.vllm.tensor_parallel_size
+        batch = largest_batch(self.machine.device, self.machine.memory, shared)
+        return vllm_bytes(config, batch, **sizes, sequences=sequences, length=shape.prompt + shape.completion)
 
     def _make_room_for_vllm(self, phases: list[Phase]) -> None:
         """It gets what the trainer leaves and no more than it can use, or the share that is given.
@@ -317,23 +331,37 @@ class _Phases:
                 kinds[kind] = kinds.get(kind, 0) + (size if self.cuda or kind == "activations" else 0)
             return self._phase("rollout", {"sampling": kinds})
         laid_out = 0
-        if not self.cuda and model.autocast and not self.sharded and model.lora is not None:
-            laid_out = 2 * self.sizes.linear_numbers  # on a CPU `decode` lays weights out anew
+        if self.engine == "loop" and model.autocast and not self.sharded and model.lora is not None:
+            laid_out = 2 * self.sizes.linear_numbers  # it lays weights out anew
+        pages, beside = self._pages() if self.engine == "continuous" else (0, 0)
         moments = {}
         for moment, peak in self.traced.moments["rollout"].items():
             now = peak.first
             reading = not moment.startswith(("cache", "sampling", "drawing"))
             tokens = shape.prompt if reading else shape.prompt + shape.completion - 1
             rows = shape.sampled
+            if reading and self.engine == "continuous":
+                rows = prompts_read(self.engine, shape, packs=False)
             cache = min(now.total - now.copies, self.traced.cache * rows * tokens)
             moments[moment] = {
                 "weights": weights,
                 "weight copies": max(now.copies, laid_out) + gathered,
                 "optimizer": self._optimizer,
-                "activations": now.total - now.copies - cache,
-                "KV cache": cache,
+                "activations": now.total - now.copies - cache + beside,
+                "KV cache": pages or cache,
             }
         return self._phase("rollout", moments)
+
+    def _pages(self) -> tuple[int, int]:
+        """Bytes of the cache of continuous batching, and of what attention makes of it for a layer."""
+        shape, model = self.shape, self.config.model
+        tokens = cache_tokens(shape.sampled, shape.prompt + shape.completion)
+        pages = self.traced.cache * tokens
+        text = load_configuration(model).get_text_config()
+        beside = pages // text.num_hidden_layers  # its keys and values in one piece
+        if model.dtype == "float32" or model.attn_implementation == "eager":  # with a mask
+            beside += MOST_TOKENS * tokens * getattr(torch, model.dtype).itemsize
+        return pages, beside
 
     def _score(self) -> Phase:
         sizes = self.sizes

@@ -28,6 +28,7 @@ from fastppo.models.policy_models import PolicyModels
 from fastppo.models.source import ModelError
 from fastppo.ops.linear_kl import linear_kl
 from fastppo.ops.linear_logprob import linear_logprob
+from fastppo.rollout.continuous import MOST_TOKENS
 from fastppo.rollout.loop import cache_name
 from fastppo.training.config import Config
 from fastppo.training.plan.live import Bytes, LiveBytes, Peak
@@ -97,13 +98,21 @@ class Traced(NamedTuple):
 
 
 def trace(
-    config: Config, algorithm: Algorithm, shape: Shape, depth: int | None, device_type: str, *, sharded: bool
+    config: Config,
+    algorithm: Algorithm,
+    shape: Shape,
+    depth: int | None,
+    device_type: str,
+    *,
+    sharded: bool,
+    engine: str,
 ) -> Traced:
     """Trace the phases of a step with models of `depth` layers, None for all.
 
     Args:
         device_type: of the device that is planned for.
         sharded: whether a layer's parameters are gathered before it runs, in autocast's precision.
+        engine: what samples.
 
     Raises:
         ModelError: the model cannot run on tensors without values.
@@ -115,13 +124,13 @@ def trace(
 
     build = functools.cache(lambda: build_models(config, algorithm, depth, device_type))
     sizes = sizes_of(config, algorithm, depth, device_type, build)
-    keys = _keys(config, algorithm, shape, depth, device_type, sharded)
+    keys = _keys(config, algorithm, shape, depth, device_type, sharded, engine)
     if any(key not in _known for key in keys.values()):
         models = build()
         with FakeTensorMode(allow_non_fake_inputs=True):
             gathered = getattr(torch, config.model.autocast) if sharded and config.model.autocast else None
             fake_(models, gathered)
-            phases = _Phases(config, algorithm, models, shape, cuda=device_type == "cuda", sharded=sharded)
+            phases = _Phases(config, algorithm, models, shape, engine, cuda=device_type == "cuda", sharded=sharded)
             try:
                 for phase, run in phases.phases():
                     if keys[phase] not in _known:
@@ -138,12 +147,18 @@ _known: dict[str, Any] = {}
 
 
 def _keys(
-    config: Config, algorithm: Algorithm, shape: Shape, depth: int | None, device_type: str, sharded: bool
+    config: Config,
+    algorithm: Algorithm,
+    shape: Shape,
+    depth: int | None,
+    device_type: str,
+    sharded: bool,
+    engine: str,
 ) -> dict[str, str]:
     """What each phase depends on."""
     models = _dependencies(config, algorithm, depth, device_type)
     common = (models, shape.prompt, shape.completion, shape.generations, sharded)
-    rollout = ("rollout", *common, shape.sampled, shape.evaluated)
+    rollout = ("rollout", *common, shape.sampled, shape.evaluated, engine)
     model, passes = config.model, (shape.rows, shape.passes == shape.processes == 1)
     memory = model.gradient_checkpointing, model.activation_offloading
     apart = ["critic update"] * (model.value_model != "shared" and algorithm.needs_values)
@@ -259,12 +274,32 @@ def _marked(layer: nn.Module, place: str, live: LiveBytes) -> Iterator[None]:
             handle.remove()
 
 
+def prompts_read(engine: str, shape: Shape, *, packs: bool) -> int:
+    """Prompts that one pass reads when sampling begins.
+
+    Args:
+        packs: whether sequences need no padding.
+    """
+    if engine == "continuous":
+        return max(1, min(shape.sampled, MOST_TOKENS // shape.prompt))
+    shared = shape.generations if engine == "loop" and packs else 1  # it reads a prompt once for all its completions
+    return max(1, shape.sampled // shared, shape.evaluated)
+
+
 class _Phases:
     def __init__(
-        self, config: Config, algorithm: Algorithm, models: PolicyModels, shape: Shape, *, cuda: bool, sharded: bool
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        models: PolicyModels,
+        shape: Shape,
+        engine: str,
+        *,
+        cuda: bool,
+        sharded: bool,
     ) -> None:
         self.config, self.algorithm, self.models, self.shape = config, algorithm, models, shape
-        self.cuda, self.sharded = cuda, sharded
+        self.engine, self.cuda, self.sharded = engine, cuda, sharded
         self.cache = 0
 
     def phases(self) -> Iterator[tuple[str, Callable[[LiveBytes], None]]]:
@@ -292,11 +327,10 @@ class _Phases:
             arguments = {"attention_mask": mask, "position_ids": positions, "use_cache": True, name: cache}
             return logits_of(causal, backbone(input_ids=ids, **arguments).last_hidden_state[:, -1])
 
-        with self.models.autocast():
+        # The thread of continuous batching does not see autocast.
+        with contextlib.nullcontext() if self.engine == "continuous" else self.models.autocast():
             cache = DynamicCache(config=causal.config)
-            # Completions of one prompt share its pass on a CPU, which decodes by `fastppo.rollout.loop`.
-            shared = shape.generations if backbone.fastppo_can_pack else 1
-            prompts = max(1, rows // shared, shape.evaluated)
+            prompts = prompts_read(self.engine, shape, packs=backbone.fastppo_can_pack)
             ids = torch.zeros(prompts, shape.prompt, dtype=torch.long)
             step(ids, torch.ones_like(ids), cache)
             live.mark("prompts read")

@@ -13,8 +13,6 @@ import torch
 from fastppo.models.load import load_configuration
 from fastppo.training.config import Config
 
-BATCHED_TOKENS = 8192
-"""Tokens of one forward pass of vLLM, by its default."""
 GRAPHS, OTHERWISE = 2**30, 2**28
 """What stays on a GPU while it is asleep: its CUDA graphs and its kernels' workspaces, or these alone."""
 
@@ -35,10 +33,20 @@ class VLLMBytes(NamedTuple):
         return max(self.sequence, left if fill else min(self.cache, left))
 
 
-def vllm_bytes(config: Config, *, weights: int, adapters: int, cache: int, sequences: int, length: int) -> VLLMBytes:
+def largest_batch(device: str, memory: int, processes: int) -> tuple[int, int]:
+    """Tokens and sequences of a forward pass of vLLM, by its defaults, of processes that share an engine."""
+    if device == "cpu":
+        return 4096 * processes, 256 * processes
+    return (16384, 1024) if memory >= 70 * 2**30 else (8192, 256)
+
+
+def vllm_bytes(
+    config: Config, batch: tuple[int, int], *, weights: int, adapters: int, cache: int, sequences: int, length: int
+) -> VLLMBytes:
     """What vLLM needs for a rollout.
 
     Args:
+        batch: see `largest_batch`.
         weights: bytes of the policy's weights, in the data type that vLLM has them in.
         adapters: bytes of the policy's adapters.
         cache: bytes of the keys and values of a token.
@@ -50,7 +58,7 @@ def vllm_bytes(config: Config, *, weights: int, adapters: int, cache: int, seque
     itemsize = getattr(torch, config.model.autocast or config.model.dtype).itemsize
     # The hidden states, their residual and a gated MLP's two inner states; then logits, their float32 copy and its
     # softmax, sorted once.
-    tokens, rows = max(BATCHED_TOKENS, length), min(sequences * shared, 256)
+    tokens, rows = batch
     activations = tokens * (4 * width + 3 * inner // shared) * itemsize + rows * model.vocab_size * (itemsize + 3 * 4)
     # What `shared` processes sample together, each keeps its part of the heads of.
     return VLLMBytes(

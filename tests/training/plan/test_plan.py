@@ -16,6 +16,7 @@ from torch import nn
 
 from fastppo.algorithms import ALGORITHMS
 from fastppo.cli import main
+from fastppo.errors import ConfigError
 from fastppo.models.source import ModelError
 from fastppo.training.plan import Machine, machine_of, page, plan
 from fastppo.training.plan import trace as tracing
@@ -78,7 +79,9 @@ def test_two_depths_tell_of_any(model, changes):
     given = config(model, **changes)
     algorithm = ALGORITHMS["ppo"](given.ppo)
     shape = shape_of(given, 1)
-    two, three, six = (trace(given, algorithm, shape, depth, "cpu", sharded=False) for depth in (2, 3, None))
+    two, three, six = (
+        trace(given, algorithm, shape, depth, "cpu", sharded=False, engine="loop") for depth in (2, 3, None)
+    )
     told = two.at(2, three, 6)
     assert told.sizes == six.sizes
     assert told.cache == six.cache
@@ -181,6 +184,26 @@ def test_the_pass_that_scores_is_kept_by_one_process_only(model):
     alone = memory_of(config(model, **lora), Machine("cpu", 2**34)).phases[2]
     one_of_two = memory_of(config(model, rollout__num_prompts=8, **lora), Machine("cpu", 2**34, 2)).phases[2]
     assert one_of_two.kinds["activations"] < 0.7 * alone.kinds["activations"]
+
+
+def test_each_engine_has_its_own_rollout(model):
+    def rollout(machine=GPU, **changes):
+        memory = memory_of(config(model, model__dtype="bfloat16", **changes), machine)
+        return memory.engine, next(phase for phase in memory.phases if phase.name == "rollout")
+
+    engine, pages = rollout()
+    assert engine == "continuous"
+    sizes = json.loads((model / "config.json").read_text())
+    width = sizes["hidden_size"] // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    # 32 sequences of an evaluation, each of 32 tokens: one page, and one that it may leave unused.
+    assert pages.kinds["KV cache"] == 32 * 64 * 2 * sizes["num_hidden_layers"] * width * 2
+    assert memory_of(config(model), GPU).engine == "transformers"
+    assert rollout(Machine("cpu", 2**34))[0] == "loop"
+    with pytest.raises(ConfigError, match="loop samples on a CPU, and this is planned for a GPU"):
+        rollout(rollout__engine="loop")
+    long = {"data__max_prompt_length": 48, "rollout__num_prompts": 16}  # 32 prompts, of which 21 are read at a time
+    at_once, in_parts = (rollout(rollout__engine=name, **long)[1] for name in ("transformers", "continuous"))
+    assert in_parts.moments["first layer"] < at_once.moments["first layer"] + in_parts.kinds["KV cache"]
 
 
 def test_an_evaluation_may_sample_more_than_a_step(model):
