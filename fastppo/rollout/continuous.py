@@ -110,6 +110,8 @@ class ContinuousEngine(Engine):
         causal, rows = _causal_of(self.policy), [Growing(sampling) for _ in prompts]
         with _fit_for_pages(causal) as attention, _finite_logits(causal) as damaged, _seeded(causal.device), _quietly():
             config = _config(attention, prompts, keys, sampling)
+            if causal.device.type == "cuda":  # its stream does not wait for the one that has updated the weights
+                torch.cuda.synchronize(causal.device)
             try:
                 # One of its own for each rollout: another would find prompts' keys and values of older weights.
                 manager = causal.init_continuous_batching(_generation(sampling), config)
@@ -167,21 +169,20 @@ def _generation(sampling: Sampling) -> GenerationConfig:
 def _config(attention: str, prompts: list[list[int]], keys: Tensor, sampling: Sampling) -> ContinuousBatchingConfig:
     together = min(sampling.batch_size, len(prompts))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
-    page = 256 if "flash_attention" in attention else 32  # what the kernel of the flash-attn package takes
+    of_flash_attn = "flash_attention" in attention
+    page = 256 if of_flash_attn else 32
     options = {
         _PAGE: page,
         "num_blocks": cache_tokens(together, longest, page) // page,
         "max_batch_tokens": max(together, min(MOST_TOKENS, sum(map(len, prompts)))),
         "max_requests_per_batch": together,
-        "max_blocks_per_request": 2 * math.ceil((longest / page + 1) / 2),
+        "max_blocks_per_request": math.ceil(longest / page) + 1 if of_flash_attn else 0,  # which alone reads pages
         "safety_margin": 0.0,  # there is room for `together` sequences of any length
         "return_logprobs": True,
         "seed": int.from_bytes(hashlib.blake2b(keys.cpu().numpy().tobytes(), digest_size=4).digest(), "big"),
         "auto_switch_to_flash": False,  # which would ask the Hub for kernels
         "disable_nccl_graph_mixing": False,  # it writes to the environment
     }
-    if "flash" not in attention:
-        options["max_blocks_per_request"] = 0
     return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in _OPTIONS})
 
 
