@@ -39,9 +39,12 @@ def configuration(model: str, way: str) -> Config:
     """Passes of 4,096 tokens, 32 sequences of 512 + 512 tokens sampled together, in a process."""
     changes = WAYS[way]
     path = ROOT / "tests" / "configurations" / model
+    # What `auto` takes without vLLM.
+    engine = "continuous" if changes["model"]["dtype"] == "bfloat16" else "transformers"
+    rollout = {"num_prompts": 256, "num_generations": 1, "max_new_tokens": 512, "generation_batch_size": 32}
     return build_config({
         "data": {"train": "-", "max_prompt_length": 512},
-        "rollout": {"num_prompts": 256, "num_generations": 1, "max_new_tokens": 512, "generation_batch_size": 32},
+        "rollout": rollout | {"engine": engine},
         "batch": {"max_tokens": 4096},
         **changes,
         "model": changes["model"] | {"name_or_path": str(path), "gradient_checkpointing": True},

@@ -57,7 +57,7 @@ def _explain(plan: Plan) -> list[str]:
     length = shape.prompt + shape.completion
     together = f"{shape.sampled} sequences together"
     if plan.memory.vllm is not None:
-        together = f"which gets {gib(plan.memory.vllm)}: {plan.memory.vllm / machine.device_memory:.2f} of the memory"
+        together = f"which gets {gib(plan.memory.vllm)}: {plan.memory.vllm / machine.device_memory:.3f} of the memory"
     lines = [
         f"A pass: {shape.rows} sequences of {shape.prompt} + {shape.completion} tokens (data.max_prompt_length + "
         f"rollout.max_new_tokens), {shape.rows * length:,} in all.",

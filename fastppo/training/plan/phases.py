@@ -292,6 +292,8 @@ class _Phases:
         weights = numbers * getattr(torch, model.autocast or model.dtype).itemsize
         if model.quantization is not None and self.cuda:  # on a CPU it gets the weights dequantized
             weights = sizes.policy - adapters
+        if not self.cuda:  # the engine takes the policy's own size off its share
+            weights = max(weights, sizes.policy)
         own = math.ceil(config.rollout.num_prompts * config.rollout.num_generations / shape.processes)
         sequences = max(own, _held_out(config, shape.processes))
         sizes = {"weights": weights, "adapters": adapters, "cache": self.traced.cache}

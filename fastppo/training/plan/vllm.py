@@ -6,6 +6,7 @@ leave. More than all sequences of a rollout can fill would be in vain, so the sh
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from fastppo.models.load import load_configuration
 from fastppo.training.config import Config
 
+_BLOCK = 128  # tokens; a sequence has whole blocks, which are no larger
 GRAPHS, OTHERWISE = 2**30, 2**28
 """What stays on a GPU while it is asleep: its CUDA graphs and its kernels' workspaces, or these alone."""
 
@@ -52,7 +54,7 @@ def vllm_bytes(
         cache: bytes of the keys and values of a token.
         sequences: of one process, each of at most `length` tokens.
     """
-    shared = config.rollout.vllm.tensor_parallel_size
+    shared, whole = config.rollout.vllm.tensor_parallel_size, cache * math.ceil(length / _BLOCK) * _BLOCK
     model = load_configuration(config.model).get_text_config()
     width, inner = model.hidden_size, getattr(model, "intermediate_size", None) or 4 * model.hidden_size
     itemsize = getattr(torch, config.model.autocast or config.model.dtype).itemsize
@@ -61,6 +63,4 @@ def vllm_bytes(
     tokens, rows = batch
     activations = tokens * (4 * width + 3 * inner // shared) * itemsize + rows * model.vocab_size * (itemsize + 3 * 4)
     # What `shared` processes sample together, each keeps its part of the heads of.
-    return VLLMBytes(
-        weights // shared + adapters, activations, cache * length * sequences, -(-cache * length // shared)
-    )
+    return VLLMBytes(weights // shared + adapters, activations, whole * sequences, math.ceil(whole / shared))

@@ -29,4 +29,4 @@ def vllm_memory_utilization(config: Config, machine: Machine) -> float:
             f"rollout.engine: vLLM does not fit beside the trainer: sampling needs {gib(rollout.total)}, there are "
             f"{gib(machine.memory)}; `fastppo plan` says what helps, and {_KEY} overrules it"
         )
-    return round(memory.vllm / machine.device_memory, 4)
+    return memory.vllm / machine.device_memory

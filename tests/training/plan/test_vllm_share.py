@@ -13,7 +13,7 @@ from fastppo.training.plan.phases import Machine, memory_of
 from fastppo.training.plan.vllm_share import vllm_memory_utilization
 
 GPU = Machine("cuda", 24 * 2**30)
-LAYERS, HEADS, HEAD_DIM, LENGTH = 2, 2, 8, 20 + 12  # of make_tiny_model, and of `config`
+LAYERS, WIDTH = 2, 16  # of make_tiny_model; of its keys
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_vllm_has_weights_of_its_own_and_a_cache_of_all_sequences(model):
     assert vllm.kinds["weight copies"] == pytest.approx(sum(t.nbytes for t in policy), rel=0.01)
     half = rollout_of(config(model, model__dtype="bfloat16"))
     assert half.kinds["KV cache"] * 2 == vllm.kinds["KV cache"]
-    assert vllm.kinds["KV cache"] % (8 * LENGTH) == 0
+    # Keys and values of 8 sequences, each of a block of 128 tokens, in float32.
+    assert vllm.kinds["KV cache"] == 8 * 128 * 2 * LAYERS * WIDTH * 4
     assert rollout_of(config(model, rollout__num_prompts=12)).kinds["KV cache"] == 3 * vllm.kinds["KV cache"]
 
 
