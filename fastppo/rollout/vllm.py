@@ -129,6 +129,8 @@ class VLLMEngine(Engine):
             enable_sleep_mode=self.device.type == "cuda",
             **options,
         )
+        if self.device.type == "cpu" and self.options.tensor_parallel_size > 1:
+            _unlink_shared_memory()
         client = llm.llm_engine.engine_core
         client._finalizer.detach()
         client._finalizer = weakref.finalize(client, _shut_down, client.engine_core)
@@ -307,6 +309,16 @@ def _process_as_it_was() -> Iterator[None]:
             os.environ.pop(name, None)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+
+
+def _unlink_shared_memory() -> None:
+    """That of ranks which share an engine on a CPU; vLLM leaves it behind, and the next run could not make its own."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    name = getattr(group.device_communicator.dist_module, "group_name", None)
+    if name is not None:
+        Path("/dev/shm", f"{name.rpartition('/')[2]}_{group.rank_in_group}").unlink(missing_ok=True)
 
 
 def _clear_cache(worker: Any) -> None:
