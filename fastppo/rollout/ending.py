@@ -34,8 +34,9 @@ class Growing:
 class _Text:
     """The end of a completion's text, special tokens included: as much as a stop string can still begin in.
 
-    Tokens have no text of their own. A character may take several, and some tokenizers drop a space at the start. So
-    every look decodes a piece that began where a character did, and that is longer than any stop string.
+    Tokens have no text of their own. A character may take several, some tokenizers drop a space at the start, and
+    WordPiece writes `##` before the rest of a word whose beginning is missing. So every look decodes the last tokens
+    from a place on where the text of those that follow is the same, and longer than any stop string.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
@@ -47,13 +48,16 @@ class _Text:
     def stops_at(self, token: int) -> bool:
         """Whether the text contains a stop string, now that it goes on with this token."""
         self._tokens.append(token)
-        text = self._decode()
+        text = self._decode(self._tokens)
         found = any(string in text for string in self._stop)
         # U+FFFD stands for a character that is not complete yet.
         if len(text) - self._middle_length > self._longest and not text.endswith("\ufffd"):
-            del self._tokens[: self._middle]
-            self._middle, self._middle_length = len(self._tokens), len(self._decode())
+            rest = self._tokens[self._middle :]
+            rest_text = self._decode(rest)
+            if text.endswith(rest_text):  # else the middle is inside a word
+                self._tokens, text = rest, rest_text
+            self._middle, self._middle_length = len(self._tokens), len(text)
         return found
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
