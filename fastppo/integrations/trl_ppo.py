@@ -25,7 +25,7 @@ import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from fastppo.ops.reference import sampled_kl
 from fastppo.rollout.choose import open_engine
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.draw import sequence_keys
+from fastppo.rollout.engine import Engine
 from fastppo.rollout.prompt import Prompt
 from fastppo.rollout.sample import Rollout, sample
 from fastppo.training.rng import rng_state, set_rng_state
@@ -266,6 +267,10 @@ class PPOTrainer(Trainer):
 
     # A rollout
 
+    @cached_property
+    def _engine(self) -> Engine:
+        return open_engine(self.model.policy, RolloutConfig(), self.args.device)
+
     def _sample(self, inputs: dict[str, Any]) -> Rollout:
         """One completion of each prompt of a batch as the collator made it."""
         args, tokenizer, ids = self.ppo_args, self.processing_class, inputs["input_ids"]
@@ -289,8 +294,7 @@ class PPOTrainer(Trainer):
             generation_batch_size=args.local_rollout_forward_batch_size,
         )
         eos = tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        engine = open_engine(self.model.policy, sampling, self.args.device)
-        options = {"engine": engine, "device": self.args.device, "eos_ids": [] if eos is None else [eos]}
+        options = {"engine": self._engine, "device": self.args.device, "eos_ids": [] if eos is None else [eos]}
         keys = sequence_keys(str(torch.randint(2**62, ()).item()), len(prompts))  # the generator's state is Trainer's
         with self.compute_loss_context_manager():
             return sample(self.model.policy, tokenizer, prompts, keys, sampling, **options)

@@ -29,12 +29,14 @@ def open_engine(
 
     Args:
         max_length: tokens of the longest sequence, for engines that reserve memory for it; None if nobody knows.
-        gpu_memory_utilization: share of the device's memory for vLLM.
+        gpu_memory_utilization: share of the device's memory for vLLM. `auto` takes vLLM only if it is given: without,
+            nobody has planned for a second copy of the weights.
 
     Raises:
         EngineError: that engine cannot sample from this policy here.
     """
-    name = auto(device, policy)[0] if config.engine == "auto" else config.engine
+    planned = gpu_memory_utilization is not None
+    name = auto(device, policy, vllm=planned)[0] if config.engine == "auto" else config.engine
     if name == "vllm":
         return VLLMEngine(config, device, max_length=max_length, gpu_memory_utilization=gpu_memory_utilization)
     if config.engine != "auto" and (reason := why_not(name, device, policy)):
@@ -42,19 +44,23 @@ def open_engine(
     return {"continuous": ContinuousEngine, "loop": LoopEngine, "transformers": TransformersEngine}[name]()
 
 
-def auto(device: torch.device, policy: nn.Module | None = None) -> tuple[str, str]:
+def auto(device: torch.device, policy: nn.Module | None = None, *, vllm: bool = True) -> tuple[str, str]:
     """The engine that `rollout.engine: auto` takes, and why.
 
     Without a policy: for one in half precision that every engine can sample from.
+
+    Args:
+        vllm: whether it may be vLLM.
     """
     if device.type == "cpu":  # most of generate()'s time is not the model's there
         names, why = ("loop", "transformers"), "on a CPU it spends the least time outside the model"
     else:
-        names, why = ("vllm", "continuous", "transformers"), "the fastest here"
+        names, why = ("vllm", "continuous", "transformers")[not vllm :], "the fastest here"
     for name in names:
-        reason = why_not(name, device, policy)
         if name == "continuous" and policy is not None and causal_of(policy).dtype == torch.float32:
             reason = "these weights are float32, and its thread does not see autocast"
+        else:
+            reason = why_not(name, device, policy)
         if reason is None:
             return name, why
         why = f"{name} cannot be used: {reason}"

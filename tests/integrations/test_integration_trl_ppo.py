@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers", reason="the trainer is transf
 datasets = pytest.importorskip("datasets", reason="prompts come as a dataset")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 
+from fastppo.integrations import trl_ppo  # noqa: E402
 from fastppo.integrations.trl_ppo import PPOConfig, PPOTrainer  # noqa: E402
+from fastppo.rollout.choose import open_engine  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,15 @@ def test_the_last_rollouts_are_logged_whatever_logging_steps_is(tiny, tmp_path):
     rows = [row for row in trainer.state.log_history if "objective/kl" in row]
     assert [row["episode"] for row in rows] == [24, 32]
     assert all(row["val/ratio_var"] == pytest.approx(0.0, abs=1e-12) for row in rows)
+
+
+def test_one_engine_samples_all_rollouts(tiny, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(trl_ppo, "open_engine", lambda *args: opened.append(open_engine(*args)) or opened[-1])
+    trainer = _trainer(tiny, tmp_path, total_episodes=16)
+    trainer.train()
+    trainer.evaluate()
+    assert len(opened) == 1
 
 
 def test_resumed_run_ends_at_the_same_bits(tiny, tmp_path):

@@ -62,6 +62,12 @@ def test_auto_takes_the_fastest_that_fits(installed):
     assert "continuous cannot be used: this model keeps other states" in why
 
 
+def test_auto_takes_vllm_only_with_memory_that_is_its_own(installed, monkeypatch):
+    monkeypatch.setattr(choose, "VLLMEngine", lambda *args, **options: "vLLM")
+    assert type(open_engine(llama(), RolloutConfig(), GPU)) is ContinuousEngine
+    assert (open_engine(llama(), RolloutConfig(), GPU, gpu_memory_utilization=0.3) == "vLLM") == installed
+
+
 def test_an_engine_by_name():
     for name, kind in (("loop", LoopEngine), ("transformers", TransformersEngine), ("continuous", ContinuousEngine)):
         assert type(open_engine(llama(), RolloutConfig(engine=name), CPU)) is kind
