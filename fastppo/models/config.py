@@ -41,7 +41,8 @@ class ModelConfig:
     """Data type of matrix products; the parameters stay in `dtype`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """`auto`: FlashAttention 2 on a GPU if it is installed, else PyTorch's own for packed sequences in half precision,
-    else SDPA; on a CPU, plain products for short sequences."""
+    else SDPA; on a CPU, plain products for short sequences. SDPA leaves out the soft cap of Gemma 2's attention
+    scores, so without FlashAttention it gets `eager`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     activation_offloading: bool = False

@@ -317,12 +317,19 @@ def _attention_for(model: PreTrainedModel, config: ModelConfig, device: torch.de
         return config.attn_implementation
     if flash and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
+    if caps_attention(model):
+        return "eager"
     # transformers itself chooses SDPA if the architecture supports it, else eager.
     if given not in ("sdpa", NAME, VARLEN):
         return given
     if device.type == "cpu":
         return NAME
     return VARLEN if flash and has_varlen() else "sdpa"
+
+
+def caps_attention(model: PreTrainedModel) -> bool:
+    """Whether attention scores have a soft cap (Gemma 2), which transformers leaves out in SDPA."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def why(error: BaseException) -> str:

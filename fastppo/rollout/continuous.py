@@ -25,6 +25,7 @@ from fastppo.errors import one_line
 from fastppo.models import backbone_of, readable_ids
 from fastppo.models.attention import PAGED, VARLEN
 from fastppo.models.head import causal_of
+from fastppo.models.load import caps_attention
 from fastppo.rollout.ending import Growing
 from fastppo.rollout.engine import Completion, Engine, EngineError, Sampling
 
@@ -56,7 +57,7 @@ def why_not(policy: nn.Module | None = None) -> str | None:
         return "this model keeps other states than the keys and values of transformers' attention functions"
     if len(layers) > 1 and _PAGE != "page_size":
         return "transformers before 5.23 pages no model of which some layers have a window and others none"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    if caps_attention(causal):
         return "this model caps its attention scores"
     with policy.gathered() if hasattr(policy, "gathered") else contextlib.nullcontext():
         return _found_wrong(policy)

@@ -97,6 +97,15 @@ def test_padding_does_not_change_hidden_states(kind, side):
         torch.testing.assert_close(hidden[row, mask[row].bool()], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_scores_keep_their_soft_cap(tmp_path):
+    model = _random_model("gemma2", attn_logit_softcapping=2.0)
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path)
+    loaded = load_causal_lm(ModelConfig(name_or_path=str(tmp_path)))
+    ids = torch.randint(3, 97, (2, 9))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_tokens_without_an_embedding():
     """At padding they are read as 0; elsewhere they are named. Also with adapters on the embedding."""
     peft = pytest.importorskip("peft")

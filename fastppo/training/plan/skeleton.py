@@ -16,7 +16,7 @@ from fastppo.algorithms.algorithm import Algorithm
 from fastppo.models.attention import NAME
 from fastppo.models.config import ModelConfig
 from fastppo.models.head import backbone_of, causal_of
-from fastppo.models.load import disable_dropout, enable_gradient_checkpointing, load_configuration, why
+from fastppo.models.load import caps_attention, disable_dropout, enable_gradient_checkpointing, load_configuration, why
 from fastppo.models.policy_models import PolicyModels
 from fastppo.models.quantize import layers_to_quantize
 from fastppo.models.source import ModelError
@@ -91,7 +91,7 @@ def _causal_lm(config: ModelConfig, depth: int | None, device_type: str) -> nn.M
     elif config.attn_implementation in ("eager", "sdpa"):
         model.set_attn_implementation(config.attn_implementation)
     elif chosen == "sdpa":
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation("eager" if caps_attention(model) else NAME)
     backbone = backbone_of(model)
     backbone.fastppo_can_pack = (
         device_type == "cpu"
