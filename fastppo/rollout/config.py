@@ -20,7 +20,7 @@ class VLLMConfig:
     tensor_parallel_size: PositiveInt = 1
     """Number of ranks that share one engine."""
     gpu_memory_utilization: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
-    """Share of the GPU's memory for vLLM's weights and cache. Default: what `fastppo plan` leaves to it."""
+    """Share of the device's memory for vLLM. Default: what `fastppo plan` leaves to it, and no more than it can use."""
     enforce_eager: bool = False
     """Capture no CUDA graphs: slower, with less memory and a quicker start."""
 

@@ -144,7 +144,8 @@ class VLLMEngine(Engine):
         # On a CPU vLLM's share would be one of the whole process, the trainer's memory included.
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         weights = sum(p.numel() * p.element_size() for p in causal_of(policy).parameters())
-        return {"kv_cache_memory_bytes": max(1, int(self.share * total) - weights)}
+        own = weights // self.options.tensor_parallel_size
+        return {"kv_cache_memory_bytes": max(1, round(self.share * total) - own)}
 
     def _quantizes(self, policy: nn.Module) -> bool:
         """Whether vLLM quantizes the base itself, which it does on a GPU; else it gets the weights dequantized."""

@@ -179,7 +179,9 @@ class _Phases:
             )
         if self.config.eval.perplexity is not None:
             self.notes.append("the texts of eval.perplexity are taken to be no longer than these sequences")
-        return Memory(phases, self.shape, self.notes, self.engine, sum(self.awake.values()) or None)
+        # vLLM's share: of a GPU all that it takes there; of a CPU what it keeps.
+        vllm = sum(self.asleep.values()) + (sum(self.awake.values()) if self.cuda else 0)
+        return Memory(phases, self.shape, self.notes, self.engine, vllm or None)
 
     def _phases(self) -> list[Phase]:
         phases = [self._load(), self._rollout(), self._score(), self._update("policy update")]
@@ -308,17 +310,19 @@ class _Phases:
             phases: without vLLM.
         """
         memory, vllm, section = self.machine.memory, self.vllm, self.config.rollout.vllm
+        share = section.gpu_memory_utilization
         if self.cuda:
             self.asleep = {"reserve": OTHERWISE + GRAPHS * (not section.enforce_eager)}
             left = (AMPLE * memory - phases[1].total - self.asleep["reserve"]) / (1 + FRAGMENTED)
+            beside = vllm.activations + self.asleep["reserve"]  # of a share
             if self.config.model.lora is not None:
                 self.notes.append("asleep, vLLM keeps its weights, without the adapters, in the host's memory")
         else:
-            left = AMPLE * memory - max(phase.total for phase in phases)
-        if section.gpu_memory_utilization is None:
-            cache = vllm.cache_in(left, fill=False)
+            left, beside = AMPLE * memory - max(phase.total for phase in phases), 0
+        if share is None:
+            cache = vllm.cache_in(left - vllm.activations, fill=False)
         else:
-            cache = vllm.cache_in(section.gpu_memory_utilization * self.machine.device_memory, fill=True)
+            cache = vllm.cache_in(share * self.machine.device_memory - beside, fill=True)
         self.awake = {"weight copies": vllm.weights, "activations": vllm.activations, "KV cache": cache}
         if not self.cuda:  # where it cannot sleep
             self.asleep = {kind: size for kind, size in self.awake.items() if kind != "activations"}

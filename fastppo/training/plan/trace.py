@@ -336,6 +336,9 @@ class _Phases:
             live.mark("prompts read")
             states = [(layer.keys, layer.values) for layer in cache.layers]
             self.cache = sum(num_bytes(list(pair)) for pair in states) // (prompts * shape.prompt)
+            if self.engine == "vllm":  # which has them in the precision of its weights; here autocast may not
+                own = getattr(torch, self.config.model.autocast or self.config.model.dtype).itemsize
+                self.cache = own * sum(x.numel() for pair in states for x in pair) // (prompts * shape.prompt)
             whole = DynamicCache(config=causal.config)
             live.mark("cache")
             for index, (keys, values) in enumerate(states):

@@ -1,7 +1,8 @@
-"""What vLLM takes of the device beside the trainer: weights of its own, activations, keys and values.
+"""What vLLM takes of the device beside the trainer: weights of its own, activations, CUDA graphs, keys and values.
 
-Its `gpu_memory_utilization` is a share of the whole device, of which keys and values get what weights and activations
-leave. More than all sequences of a rollout can fill would be in vain, so the share is no larger.
+Its `gpu_memory_utilization` is a share of the whole device, of which keys and values get what the rest leaves. More
+than all sequences of a rollout can fill would be in vain, so the share is no larger. On a CPU it is that of weights,
+keys and values alone, since the engine tells vLLM the bytes of its keys and values.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class VLLMBytes(NamedTuple):
     """Of `cache`: those of one sequence, which is the least that it runs with."""
 
     def cache_in(self, room: float, *, fill: bool) -> int:
-        """Keys and values where there is so much room in all, which it fills or takes what it can use of."""
-        left = int(room) - self.weights - self.activations
+        """Keys and values where they and the weights have so much room: all that is left, or what can be used of it."""
+        left = int(room) - self.weights
         return max(self.sequence, left if fill else min(self.cache, left))
 
 
@@ -54,7 +55,8 @@ def vllm_bytes(
         cache: bytes of the keys and values of a token.
         sequences: of one process, each of at most `length` tokens.
     """
-    shared, whole = config.rollout.vllm.tensor_parallel_size, cache * math.ceil(length / _BLOCK) * _BLOCK
+    shared, block = config.rollout.vllm.tensor_parallel_size, cache * _BLOCK
+    whole = block * math.ceil(length / _BLOCK)
     model = load_configuration(config.model).get_text_config()
     width, inner = model.hidden_size, getattr(model, "intermediate_size", None) or 4 * model.hidden_size
     itemsize = getattr(torch, config.model.autocast or config.model.dtype).itemsize
@@ -62,5 +64,6 @@ def vllm_bytes(
     # softmax, sorted once.
     tokens, rows = batch
     activations = tokens * (4 * width + 3 * inner // shared) * itemsize + rows * model.vocab_size * (itemsize + 3 * 4)
-    # What `shared` processes sample together, each keeps its part of the heads of.
-    return VLLMBytes(weights // shared + adapters, activations, whole * sequences, math.ceil(whole / shared))
+    # Each process keeps its part of the heads of what `shared` of them sample together. vLLM leaves one block empty.
+    least = math.ceil((whole + block) / shared)
+    return VLLMBytes(weights // shared + adapters, activations, whole * sequences + block, least)

@@ -40,27 +40,37 @@ def test_vllm_has_weights_of_its_own_and_a_cache_of_all_sequences(model):
     reference = policy = load_file(model / "model.safetensors").values()
     assert without.kinds["weights"] >= sum(t.nbytes for t in (*policy, *reference))
     assert vllm.kinds["weight copies"] == pytest.approx(sum(t.nbytes for t in policy), rel=0.01)
-    half = rollout_of(config(model, model__dtype="bfloat16"))
-    assert half.kinds["KV cache"] * 2 == vllm.kinds["KV cache"]
-    # Keys and values of 8 sequences, each of a block of 128 tokens, in float32.
-    assert vllm.kinds["KV cache"] == 8 * 128 * 2 * LAYERS * WIDTH * 4
-    assert rollout_of(config(model, rollout__num_prompts=12)).kinds["KV cache"] == 3 * vllm.kinds["KV cache"]
+    # Keys and values of 8 sequences, each of a block of 128 tokens, and of a block that stays empty.
+    block = 128 * 2 * LAYERS * WIDTH * 4
+    assert vllm.kinds["KV cache"] == 9 * block
+    for half in ("dtype", "autocast"):
+        assert rollout_of(config(model, **{f"model__{half}": "bfloat16"})).kinds["KV cache"] == 9 * block // 2
+    assert rollout_of(config(model, rollout__num_prompts=12)).kinds["KV cache"] == 25 * block
+    tight = Machine("cuda", int(1.2 * 2**30))  # where there is room for no more than one
+    assert rollout_of(config(model), tight).kinds["KV cache"] == 2 * block
 
 
 def test_its_share_is_what_it_can_use_and_no_more_than_is_left(model):
-    given = config(model)
-    kinds = rollout_of(given).kinds
-    own = sum(kinds[kind] for kind in ("weight copies", "activations", "KV cache"))
-    assert vllm_memory_utilization(given, GPU) == pytest.approx(own / GPU.memory, abs=1e-4)
+    for eager, graphs in ((True, 0), (False, 2**30)):
+        given = config(model, rollout__vllm__enforce_eager=eager)
+        kinds = rollout_of(given).kinds
+        own = sum(kinds[kind] for kind in ("weight copies", "activations", "KV cache")) + 2**28 + graphs
+        assert vllm_memory_utilization(given, GPU) == pytest.approx(own / GPU.memory, rel=1e-9)
     many, small = config(model, rollout__num_prompts=2**18), Machine("cuda", 3 * 2**30)
     assert rollout_of(many, small).total == pytest.approx(0.9 * small.memory, rel=1e-3)
-    assert vllm_memory_utilization(many, small) < 0.4  # the rest is the trainer's, and the reserve
+    assert vllm_memory_utilization(many, small) < 0.75  # the rest is the trainer's, and its reserve
 
 
-def test_processes_on_a_cpu_see_all_of_its_memory(model):
-    one, two = Machine("cpu", 8 * 2**30), Machine("cpu", 4 * 2**30, 2)
-    given = config(model, rollout__num_prompts=64, distributed__strategy="replicate")
-    assert vllm_memory_utilization(given, two) < vllm_memory_utilization(given, one)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_on_a_cpu_its_share_of_all_memory_is_that_of_weights_and_cache(model, processes):
+    machine = Machine("cpu", 8 * 2**30 // processes, processes)
+    options = {"rollout__num_prompts": 64, "distributed__strategy": "replicate"}
+    given = config(model, **options)
+    kinds = rollout_of(given, machine).kinds
+    share = vllm_memory_utilization(given, machine)
+    assert share * 8 * 2**30 == pytest.approx(kinds["weight copies"] + kinds["KV cache"], rel=1e-9)
+    filled = rollout_of(config(model, **options, rollout__vllm__gpu_memory_utilization=0.1), machine).kinds
+    assert filled["weight copies"] + filled["KV cache"] == pytest.approx(0.1 * 8 * 2**30, rel=1e-6)
 
 
 def test_a_share_that_is_given_is_taken_and_planned_with(model):
