@@ -75,7 +75,7 @@ def _found_wrong(policy: nn.Module) -> str | None:
         ids = torch.tensor([prompt + tokens], device=causal.device)
         own = causal(input_ids=ids).logits[0, -3:-1].float().log_softmax(-1)
     except (EngineError, FloatingPointError) as error:
-        return one_line(error, 240)
+        return f"it fails for this model ({one_line(error.__cause__ or error, 200)})"
     gap = (own.gather(1, ids[0, -2:, None]).squeeze(1).cpu() - torch.tensor(logprobs)).abs().max().item()
     tolerance = 1e-2 if causal.dtype == torch.float32 else 0.5  # that of bfloat16's rounding, amply
     return None if gap <= tolerance else f"its log-probabilities are off by {gap:.1g} for this model"
