@@ -50,7 +50,7 @@ _MAX_BYTES = 2**18  # far beyond any configuration; PyYAML takes minutes for mor
 _REPLACED = {
     "tensorboard": "replaced by report_to; write `report_to: tensorboard` for true, `report_to: none` for false",
     "ppo.importance_sampling_cap": "replaced by rollout.correction; write `correction: truncate` and `correction_max:` "
-    "with this number in the rollout section",
+    "with this number in the rollout section, or leave it out for null",
 }
 
 _TRUNCATED = (

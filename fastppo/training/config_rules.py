@@ -74,10 +74,10 @@ def _rollout(config: Config) -> Iterator[str]:
             yield f"rollout.correction_min: has no effect with correction: {rollout.correction}, which lacks that bound"
         return
     low, high = rollout.correction_min or lowest, rollout.correction_max or highest
-    if low >= high:
+    if not low <= 1 <= high or low == high:
         yield (
-            f"rollout.correction_min: with {low:g} to {high:g} ({rollout.correction}'s bounds) no ratio is kept; it "
-            "must be below correction_max"
+            f"rollout.correction_{'min' if low > 1 else 'max'}: {low:g} to {high:g} ({rollout.correction}'s bounds) "
+            "leave out ratios around 1, those of an engine that samples as the policy does; take 1 between them"
         )
 
 

@@ -120,6 +120,7 @@ def assert_far(x, y):
         ("cpi", {"lam": 1.0}, 1.0),
         ("ppo", {"lam": 0.5}, None),  # biased by its critic, as on the policy's own samples
         ("ppo", {"ratio_level": "sequence", "adv_estimator": "reinforce_plus_plus"}, None),
+        ("reinforce", {"baseline": "none", "loss_agg": "seq-mean-token-mean"}, None),
     ],
     ids=str,
 )

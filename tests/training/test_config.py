@@ -166,7 +166,18 @@ def test_round_trip(tmp_path):
             ["--rollout.correction=truncate", "--rollout.correction_min=0.1"],
             "rollout.correction_min: has no effect with correction: truncate",
         ),
-        (["--rollout.correction=mask", "--rollout.correction_min=5"], "correction_min: with 5 to 5 (mask's bounds) no"),
+        (
+            ["--rollout.correction=mask", "--rollout.correction_min=5"],
+            "correction_min: 5 to 5 (mask's bounds) leave out",
+        ),
+        (
+            ["--rollout.correction=mask", "--rollout.correction_min=2"],
+            "correction_min: 2 to 5 (mask's bounds) leave out",
+        ),
+        (
+            ["--rollout.correction=sequence_mask", "--rollout.correction_max=0.9"],
+            "correction_max: 0.5 to 0.9 (sequence_mask's bounds) leave out ratios around 1",
+        ),
         (["--rollout.correction=mask", "--rollout.correction_max=0"], "correction_max: input should be greater than 0"),
         (["--rollout.correction", "tis"], "rollout.correction: 'tis' is not one of none, truncate, mask"),
         (["--optim.name", "paged_adamw_8bit", "--algorithm", "cpi"], "with paged_adamw_8bit every step of cpi"),
