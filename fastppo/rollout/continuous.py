@@ -26,6 +26,7 @@ from fastppo.models import backbone_of, readable_ids
 from fastppo.models.attention import PAGED, VARLEN
 from fastppo.models.head import causal_of
 from fastppo.models.load import caps_attention
+from fastppo.rollout.check import found_wrong
 from fastppo.rollout.ending import Growing
 from fastppo.rollout.engine import Completion, Engine, EngineError, Sampling
 
@@ -60,25 +61,12 @@ def why_not(policy: nn.Module | None = None) -> str | None:
     if caps_attention(causal):
         return "this model caps its attention scores"
     with policy.gathered() if hasattr(policy, "gathered") else contextlib.nullcontext():
-        return _found_wrong(policy)
-
-
-@torch.no_grad()
-def _found_wrong(policy: nn.Module) -> str | None:
-    causal, engine = _causal_of(policy), ContinuousEngine()
-    engine.sync(policy)
-    rows = backbone_of(policy).get_input_embeddings().weight.shape[0]
-    prompt = [token % rows for token in (3, 1, 4, 15)]
-    sampling = Sampling(tokenizer=None, eos=[], max_new_tokens=2)  # without stop strings, nothing is decoded
-    try:
-        tokens, logprobs, _ = engine.sample([prompt[:1], prompt], torch.zeros(2, dtype=torch.long), sampling)[1]
-        ids = torch.tensor([prompt + tokens], device=causal.device)
-        own = causal(input_ids=ids).logits[0, -3:-1].float().log_softmax(-1)
-    except (EngineError, FloatingPointError) as error:
-        return f"it fails for this model ({one_line(error.__cause__ or error, 200)})"
-    gap = (own.gather(1, ids[0, -2:, None]).squeeze(1).cpu() - torch.tensor(logprobs)).abs().max().item()
-    tolerance = 1e-2 if causal.dtype == torch.float32 else 0.5  # that of bfloat16's rounding, amply
-    return None if gap <= tolerance else f"its log-probabilities are off by {gap:.1g} for this model"
+        engine = ContinuousEngine()
+        engine.sync(policy)
+        try:
+            return found_wrong(engine, policy)
+        except (EngineError, FloatingPointError) as error:
+            return f"it fails for this model ({one_line(error.__cause__ or error, 200)})"
 
 
 def cache_tokens(sequences: int, length: int, page: int = 32) -> int:

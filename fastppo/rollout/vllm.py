@@ -33,6 +33,7 @@ from fastppo.models.adapters import save_adapters
 from fastppo.models.head import backbone_of, causal_of
 from fastppo.models.load import context_length
 from fastppo.models.quantize import dense_layer, is_quantized
+from fastppo.rollout.check import found_wrong
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.ending import Growing
 from fastppo.rollout.engine import Completion, Engine, EngineError, Sampling
@@ -41,6 +42,9 @@ OLDEST, TOO_NEW = "0.32", "0.33"
 """The versions that the tests have run with; how weights are reloaded changes from one to the next."""
 _OTHERWISE = "set rollout.engine to transformers"
 _LEAST_TEMPERATURE = 0.01  # vLLM samples at this one instead of a lower one
+_COMPILES = "vllm.model_executor.models.transformers.base.support_torch_compile"
+"""It changes the classes of transformers that vLLM computes some models by (OLMo 2), and so the policy's."""
+_BINDS = "init_cpu_memory_env"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for adapters of
 _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -97,6 +101,8 @@ class VLLMEngine(Engine):
             if self._adapter is not None:
                 self._reload_adapter(policy)
             self._forget_prefixes()
+        if first and (reason := found_wrong(self, policy)):
+            raise EngineError(f"rollout.engine: vLLM cannot take this policy ({reason}); {_OTHERWISE}")
 
     def _open(self, policy: nn.Module) -> Any:
         from vllm import LLM
@@ -108,27 +114,31 @@ class VLLMEngine(Engine):
         if causal is not policy:
             self._adapter = LoRARequest("policy", 1, self._folder.name)
             rank = policy.peft_config["default"].r
-            most = next((r for r in _RANKS if r >= rank), rank)
+            most = next((r for r in _RANKS if r >= rank), None)
+            if most is None:
+                raise EngineError(f"model.lora.r: vLLM has adapters up to rank {_RANKS[-1]}, got {rank}; {_OTHERWISE}")
             options |= {"enable_lora": True, "max_lora_rank": most, "max_loras": 1}
         if self._quantizes(policy):
             model = _folder_of_base(causal)
             options |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         else:
             options |= {"load_format": "dummy"}  # `sync` brings the weights
+        longest = self.max_length and max(self.max_length, 6)  # that of `found_wrong`
         _forget_groups()
-        llm = LLM(
-            model,
-            skip_tokenizer_init=True,  # prompts are tokens
-            generation_config="vllm",  # rather than what the model's own says of top-p and the like
-            dtype=_dtype(causal, self.device),
-            max_model_len=min(filter(None, (self.max_length, context_length(causal))), default=None),
-            logprobs_mode="processed_logprobs",  # at the temperature
-            tensor_parallel_size=self.options.tensor_parallel_size,
-            distributed_executor_backend="external_launcher",
-            enforce_eager=self.options.enforce_eager or self.device.type == "cpu",
-            enable_sleep_mode=self.device.type == "cuda",
-            **options,
-        )
+        with mock.patch(_COMPILES, return_value=lambda kind: kind):
+            llm = LLM(
+                model,
+                skip_tokenizer_init=True,  # prompts are tokens
+                generation_config="vllm",  # rather than what the model's own says of top-p and the like
+                dtype=_dtype(causal, self.device),
+                max_model_len=min(filter(None, (longest, context_length(causal))), default=None),
+                logprobs_mode="processed_logprobs",  # at the temperature
+                tensor_parallel_size=self.options.tensor_parallel_size,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=self.options.enforce_eager or self.device.type == "cpu",
+                enable_sleep_mode=self.device.type == "cuda",
+                **options,
+            )
         if self.device.type == "cpu" and self.options.tensor_parallel_size > 1:
             _unlink_shared_memory()
         client = llm.llm_engine.engine_core
@@ -290,24 +300,27 @@ def _told(what: str) -> Iterator[None]:
 def _process_as_it_was() -> Iterator[None]:
     """Open vLLM, which changes the process, whose trainer goes on as if nothing had happened.
 
-    It reads the environment of torchrun, prints, and on a CPU takes `torch.set_num_threads` away.
+    It reads the environment of torchrun, writes to it what other programs would inherit, and prints. On a CPU it takes
+    `torch.set_num_threads` away, and would bind the memory of the whole process to one node.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    lacking = {name: value for name, value in _ALONE.items() if name not in os.environ}
-    os.environ.update(lacking)
+    environment = dict(os.environ)
+    os.environ.update({name: value for name, value in _ALONE.items() if name not in environment})
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     disabled = logging.root.manager.disable
     logging.disable()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(torch.ops._C, _BINDS, create=True):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        for name in lacking:
-            os.environ.pop(name, None)
+        for name in os.environ.keys() - environment.keys():
+            if not name.startswith(("VLLM_", "_")):  # read later too
+                del os.environ[name]
+        os.environ.update(environment)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
 
@@ -336,13 +349,12 @@ def _shut_down(core: Any) -> None:
 
 
 def _forget_groups() -> None:
-    """Those of an earlier engine, where the process has left them since; vLLM would use them again."""
+    """Those of an earlier engine, which vLLM would use again: the process may have left them, or the models differ."""
     from vllm.distributed import parallel_state
 
-    if not dist.is_initialized():
-        for name, value in list(vars(parallel_state).items()):
-            if isinstance(value, parallel_state.GroupCoordinator):
-                setattr(parallel_state, name, None)
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, parallel_state.GroupCoordinator):
+            setattr(parallel_state, name, None)
 
 
 def _params(sampling: Sampling, key: int) -> Any:

@@ -6,11 +6,14 @@ import copy
 import logging
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_model, make_tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastppo.models import apply_lora, load_causal_lm
 from fastppo.models.config import LoraConfig, ModelConfig
@@ -198,7 +201,8 @@ def test_the_process_stays_as_it_was(tmp_path):
             "set": torch.set_num_threads,
             "grad": torch.is_grad_enabled(),
             "logging": (logging.root.manager.disable, logging.root.level, list(logging.root.handlers)),
-            "environment": {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
+            "environment": {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "_"))},
+            "bound to a node": " bind:" in Path("/proc/self/numa_maps").read_text(),
         }
 
     policy, engine = make_policy(tmp_path / "model"), VLLMEngine(RolloutConfig(), CPU)
@@ -206,6 +210,36 @@ def test_the_process_stays_as_it_was(tmp_path):
     sample(engine, policy)
     assert state() == before
     assert all(parameter.grad is None and parameter.requires_grad for parameter in policy.parameters())
+
+
+def make_other(kind, folder, **options):
+    """A random model of another architecture."""
+    config = CONFIG_MAPPING[kind](
+        **{"vocab_size": 331, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 2},
+        initializer_range=0.2,
+        **options,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return load_causal_lm(ModelConfig(name_or_path=str(folder)))
+
+
+def test_vllm_computes_by_classes_of_transformers_and_leaves_them_as_they_are(tmp_path):
+    policy = make_other("olmo2", tmp_path)
+    call = type(policy.model).__call__
+    engine = VLLMEngine(RolloutConfig(), CPU)
+    for _ in range(2):
+        assert gap(policy, sample(engine, policy)) < 1e-4
+        change(policy)
+    assert type(policy.model).__call__ is call
+    type(policy)(policy.config)
+
+
+def test_what_vllm_computes_otherwise_is_refused(tmp_path):
+    # It is right from a checkpoint, and off by 4 once its weights have been reloaded on a CPU.
+    policy = make_other("mixtral", tmp_path, num_local_experts=4, num_key_value_heads=2)
+    with pytest.raises(EngineError, match=r"are off by \d.* for this model\); set rollout.engine to transformers$"):
+        sample(VLLMEngine(RolloutConfig(), CPU), policy)
 
 
 def test_nan_is_told_and_the_next_rollout_is_right(shared):
@@ -229,6 +263,9 @@ def test_errors_of_vllm_are_a_sentence(tmp_path, shared):
     unknown.__class__ = type("NobodysForCausalLM", (type(policy),), {"__module__": "transformers_modules.nobodys"})
     with pytest.raises(EngineError, match=r"NobodysForCausalLM.*set rollout.engine to transformers$") as f:
         VLLMEngine(RolloutConfig(), CPU).sync(unknown)
+    large = make_policy(tmp_path / "large", lora=LoraConfig(r=513))
+    with pytest.raises(EngineError, match=r"^model.lora.r: vLLM has adapters up to rank 512, got 513; set"):
+        VLLMEngine(RolloutConfig(), CPU).sync(large)
     make_tiny_model(tmp_path / "narrow")
     with pytest.raises(EngineError, match=r"head_dim=8.*set rollout.engine to transformers$") as g:
         sample(VLLMEngine(RolloutConfig(), CPU), load_causal_lm(ModelConfig(name_or_path=str(tmp_path / "narrow"))))

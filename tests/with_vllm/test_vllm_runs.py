@@ -102,7 +102,7 @@ def test_a_failed_engine_loses_no_step_and_the_resumed_run_is_the_unbroken_one(w
 
     def fail(engine, *arguments):
         calls.append(arguments)
-        if len(calls) == 4:  # the evaluation before, and the third of the steps
+        if len(calls) == 5:  # two tokens at the start, the evaluation before, and the third of the steps
             raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
         return own(engine, *arguments)
 
