@@ -14,6 +14,7 @@ import math
 import os
 import random
 import tempfile
+import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -125,7 +126,7 @@ class VLLMEngine(Engine):
             options |= {"load_format": "dummy"}  # `sync` brings the weights
         longest = self.max_length and max(self.max_length, 6)  # that of `found_wrong`
         _forget_groups()
-        with mock.patch(_COMPILES, return_value=lambda kind: kind):
+        with mock.patch(_COMPILES, return_value=lambda kind: kind), self._memory_of_this_run():
             llm = LLM(
                 model,
                 skip_tokenizer_init=True,  # prompts are tokens
@@ -145,6 +146,20 @@ class VLLMEngine(Engine):
         client._finalizer.detach()
         client._finalizer = weakref.finalize(client, _shut_down, client.engine_core)
         return llm
+
+    @contextlib.contextmanager
+    def _memory_of_this_run(self) -> Iterator[None]:
+        """Name the shared memory of ranks on a CPU: under vLLM's name for it is what a killed run has left."""
+        if self.device.type != "cpu" or self.options.tensor_parallel_size == 1:
+            yield
+            return
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        name, run = _CPUSHMDistributed.make_group_name, [uuid.uuid4().hex]
+        dist.broadcast_object_list(run)
+        named = staticmethod(lambda group: f"{name(group)}-{run[0]}")
+        with mock.patch.object(_CPUSHMDistributed, "make_group_name", named):
+            yield
 
     def _memory(self, policy: nn.Module) -> dict[str, Any]:
         if self.device.type != "cpu":
@@ -326,7 +341,7 @@ def _process_as_it_was() -> Iterator[None]:
 
 
 def _unlink_shared_memory() -> None:
-    """That of ranks which share an engine on a CPU; vLLM leaves it behind, and the next run could not make its own."""
+    """That of ranks which share an engine on a CPU; vLLM leaves it behind."""
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group()
