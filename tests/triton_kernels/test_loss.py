@@ -307,13 +307,14 @@ def test_rounded_exponentials_cost_no_more_than_a_rounded_gradient(device, stora
 def test_the_operator_keeps_its_contract(device):
     hidden, weight, bias, targets, old, advantages, mask = inputs(2, 9, 6, 40, device)
     rows = targets.masked_fill(~mask, -100).flatten()
+    weights = torch.rand(2, 9, device=device)
     ppo = (0.2, 0.2, None, "token", 0.0, "k1", 0.01, "token-mean")
     for budget in (1, 2**25):
         torch.library.opcheck(
             torch.ops.fastppo.linear_ppo_loss,
             (
                 hidden.flatten(0, 1), weight, bias, rows, None, None, None, "", 1.0, 1.0, None, torch.float32, budget,
-                "triton", mask, old, advantages, None, *ppo, True, True, True,
+                "triton", mask, old, advantages, None, weights, *ppo, True, True, True,
             ),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
