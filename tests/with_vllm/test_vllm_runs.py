@@ -65,7 +65,7 @@ def check_gaps(out: Path, steps: int) -> None:
 def test_ppo_learns_through_the_command_line_and_vllm_loads_what_it_leaves(world, tmp_path, monkeypatch):
     settings = {
         "output_dir": str(tmp_path / "run"),
-        "total_steps": 15,
+        "total_steps": 20,
         "report_to": "none",
         "model": {"name_or_path": str(world / "model"), "lora": {"r": 8}, "value_model": "adapter"},
         "data": {"train": str(world / "prompts.txt"), "eval_size": 4},
@@ -78,9 +78,11 @@ def test_ppo_learns_through_the_command_line_and_vllm_loads_what_it_leaves(world
     command = [sys.executable, "-m", "fastppo", "train", str(tmp_path / "config.yaml")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
-    check_gaps(tmp_path / "run", 15)
+    check_gaps(tmp_path / "run", 20)
     rewards = [row["reward/mean"] for row in steps_of(tmp_path / "run")]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    # Without learning the difference is 0 +- 0.02 (96 completions on each side). How fast a seed learns differs from
+    # processor to processor, as roundings change what is sampled: 0.3 to 0.8 were seen.
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams, TokensPrompt
