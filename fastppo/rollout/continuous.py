@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fastppo.errors import one_line
-from fastppo.models import backbone_of, readable_ids
 from fastppo.models.attention import PAGED, VARLEN
 from fastppo.models.head import causal_of
 from fastppo.models.load import caps_attention
@@ -94,8 +93,6 @@ class ContinuousEngine(Engine):
         sampling: Sampling,
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
-        every = torch.tensor([[token for prompt in prompts for token in prompt]])
-        readable_ids(backbone_of(self.policy), every, torch.ones_like(every))
         causal, rows = _causal_of(self.policy), [Growing(sampling) for _ in prompts]
         with _fit_for_pages(causal) as attention, _finite_logits(causal) as damaged, _seeded(causal.device), _quietly():
             config = _config(attention, prompts, keys, sampling)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastppo.models import backbone_of, readable_ids
+from fastppo.models import backbone_of
 from fastppo.rollout.ending import Growing
 from fastppo.rollout.engine import Completion, Engine, Sampling
 
@@ -29,9 +29,8 @@ class PaddedEngine(Engine):
         sampling: Sampling,
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
-        pad, size = sampling.tokenizer.pad_token_id, sampling.batch_size
-        ids, mask = pad_left(prompts, pad)
-        ids = readable_ids(backbone_of(self.policy), ids, mask)
+        ids, mask = pad_left(prompts, 0)  # which has an embedding; the tokenizer's own may have been added to it
+        size = sampling.batch_size
         device = backbone_of(self.policy).get_input_embeddings().weight.device
         completions: list[Completion] = []
         for part in zip(*(x.to(device).split(size) for x in (ids, mask, keys)), strict=True):

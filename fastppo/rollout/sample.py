@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.errors import quote
-from fastppo.models import ModelError
+from fastppo.models import ModelError, backbone_of, readable_ids
 from fastppo.rollout.config import RolloutConfig
 from fastppo.rollout.engine import Engine, Sampling
 from fastppo.rollout.padded import pad_left
@@ -65,6 +65,8 @@ def sample(
     for number, prompt in enumerate(prompts):
         if not prompt.input_ids:  # nothing that the first token could be predicted from
             raise ModelError(f"prompt {number} of the batch has no tokens; begin it with the tokenizer's BOS or EOS")
+    ids, prompt_mask = pad_left([prompt.input_ids for prompt in prompts], tokenizer.pad_token_id)
+    readable_ids(backbone_of(policy), ids, prompt_mask)
     sampling = Sampling(
         tokenizer,
         eos=_eos_ids(policy, tokenizer) if eos_ids is None else eos_ids,
@@ -83,7 +85,6 @@ def sample(
         raise
     engine.sleep()
 
-    ids, prompt_mask = pad_left([prompt.input_ids for prompt in prompts], tokenizer.pad_token_id)
     tokens = _pad_right([completion.tokens for completion in completions], tokenizer.pad_token_id, torch.long)
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
