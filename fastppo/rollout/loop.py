@@ -109,13 +109,20 @@ def _prepared_weights(policy: nn.Module, batch: int) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN does so on this machine, on weights that it has laid out."""
+    return (
+        torch.backends.mkldnn.enabled
+        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def _can_prepare(policy: nn.Module) -> bool:
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and torch.backends.mkldnn.enabled
-        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and multiplies_bfloat16()
         # A compiled module has traced the forwards of its children, and other ones would be compiled anew.
         and not any(
             m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable")

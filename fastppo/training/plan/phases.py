@@ -20,6 +20,7 @@ from fastppo.models.load import load_configuration, load_pretrained
 from fastppo.models.source import ModelError, resolve
 from fastppo.rollout.choose import auto
 from fastppo.rollout.continuous import MOST_TOKENS, cache_tokens
+from fastppo.rollout.loop import multiplies_bfloat16
 from fastppo.training.config import Config
 from fastppo.training.distributed import strategy_of
 from fastppo.training.plan.live import Bytes
@@ -338,7 +339,7 @@ class _Phases:
             return self._phase("rollout", {"sampling": kinds})
         laid_out = 0
         if self.engine == "loop" and model.autocast and not self.sharded and model.lora is not None:
-            laid_out = 2 * self.sizes.linear_numbers  # it lays weights out anew
+            laid_out = 2 * self.sizes.linear_numbers * multiplies_bfloat16()  # it lays weights out anew
         pages, beside = self._pages() if self.engine == "continuous" else (0, 0)
         moments = {}
         for moment, peak in self.traced.moments["rollout"].items():
