@@ -184,6 +184,35 @@ def test_progress_counts_what_has_ended(shared):
     assert told[-1] == len(PROMPTS)
 
 
+def test_an_interrupted_rollout_leaves_nothing_behind(shared):
+    engine, policy = shared
+    expected = sample(engine, policy)
+
+    def interrupt(ended):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.sample(PROMPTS, sequence_keys("b", len(PROMPTS)), sampling(), interrupt)
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert sample(engine, policy) == expected
+
+
+def test_sequences_that_must_give_up_their_memory_are_computed_again(tmp_path, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    policy, engine = make_policy(tmp_path / "model"), VLLMEngine(RolloutConfig(), CPU, max_length=200)
+    token = 2 * 2 * 2 * 32 * 4  # bytes: layers, keys and values, heads, width, float32
+    monkeypatch.setattr(engine, "_memory", lambda policy: {"kv_cache_memory_bytes": 8 * 128 * token})
+    preempt, preempted = Scheduler._preempt_request, []
+    monkeypatch.setattr(
+        Scheduler, "_preempt_request", lambda *arguments, **named: (preempted.append(1), preempt(*arguments, **named))
+    )
+    completions = sample(engine, policy, eos=[], max_new_tokens=180)
+    assert preempted
+    assert [len(completion.tokens) for completion in completions] == [180] * len(PROMPTS)
+    assert gap(policy, completions) < 1e-4
+
+
 def test_products_are_as_precise_as_the_policys(tmp_path):
     policy, engine = make_policy(tmp_path / "model"), VLLMEngine(RolloutConfig(), CPU)
     with torch.autocast("cpu", torch.bfloat16):
