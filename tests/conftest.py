@@ -4,7 +4,8 @@ The number is in the header of the run. FASTPPO_SEED sets it, and FASTPPO_SEED=r
 depends on this number and the test's own id, not on which other tests are selected.
 
 Whether Triton's interpreter is used is decided when triton is imported, for the whole process, so its tests need their
-own. It occupies one core for as long as the other tests occupy theirs.
+own. It occupies one core for as long as the other tests occupy theirs. With pytest-xdist it runs in the worker that has
+its test, from then on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import pytest
 
 # Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before trackio is imported, which reads it once, and which other packages import: never the user's own runs.
 TRACKIO = tempfile.TemporaryDirectory()
@@ -92,8 +95,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # What the imported libraries made stays. Every start of transformers' Trainer collects garbage, several times, and
     # going through all of it takes longer than the training of a test.
     gc.freeze()
-    if session.config.option.collectonly or not any(item.name == THE_TEST for item in session.items):
-        return
+    in_worker = hasattr(session.config, "workerinput")  # all of them collect the test, one will run it
+    if not (session.config.option.collectonly or in_worker) and any(item.name == THE_TEST for item in session.items):
+        start_interpreted_kernels(session.config)
+
+
+def start_interpreted_kernels(config: pytest.Config) -> None:
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open for as long as the process runs)
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "tests/triton_kernels"],
@@ -102,7 +109,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         stdout=output,
         stderr=subprocess.STDOUT,
     )
-    session.config.stash[RUN] = Run(process, output)
+    config.stash[RUN] = Run(process, output)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -113,4 +120,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def interpreted_kernels(request: pytest.FixtureRequest) -> Run:
+    if RUN not in request.config.stash:
+        start_interpreted_kernels(request.config)
     return request.config.stash[RUN]

@@ -19,6 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # oracle
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # Whenever a kernel calls a function, the interpreter replaces all of triton.language, which it has done when the
+    # kernel was launched: a third of the time that these tests took.
+    InterpretedFunction.__call__ = lambda self, *arguments, **named: self.rewrite()(*arguments, **named)
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -14,7 +14,7 @@ from fastppo_kernels.tile import transform_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastppo
+import fastppo.ops.linear_ppo_loss  # registers its operator
 
 
 def inputs(b, t, d, v, device, *, dtype=torch.float32, masked=0.3):
