@@ -27,6 +27,7 @@ STAGES = {
     "design": Stage(60, 40),
     "peers": Stage(100, 45),
     "logits": Stage(30, 20),
+    "elementwise": Stage(40, 20),
     "graph": Stage(45, 30),
     "sanitizer": Stage(40, 40, attempts=1),
     "tests": Stage(240, 240, attempts=1),

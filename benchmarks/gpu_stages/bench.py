@@ -118,6 +118,7 @@ class Bench:
         goal: float | None = None,
         flops: float | None = None,
         moved: float | None = None,
+        trial: bool = False,
     ) -> float | None:
         """A row for the call that make() returns: time, spread, memory, launches. Returns milliseconds, if measured.
 
@@ -125,6 +126,7 @@ class Bench:
             operator, dtype: what the call needs to be correct; the dtype is the bench's if not given.
             floor_ms, goal: what no implementation can be faster than, and the greatest ratio to it that is a PASS.
             flops, moved: work and bytes that the result needs at least, for TFLOP/s and GB/s.
+            trial: one of several, of which the table shows the best alone.
         """
         if (case, name) in self.earlier:
             return self.earlier[case, name]
@@ -143,6 +145,8 @@ class Bench:
             found |= {"ms": ms, "min_ms": min(times), "max_ms": max(times), "rounds": len(times)}
             if floor_ms:
                 found |= {"floor_ms": floor_ms, "ratio": ms / floor_ms}
+            if trial:
+                found["trial"] = True
             if floor_ms and goal:
                 found |= {"goal": goal, "status": "PASS" if ms <= goal * floor_ms else "FAIL"}
             if flops:

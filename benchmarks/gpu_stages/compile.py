@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 
-from gpu_stages import correctness, graph, logits, loss, peers
+from gpu_stages import correctness, elementwise, graph, logits, loss, peers
 from gpu_stages.bench import Bench, WarmUp
 
 WORKERS = 16
-STAGES = (correctness, loss, logits, peers, graph)
+STAGES = (correctness, loss, logits, peers, graph, elementwise)
 
 
 def run(bench: Bench) -> None:
