@@ -140,7 +140,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "gae": Elementwise(rows=1, block=512, warps=2),
     "gae_long": Elementwise(rows=1, block=1024, warps=4),
     "gae_whiten": Elementwise(rows=1, block=2048, warps=4),
-    "selective_statistics": Elementwise(rows=1, block=4096, warps=4),
+    "selective_statistics": Elementwise(rows=1, block=4096, warps=8),
     "selective_statistics_kl": Elementwise(rows=1, block=2048, warps=8),
     "selective_gradient": Elementwise(rows=1, block=1024, warps=2),
 }

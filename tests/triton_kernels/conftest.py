@@ -20,11 +20,17 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
-    # Whenever a kernel calls a function, the interpreter replaces all of triton.language, which it has done when the
-    # kernel was launched: a third of the time that these tests took.
-    InterpretedFunction.__call__ = lambda self, *arguments, **named: self.rewrite()(*arguments, **named)
+    _call = InterpretedFunction.__call__
+
+    def call(self, *arguments, **named):
+        """Replace triton.language if need be, rather than whenever a kernel calls a function, which takes longer."""
+        replaced = not any(tl.core.is_builtin(language.load) for language in (tl, tl.core))
+        return self.rewrite()(*arguments, **named) if replaced else _call(self, *arguments, **named)
+
+    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")
