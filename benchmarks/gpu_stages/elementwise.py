@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from fastppo_kernels import configs, selective
 from fastppo_kernels.configs import Elementwise
+from fastppo_kernels.gae import LONG
 
 import fastppo
 from gpu_stages.bench import Bench, Call
@@ -27,10 +28,10 @@ TILES = {
 
 def run(bench: Bench) -> None:
     from_logits(bench)
-    for kernel, shapes in (("gae", GAE_SHAPES[:1]), ("gae_long", GAE_SHAPES[1:])):
-        for batch, time, dtype in shapes:
-            size = (3, 40) if bench.tiny else (batch, time)
-            choose(bench, kernel, f" [{batch}, {time}]", "gae", functools.partial(gae, bench, *size, dtype))
+    for batch, time, dtype in GAE_SHAPES:
+        size = (3, 40) if bench.tiny else (batch, time)
+        make = functools.partial(gae, bench, *size, dtype)
+        choose(bench, "gae" if time <= LONG else "gae_long", f" [{batch}, {time}]", "gae", make, dtype)
 
 
 def from_logits(bench: Bench) -> None:
@@ -52,8 +53,8 @@ def from_logits(bench: Bench) -> None:
         upstream = torch.randn(2, tokens, device=bench.device)
         return lambda: selective.vjp_into(out, logits, None, targets, saved, *upstream, None, None, *transform)
 
-    choose(bench, "selective_statistics", "", "selective_logprob", statistics)
-    choose(bench, "selective_gradient", "", "selective_logprob", gradient)
+    choose(bench, "selective_statistics", "", "selective_logprob", statistics, bench.dtype)
+    choose(bench, "selective_gradient", "", "selective_logprob", gradient, bench.dtype)
 
 
 def gae(bench: Bench, batch: int, time: int, dtype: torch.dtype) -> Call:
@@ -61,14 +62,14 @@ def gae(bench: Bench, batch: int, time: int, dtype: torch.dtype) -> Call:
     return lambda: fastppo.gae(rewards, values, gamma=0.99, lam=0.95, backend=bench.backend)
 
 
-def choose(bench: Bench, kernel: str, size: str, operator: str, make: Callable[[], Call]) -> None:
+def choose(bench: Bench, kernel: str, size: str, operator: str, make: Callable[[], Call], dtype: torch.dtype) -> None:
     """A row for each tile, the shipped one first, and one for the fastest."""
     case, shipped = f"tiles: {kernel}{size}", configs.ELEMENTWISE[kernel]
     times = {}
     for block, warps in TILES[kernel][: 1 if bench.tiny else None]:
         config = shipped._replace(block=block, warps=warps)
         call, name = functools.partial(with_tile, kernel, config, make), f"block {block}, {warps} warps"
-        if ms := bench.time(case, name, call, operator=operator, trial=True):
+        if ms := bench.time(case, name, call, operator=operator, dtype=dtype, trial=True):
             times[config] = ms
     if shipped in times:
         best = min(times, key=times.get)

@@ -57,7 +57,7 @@ class Engine:
         sampling: Sampling,
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
-        """One completion of each prompt (token ids that have an embedding, at least one).
+        """One completion of each prompt (at least one token id, each with an embedding).
 
         Args:
             keys: [B] int64, of `sequence_keys`; together with the prompt, it decides a completion.

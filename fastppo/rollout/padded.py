@@ -29,7 +29,7 @@ class PaddedEngine(Engine):
         sampling: Sampling,
         progress: Callable[[int], None] = lambda ended: None,
     ) -> list[Completion]:
-        ids, mask = pad_left(prompts, 0)  # which has an embedding; the tokenizer's own may have been added to it
+        ids, mask = pad_left(prompts, 0)  # 0 has an embedding; a pad token added to the tokenizer may have none
         size = sampling.batch_size
         device = backbone_of(self.policy).get_input_embeddings().weight.device
         completions: list[Completion] = []

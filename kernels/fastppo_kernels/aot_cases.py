@@ -101,8 +101,9 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     """(label, call) pairs."""
     return [
         *((case.label, case.run) for case in (*LINEAR_CASES, *FISHER_CASES)),
+        ("bfloat16 logits", functools.partial(selective_case, torch.bfloat16, PLAIN)),
         *(
-            (f"{str(d).removeprefix('torch.')} logits", functools.partial(selective_case, d))
+            (f"{str(d).removeprefix('torch.')} logits softcap", functools.partial(selective_case, d, CAPPED))
             for d in (torch.bfloat16, torch.float32)
         ),
         *((f"loss gradient {str(d).removeprefix('torch.')}", functools.partial(scale_case, d)) for d in HALF),
@@ -112,12 +113,13 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     ]
 
 
-def selective_case(dtype: torch.dtype) -> None:
+def selective_case(dtype: torch.dtype, transform: dict) -> None:
     logits, targets = meta(N, V, dtype=dtype), meta(N, dtype=torch.int64)
-    saved = selective.statistics(logits, None, targets, *CAPPED.values())
-    selective.vjp_into(logits, logits, None, targets, saved, meta(N), meta(N), None, None, *CAPPED.values())
-    saved = selective.statistics(logits, logits, targets, *CAPPED.values())
-    selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *CAPPED.values())
+    options = transform.values()
+    saved = selective.statistics(logits, None, targets, *options)
+    selective.vjp_into(logits, logits, None, targets, saved, meta(N), meta(N), None, None, *options)
+    saved = selective.statistics(logits, logits, targets, *options)
+    selective.vjp_into(logits, logits, logits, targets, saved, meta(N), meta(N), None, meta(N), *options)
 
 
 def scale_case(dtype: torch.dtype) -> None:

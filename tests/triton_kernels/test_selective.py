@@ -201,6 +201,20 @@ def test_a_common_offset_changes_nothing(device, offset):
     torch.testing.assert_close(plain.entropy, moved.entropy, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mask", [-1e9, -1e12, -1e30, torch.finfo(torch.float32).min])
+def test_columns_masked_by_a_finite_number(device, mask):
+    """Whole lanes of 16 bytes, where products are fused: their maxima are rounded by more than exp2 can take."""
+    logits = torch.randn(4, 700, device=device)
+    logits[:, 8:656] = mask * (1 + 0.1 * torch.rand(648, device=device)).clamp(max=1 if mask < -1e30 else 2)
+    targets = torch.randint(660, 700, (4,), device=device)
+    for reference in (None, logits + torch.randn(4, 700, device=device)):
+        out = kernels.statistics(logits, reference, targets, 1.0, 1.0, None)
+        kept = [None if x is None else torch.cat([x[:, :8], x[:, 656:]], 1) for x in (logits, reference)]
+        want = kernels.statistics(*kept, targets - 648, 1.0, 1.0, None)
+        for a, b in zip(out, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_masked_columns_and_ignored_rows(device):
     logits = torch.randn(8, 50, device=device)
     logits[:, 5:45] = -torch.inf
