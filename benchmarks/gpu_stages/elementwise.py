@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from fastppo_kernels import configs, selective
 from fastppo_kernels.configs import Elementwise
 from fastppo_kernels.gae import LONG
 
-import fastppo
 from gpu_stages.bench import Bench, Call
-from gpu_stages.logits import GAE_SHAPES, TOKENS, VOCAB
+from gpu_stages.logits import GAE_SHAPES, TOKENS, VOCAB, gae_call
 
 # (columns or tokens of a tile, warps)
 TILES = {
@@ -29,8 +29,7 @@ TILES = {
 def run(bench: Bench) -> None:
     from_logits(bench)
     for batch, time, dtype in GAE_SHAPES:
-        size = (3, 40) if bench.tiny else (batch, time)
-        make = functools.partial(gae, bench, *size, dtype)
+        make = functools.partial(gae_call, bench, batch, time, dtype)
         choose(bench, "gae" if time <= LONG else "gae_long", f" [{batch}, {time}]", "gae", make, dtype)
 
 
@@ -57,11 +56,6 @@ def from_logits(bench: Bench) -> None:
     choose(bench, "selective_gradient", "", "selective_logprob", gradient, bench.dtype)
 
 
-def gae(bench: Bench, batch: int, time: int, dtype: torch.dtype) -> Call:
-    rewards, values = torch.randn(2, batch, time, device=bench.device).to(dtype)
-    return lambda: fastppo.gae(rewards, values, gamma=0.99, lam=0.95, backend=bench.backend)
-
-
 def choose(bench: Bench, kernel: str, size: str, operator: str, make: Callable[[], Call], dtype: torch.dtype) -> None:
     """A row for each tile, the shipped one first, and one for the fastest."""
     case, shipped = f"tiles: {kernel}{size}", configs.ELEMENTWISE[kernel]
@@ -73,7 +67,7 @@ def choose(bench: Bench, kernel: str, size: str, operator: str, make: Callable[[
             times[config] = ms
     if shipped in times:
         best = min(times, key=times.get)
-        found = {"ms": times[best], "floor_ms": times[shipped], "code": as_code(kernel, best)}
+        found = {"ms": times[best], "floor_ms": times[shipped], "code": f'"{kernel}": {best},'}
         bench.attempt(case, "winner", lambda: found)
 
 
@@ -81,15 +75,7 @@ def with_tile(kernel: str, config: Elementwise, make: Callable[[], Call]) -> Cal
     call = make()
 
     def tiled() -> None:
-        shipped = configs.ELEMENTWISE[kernel]
-        configs.ELEMENTWISE[kernel] = config
-        try:
+        with mock.patch.dict(configs.ELEMENTWISE, {kernel: config}):
             call()
-        finally:
-            configs.ELEMENTWISE[kernel] = shipped
 
     return tiled
-
-
-def as_code(kernel: str, config: Elementwise) -> str:
-    return f'"{kernel}": Elementwise(rows={config.rows}, block={config.block}, warps={config.warps}),'

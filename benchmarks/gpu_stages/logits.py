@@ -88,22 +88,24 @@ def from_logits(bench: Bench) -> None:
 
 
 def gae(bench: Bench, batch: int, time: int, dtype: torch.dtype) -> None:
-    case = f"GAE [{batch}, {time}] in {short(dtype)}"
-    if bench.tiny:
-        batch, time = 3, 40
-    tokens = batch * time
-    moved = int(floors(tokens, 1, 1, dtype.itemsize)["gae"].bytes)
+    case, (rows, columns) = f"GAE [{batch}, {time}] in {short(dtype)}", gae_shape(bench, batch, time)
+    moved = int(floors(rows * columns, 1, 1, dtype.itemsize)["gae"].bytes)
 
     def copy() -> Call:
         source = torch.randint(-128, 127, (moved // 2,), dtype=torch.int8, device=bench.device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    def compute(whiten: bool) -> Call:
-        rewards, values = torch.randn(2, batch, time, device=bench.device).to(dtype)
-        return lambda: fastppo.gae(rewards, values, gamma=0.99, lam=0.95, whiten=whiten, backend=bench.backend)
-
     floor = bench.time(case, "copy of as many bytes", copy, moved=float(moved))
     given = {"operator": "gae", "dtype": dtype, "moved": float(moved), "floor_ms": floor}
-    bench.time(case, "gae", lambda: compute(False), goal=GOAL, **given)
-    bench.time(case, "gae, whitened", lambda: compute(True), **given)
+    bench.time(case, "gae", lambda: gae_call(bench, batch, time, dtype), goal=GOAL, **given)
+    bench.time(case, "gae, whitened", lambda: gae_call(bench, batch, time, dtype, whiten=True), **given)
+
+
+def gae_shape(bench: Bench, batch: int, time: int) -> tuple[int, int]:
+    return (3, 40) if bench.tiny else (batch, time)
+
+
+def gae_call(bench: Bench, batch: int, time: int, dtype: torch.dtype, *, whiten: bool = False) -> Call:
+    rewards, values = torch.randn(2, *gae_shape(bench, batch, time), device=bench.device).to(dtype)
+    return lambda: fastppo.gae(rewards, values, gamma=0.99, lam=0.95, whiten=whiten, backend=bench.backend)

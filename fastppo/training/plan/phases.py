@@ -338,8 +338,9 @@ class _Phases:
                 kinds[kind] = kinds.get(kind, 0) + (size if self.cuda or kind == "activations" else 0)
             return self._phase("rollout", {"sampling": kinds})
         laid_out = 0
-        if self.engine == "loop" and model.autocast and not self.sharded and model.lora is not None:
-            laid_out = 2 * self.sizes.linear_numbers * multiplies_bfloat16()  # it lays weights out anew
+        may_lay_out = self.engine == "loop" and model.autocast and not self.sharded and model.lora is not None
+        if may_lay_out and multiplies_bfloat16():
+            laid_out = 2 * self.sizes.linear_numbers  # it lays weights out anew
         pages, beside = self._pages() if self.engine == "continuous" else (0, 0)
         moments = {}
         for moment, peak in self.traced.moments["rollout"].items():
