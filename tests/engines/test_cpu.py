@@ -255,7 +255,7 @@ def test_scratch_that_waits_for_the_next_call_is_within_the_budget():
 
 def test_the_end_of_a_larger_budget_frees_what_is_over(monkeypatch):
     monkeypatch.setenv("FASTPPO_SCRATCH_MB", "1")
-    hidden, weight, targets = case(400, 64, 5000)
+    hidden, weight, targets = case(400, 256, 5000)
     with fastppo.scratch_budget(2**26):
         fastppo.linear_logprob(hidden, weight, targets, backend="cpu")
         assert held_bytes() > 2**20
