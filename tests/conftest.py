@@ -25,7 +25,8 @@ import pytest
 
 # Before torch is imported: two processes share the cores, and threads that spin while they wait take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:  # there is one for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before trackio is imported, which reads it once, and which other packages import: never the user's own runs.
@@ -89,16 +90,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # It waits for that process, which has started by then. In a worker it starts the process, and others work on.
-    last = "PYTEST_XDIST_WORKER" not in os.environ
-    items.sort(key=lambda item: (item.name == THE_TEST) == last)
+    items.sort(key=lambda item: (item.name == THE_TEST) != IN_WORKER)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     # What the imported libraries made stays. Every start of transformers' Trainer collects garbage, several times, and
     # going through all of it takes longer than the training of a test.
     gc.freeze()
-    in_worker = hasattr(session.config, "workerinput")  # all of them collect the test, one will run it
-    if not (session.config.option.collectonly or in_worker) and any(item.name == THE_TEST for item in session.items):
+    # All workers collect the test. The one that runs it starts the process.
+    if not (session.config.option.collectonly or IN_WORKER) and any(item.name == THE_TEST for item in session.items):
         start_interpreted_kernels(session.config)
 
 
